@@ -1,0 +1,299 @@
+"""GPT-2's architecture, written out: attention, block, forward pass, sampling with a KV cache, and the scalar head.
+
+The same trunk serves four models: policy and reference (a language model), reward and value (a scalar head).
+Shapes: B rows, T positions, C width, V vocabulary, H heads, D = C / H. See data.py for the layout of a batch.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import check, read_checkpoint
+from data import pad_prompts, pad_responses
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 4096  # V
+    block_size: int = 128   # longest sequence, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    width: int = 192        # C
+    dropout: float = 0.0
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention. Unlike GPT-2, no dropout inside it: the fused kernels have none on a CPU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, attend, cache):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+                   for part in self.qkv(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.append(self, k, v)  # (B, H, tokens so far, D)
+        # No mask given: causal. A query that comes alone may see everything before it, so it needs no mask either.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention, then x + MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, attend, cache):
+        x = x + self.dropout(self.attention(self.norm1(x), attend, cache))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+
+
+class Trunk(nn.Module):
+    """Everything but the head: tokens to the hidden states after the final layer norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.block_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.width)
+        # GPT-2's initialisation: std 0.02, smaller where a layer adds to the residual stream (2 per block).
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                residual = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def forward(self, tokens, pad=None, cache=None):
+        """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
+
+        Positions count from the first real token, which attends to nothing before it. With a cache, tokens are the
+        ones after those already in the cache, and pad must be the same at every call.
+        """
+        B, T = tokens.shape
+        past = cache.length if cache is not None else 0
+        check(past + T <= self.config.block_size, f"{past + T} tokens do not fit in block size {self.config.block_size}")
+        place = torch.arange(past, past + T, device=tokens.device)  # (T,) index in the padded row
+        attend = None
+        if pad is None:
+            position = place
+        else:
+            position = (place - pad[:, None]).clamp(min=0)  # (B, T)
+            key = torch.arange(past + T, device=tokens.device)
+            attend = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, past + T)
+            # A padding query would attend to nothing, and softmax over nothing is NaN: let it see itself.
+            attend = (attend | (key == place[:, None]))[:, None]  # (B, 1, T, past + T)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(position))
+        for block in self.blocks:
+            x = block(x, attend, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """The language model: trunk and a head that shares the token embedding's weights."""
+
+    kind = "lm"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+
+    def forward(self, tokens, pad=None):
+        """tokens (B, T), pad (B,) or None: logits (B, T, V). The logits at t predict the token at t + 1."""
+        return self.logits(self.trunk(tokens, pad))
+
+    def logits(self, hidden):
+        """hidden (..., C): logits (..., V)."""
+        return F.linear(hidden, self.trunk.token_embedding.weight)
+
+    def response_logits(self, tokens, pad, P):
+        """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""
+        return self.logits(self.trunk(tokens[:, :-1], pad)[:, P - 1:])
+
+
+class ScalarModel(nn.Module):
+    """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state).
+
+    The head has no bias and starts at normal(0, 1 / (C + 1)) as in Stiennon et al. 2020's code. gain and bias
+    normalise the score; they are set after training (reward.py) and saved with the weights.
+    """
+
+    kind = "reward"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.head = scalar_head(config)
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def forward(self, tokens, pad=None):
+        """tokens (B, T), pad (B,) or None: one number per position (B, T)."""
+        return self.head(self.trunk(tokens, pad)).squeeze(-1).float() * self.gain + self.bias
+
+    def score(self, tokens, pad, last):
+        """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
+        hidden = self.trunk(tokens, pad)[torch.arange(len(tokens), device=tokens.device), last]  # (B, C)
+        return self.head(hidden).squeeze(-1).float() * self.gain + self.bias
+
+
+def scalar_head(config):
+    """A linear map from the hidden state to one number."""
+    head = nn.Linear(config.width, 1, bias=False)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(config.width + 1))
+    return head
+
+
+def token_logprobs(logits, tokens, temperature=1.0):
+    """Log-probability in nats of tokens[:, 1:], each given what stands before it: (B, T-1).
+
+    logits (B, T, V), divided by the temperature here, or (B, T-1, V) without the last, which predicts nothing in
+    tokens (B, T). The one place that shifts, divides and gathers, so that PPO, DPO and evaluation agree to the bit.
+    """
+    targets = tokens[:, 1:]
+    logits = logits[:, :targets.size(1)]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature != 1:
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+@torch.no_grad()
+def entropy(logits, temperature=1.0):
+    """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
+
+    def __init__(self, size):
+        self.size, self.length, self.layers = size, 0, {}
+
+    def append(self, layer, k, v):
+        """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
+        B, H, t, D = k.shape
+        if layer not in self.layers:
+            self.layers[layer] = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
+        keys, values = self.layers[layer]
+        keys[:, :, self.length:self.length + t] = k
+        values[:, :, self.length:self.length + t] = v
+        return keys[:, :, :self.length + t], values[:, :, :self.length + t]
+
+
+@torch.no_grad()
+def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
+    """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
+
+    Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id, which counts in its
+    length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
+    R is the longest row, as the loop stops when every row has ended. temperature 0 is greedy. top_k 0 and top_p 1.0
+    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature.
+    """
+    B, P = tokens.shape
+    check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
+          f"{P} prompt and {max_tokens} response tokens do not fit in block size {model.config.block_size}")
+    cache = KVCache(P + max_tokens)
+    running = torch.ones(B, dtype=torch.bool, device=tokens.device)
+    lengths = torch.zeros(B, dtype=torch.long, device=tokens.device)
+    responses, logprobs, new = [], [], tokens
+    for _ in range(max_tokens):
+        hidden = model.trunk(new, pad, cache)[:, -1]  # (B, C)
+        logits = model.logits(hidden).float() / (temperature or 1.0)  # (B, V)
+        next_token = logits.argmax(-1) if temperature == 0 else draw(logits, top_k, top_p, random)  # (B,)
+        next_token = torch.where(running, next_token, end)
+        responses.append(next_token)
+        logprobs.append(logits.log_softmax(-1).gather(1, next_token[:, None]).squeeze(1))
+        lengths += running
+        running = running & (next_token != end)
+        if not running.any():
+            break
+        new = next_token[:, None]
+    return torch.stack(responses, dim=1), lengths, torch.stack(logprobs, dim=1)
+
+
+def draw(logits, top_k=0, top_p=1.0, random=None):
+    """Draw one token per row of logits (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,)."""
+    if 0 < top_k < logits.size(-1):
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all the likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, index, before >= top_p), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=random).squeeze(-1)
+
+
+def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
+    """Sample one response to each of a list of prompts (lists of ids), batched by similar length. how: as in sample.
+
+    Returns a list of lists of ids in the order of the prompts; a response that ended has `end` as its last id.
+    """
+    device = next(model.parameters()).device
+    responses = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        tokens, pad = pad_prompts([prompts[i] for i in rows], end)
+        pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
+        drawn, lengths, _ = sample(model, tokens.to(device), pad, max_tokens, end, **how)
+        for i, ids, length in zip(rows, drawn.tolist(), lengths.tolist()):
+            responses[i] = ids[:length]
+    return responses
+
+
+@torch.no_grad()
+def score_many(model, texts, batch_size=256):
+    """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU."""
+    device = next(model.parameters()).device
+    scores = torch.empty(len(texts))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        tokens, mask = pad_responses([texts[i] for i in rows], 0)  # on the right: no real token sees the padding
+        last = mask.sum(1).long() - 1
+        scores[rows] = model.score(tokens.to(device), None, last.to(device)).float().cpu()
+    return scores
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def load_model(folder, device="cpu", kind="lm", dropout=0.0):
+    """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
+    state, config = read_checkpoint(folder, [kind])
+    model = (GPT if kind == "lm" else ScalarModel)(GPTConfig(**{**config["model"], "dropout": dropout}))
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def load_trunk(folder, device="cpu", dropout=0.0):
+    """A scalar model with a fresh head on the trunk of the language model in folder."""
+    state, config = read_checkpoint(folder, ["lm"])
+    model = ScalarModel(GPTConfig(**{**config["model"], "dropout": dropout}))
+    model.load_state_dict(state, strict=False)  # gain, bias and head keep their fresh values
+    return model.to(device).eval()
