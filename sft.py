@@ -16,7 +16,7 @@ import torch
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     set_up)
-from data import batches, encode_prompt, encode_response, load_tokenizer, pad_prompts, pad_responses, read_jsonl
+from data import batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl
 from model import GPT, GPTConfig, load_model, token_logprobs
 
 
@@ -34,6 +34,7 @@ class Config:
     pack: int = 64                                  # tokens per row of packed text
     dropout: float = 0.1                            # in training only
     epochs: float = 1.0                             # passes over the training set
+    max_steps: int = 0                              # stop after this many steps, whatever --epochs says; 0: no limit
     batch_size: int = 32                            # rows behind one optimizer step
     microbatch: int = 32                            # rows behind one backward; smaller: less memory, the same result
     lr: float = 1e-3                                # peak learning rate
@@ -49,59 +50,52 @@ class Config:
 PRESETS = {
     "tiny-base": {},
     "tiny-sft": {"lr": 3e-4, "epochs": 2.0},
-    "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "epochs": 0.02, "evals": 1},
-    "smoke-sft": {"epochs": 0.1, "evals": 1},
+    "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 40, "evals": 1},
+    "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
 }
 
 
 def packed_rows(enc, path, size, seed):
-    """Documents in shuffled order, each begun by end of text, cut into rows: a list of (tokens (T+1), first counted 0)."""
+    """Documents in shuffled order, each begun by end of text, cut into rows of size + 1 ids; all but the first count."""
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
     stream = []
     for i in torch.randperm(len(texts), generator=generator(seed)).tolist():
         stream += [enc.eot_token] + enc.encode_ordinary(texts[i])
     stream.append(enc.eot_token)
     check(len(stream) > size, f"{path}: {len(stream)} tokens do not fill one row of --pack {size}")
-    return [([], stream[i:i + size + 1]) for i in range(0, len(stream) - size, size)]
+    return [(stream[i:i + size + 1], 1) for i in range(0, len(stream) - size, size)]
 
 
 def response_rows(enc, path, block_size):
-    """Demonstrations as a list of (prompt ids, response ids)."""
-    rows = read_jsonl(path, {"prompt": str, "completion": str})
-    prompts = [encode_prompt(enc, row["prompt"], block_size // 2) for row in rows]
-    return [(prompt, encode_response(enc, row["completion"], block_size - len(prompt)))
-            for prompt, row in zip(prompts, rows)]
+    """Demonstrations as (prompt and response ids, length of the prompt): the response and its end of text count."""
+    rows = []
+    for row in read_jsonl(path, {"prompt": str, "completion": str}):
+        prompt = encode_prompt(enc, row["prompt"], block_size // 2)
+        rows.append((prompt + encode_response(enc, row["completion"], block_size - len(prompt)), len(prompt)))
+    return rows
 
 
-def collate(rows, pad_id):
-    """tokens (B, T), pad (B,) or None, P, mask (B, R) of the tokens that count."""
-    prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
-    if not prompts[0]:  # packed text: the first token of a row is given, all others count
-        prompts, responses = [row[1][:1] for row in rows], [row[1][1:] for row in rows]
-    left, pad = pad_prompts(prompts, pad_id)
-    right, mask = pad_responses(responses, pad_id)
-    return torch.cat([left, right], dim=1), pad if pad.any() else None, left.size(1), mask
-
-
-def loss_sum(model, batch, device, autocast):
-    """Sum over counted tokens of -log p, in nats, and how many tokens that is."""
-    tokens, pad, P, mask = batch
-    tokens, mask, pad = tokens.to(device), mask.to(device), pad if pad is None else pad.to(device)
+def loss_sum(model, rows, pad_id, device, autocast):
+    """Sum over the counted tokens of rows of -log p, in nats (the tokens counted: len(ids) - first of each row)."""
+    P = min(first for _, first in rows)  # the head runs from here on only
+    tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); padding on the right is seen by no real token
+    firsts = torch.tensor([first for _, first in rows])
+    mask = real * (torch.arange(tokens.size(1)) >= firsts[:, None])  # (B, T)
+    tokens, mask = tokens.to(device), mask.to(device)
     with autocast():
-        logits = model.response_logits(tokens, pad, P)  # (B, R, V)
-    return -(token_logprobs(logits, tokens[:, P - 1:]) * mask).sum(), int(mask.sum())
+        logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
+    return -(token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum()
 
 
 @torch.no_grad()
 def held_out_loss(model, rows, pad_id, device, autocast):
     """Mean loss over all counted tokens of rows, nats per token, dropout off."""
-    training, total, count = model.training, 0.0, 0
+    training, total = model.training, 0.0
     model.eval()
-    for batch in batches([len(p) + len(r) for p, r in rows], 64, 0):
-        loss, n = loss_sum(model, collate([rows[i] for i in batch], pad_id), device, autocast)
-        total, count = total + loss.item(), count + n
+    for batch in batches([len(ids) for ids, _ in rows], 32, 0):
+        total += loss_sum(model, [rows[i] for i in batch], pad_id, device, autocast).item()
     model.train(training)
-    return total / count
+    return total / sum(len(ids) - first for ids, first in rows)
 
 
 def main(cfg):
@@ -121,9 +115,10 @@ def main(cfg):
         train, test = (response_rows(enc, path, model.config.block_size) for path in (cfg.train, cfg.test))
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
-    lengths = [len(prompt) + len(response) for prompt, response in train]
+    lengths = [len(ids) for ids, _ in train]
     per_epoch = math.ceil(len(train) / cfg.batch_size)
     steps = max(1, round(cfg.epochs * per_epoch))
+    steps = min(steps, cfg.max_steps or steps)
     print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, {steps} steps")
 
     log, best, seen, start, order = Log(stage.folder), math.inf, 0, time.time(), []
@@ -132,13 +127,14 @@ def main(cfg):
         if not order:
             order = batches(lengths, cfg.batch_size, cfg.seed, step // per_epoch)
         batch = [train[i] for i in order.pop()]
-        counted = sum(len(response) - (not prompt) for prompt, response in batch)  # tokens behind this step
-        for i in range(0, len(batch), cfg.microbatch):
-            loss, _ = loss_sum(model, collate(batch[i:i + cfg.microbatch], enc.eot_token), device, autocast)
+        counted = sum(len(ids) - first for ids, first in batch)  # tokens behind this step
+        parts = [batch[i:i + cfg.microbatch] for i in range(0, len(batch), cfg.microbatch)]
+        for part in parts:
             # Divided by the whole batch's count: how it is split into microbatches changes nothing.
-            (loss / counted).backward()
-            log.add(loss=loss.item() / counted * math.ceil(len(batch) / cfg.microbatch))
-        seen += sum(len(prompt) + len(response) for prompt, response in batch)
+            loss = loss_sum(model, part, enc.eot_token, device, autocast) / counted
+            loss.backward()
+            log.add(loss=loss.item() * len(parts))
+        seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
         log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
