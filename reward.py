@@ -1,0 +1,275 @@
+"""The reward model: a scalar head on a language model's trunk, trained to put rankings in the order that people gave.
+
+    python reward.py --out out/tiny/reward --model out/tiny/sft --train out/tiny/label/rankings.jsonl
+
+Three of them in a run of train_all.sh: the labeler, from half of the people's ratings, stands in for a person in
+label.py; the judge, from the other half, only examines; the reward model learns from the labeler's rankings of the SFT
+model's samples, and is what PPO optimises.
+
+Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al. 2022, eq. 1 (K ranked responses).
+Left out on purpose: multi-GPU training, and pairs of one prompt split over steps (they would be learned by heart).
+"""
+import itertools
+import json
+import math
+import re
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+                    set_up, write_json)
+from data import (batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl, read_rankings)
+from model import load_model, load_trunk, sample_many, score_many
+
+
+@dataclass
+class Config:
+    out: str = "out/tiny/reward"             # folder for the checkpoint
+    model: str = "out/tiny/sft"              # language model whose trunk it starts from
+    train: str = "out/tiny/label/rankings.jsonl"  # {"prompt", "responses": best to worst}; several files: a,b
+    test: str = ""                           # held-out rankings; empty: --test-share of the training prompts
+    test_share: float = 0.1                  # share of the prompts held out when --test is empty
+    pairs: str = "data/reviews/pairs_test.jsonl"  # held-out human comparisons for the report; empty: none
+    sft: str = "out/tiny/sft"                # its samples get scores of mean 0 and standard deviation 1; empty: no one's
+    prompts: str = "data/reviews/prompts_label.jsonl"  # prompts for those samples
+    samples: int = 512                       # how many samples
+    response_tokens: int = 40                # longest sample
+    temperature: float = 0.7                 # of those samples
+    limit: int = 0                           # train on this many rankings only; 0: all
+    epochs: int = 1                          # passes over the rankings
+    batch_size: int = 16                     # rankings behind one optimizer step
+    lr: float = 3e-4                         # peak learning rate, linear to 0
+    warmup: float = 0.05                     # share of the steps with a rising learning rate
+    weight_decay: float = 0.1                # AdamW
+    grad_clip: float = 1.0                   # global norm of the gradient; 0: none
+    dropout: float = 0.1                     # in training only
+    log_every: int = 50                      # steps per log line
+    seed: int = 1                            # fresh head, order, dropout, split
+    device: str = "auto"                     # auto, cpu, cuda, mps
+    dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
+
+
+SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
+PRESETS = {
+    "tiny-people": {"batch_size": 32},  # the labeler and the judge, from people's ratings
+    "tiny": {},                         # the reward model, from the labeler's rankings
+    "smoke-people": SMOKE,
+    "smoke": SMOKE,
+}
+
+
+def ranking_loss(scores, mask):
+    """scores (B, K) of a prompt's responses, best first; mask (B, K) 1.0 where a response exists: a scalar.
+
+    Mean over the prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of one
+    prompt stay in one element of the batch, so a response is one forward pass and one vote, however many pairs it is in.
+    """
+    margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K), better - worse above the diagonal
+    pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)  # (B, K, K)
+    losses = (-F.logsigmoid(margins) * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)  # (B,)
+    rankings = (mask.sum(1) > 1).to(losses.dtype)  # a lone response holds no comparison
+    return (losses * rankings).sum() / rankings.sum().clamp(min=1)
+
+
+def pair_accuracy(scores, mask):
+    """Share of a batch's pairs with better > worse, a tie counted half: (hits, pairs) as tensors."""
+    margins = scores[:, :, None] - scores[:, None, :]
+    pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)
+    return (((margins > 0).float() + 0.5 * (margins == 0).float()) * pairs).sum(), pairs.sum()
+
+
+def encode_rankings(enc, rows, block_size):
+    """Each row's texts, best first, as ids of prompt, response and end of text."""
+    encoded = []
+    for row in rows:
+        prompt = encode_prompt(enc, row["prompt"], block_size // 2)
+        encoded.append([prompt + encode_response(enc, text, block_size - len(prompt)) for text in row["responses"]])
+    return encoded
+
+
+def score_rankings(model, rankings, device):
+    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first."""
+    counts = [len(texts) for texts in rankings]
+    tokens, text_mask = pad_responses([text for texts in rankings for text in texts], 0)
+    last = text_mask.sum(1).long() - 1
+    flat = model.score(tokens.to(device), None, last.to(device))  # (sum of counts,)
+    scores = torch.nn.utils.rnn.pad_sequence(flat.split(counts), batch_first=True)  # (B, K)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in counts], batch_first=True)
+    return scores, mask.to(device)
+
+
+def train(model, rankings, cfg, log, device, autocast):
+    """One optimizer step per batch of rankings, in the order that batches() gives."""
+    parameters = list(model.parameters())
+    optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
+    lengths = [max(map(len, texts)) for texts in rankings]
+    steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
+    start = time.time()
+    model.train()
+    for step, batch in enumerate(progress(order, "train")):
+        with autocast():
+            scores, mask = score_rankings(model, [rankings[i] for i in batch], device)
+        loss = ranking_loss(scores, mask)
+        loss.backward()
+        hits, pairs = pair_accuracy(scores.detach(), mask)
+        lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
+        log.add(loss=loss.item(), accuracy=hits / pairs, grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
+            print(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def normalise(model, cfg, enc, device, autocast):
+    """Set gain and bias so that samples of the SFT model have scores of mean 0 and standard deviation 1."""
+    policy = load_model(cfg.sft, device)
+    rows = read_jsonl(cfg.prompts, {"prompt": str})
+    prompts = [encode_prompt(enc, rows[i % len(rows)]["prompt"], policy.config.block_size - cfg.response_tokens)
+               for i in range(cfg.samples)]
+    random = torch.Generator(device).manual_seed(cfg.seed)
+    with autocast():
+        responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature, random=random)
+        scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
+    check(scores.std() > 0, "the reward model gives every sample the same score: nothing to normalise")
+    model.gain /= scores.std().item()
+    model.bias -= model.gain * scores.mean().item()
+
+
+# ---- the report card -----------------------------------------------------------------------------------------------
+
+
+def interval(hits, n):
+    """95 % Wilson interval of a share hits / n."""
+    z, p = 1.96, hits / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return round((centre - spread) / (1 + z * z / n), 4), round((centre + spread) / (1 + z * z / n), 4)
+
+
+def share(margins):
+    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half."""
+    hits = ((margins > 0).float() + 0.5 * (margins == 0).float()).sum().item()
+    return {"accuracy": round(hits / len(margins), 4), "interval": interval(hits, len(margins)), "pairs": len(margins)}
+
+
+def features(text, size=2**18):
+    """Words and pairs of neighbouring words, lower-cased, as hashed ids; each once. Used by the bag-of-words baseline."""
+    words = re.findall(r"\w+|[^\w\s]", text.lower())
+    return sorted({zlib.crc32(gram.encode()) % size for gram in words + [" ".join(two) for two in zip(words, words[1:])]})
+
+
+def bag_of_words(rows, l2=3e-6, steps=200):
+    """A linear reward model on words and word pairs, fitted to the same rankings by the same loss: text -> score.
+
+    l2 is the best of seven strengths on the built-in held-out pairs, which flatters the baseline a little.
+    """
+    texts = sorted({row["prompt"] + text for row in rows for text in row["responses"]})
+    index = {text: i for i, text in enumerate(texts)}
+    bags = [features(text) for text in texts]
+    flat = torch.tensor([gram for bag in bags for gram in bag])
+    offsets = torch.tensor([0] + list(itertools.accumulate(len(bag) for bag in bags))[:-1])
+    scale = torch.tensor([len(bag) for bag in bags]).clamp(min=1).rsqrt()  # long texts are not stronger texts
+    pairs = torch.tensor([[index[row["prompt"] + better], index[row["prompt"] + worse]]
+                          for row in rows for better, worse in itertools.combinations(row["responses"], 2)])
+    weight = torch.zeros(2**18, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    for _ in range(steps):
+        scores = F.embedding_bag(flat, weight, offsets, mode="sum").squeeze(1) * scale
+        loss = -F.logsigmoid(scores[pairs[:, 0]] - scores[pairs[:, 1]]).mean() + l2 * weight.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    weight = weight.detach().squeeze(1)
+    return lambda text: weight[features(text)].sum().item() / math.sqrt(max(1, len(features(text))))
+
+
+def report_card(model, enc, cfg, train_rows, autocast):
+    """Accuracy on held-out human comparisons, per sample of pairs, beside what chance, length, words and people reach.
+
+    The intervals treat the pairs as independent, though they share sentences: a little too narrow.
+    """
+    rows = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str})
+    texts = sorted({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")})
+    block, linear = model.config.block_size, bag_of_words(train_rows)
+    with autocast():
+        scores = score_many(model, [encode_prompt(enc, "", block) + encode_response(enc, text, block - 1) for text in texts])
+    score_of, words_of = dict(zip(texts, scores.tolist())), {text: linear(text) for text in texts}
+
+    def margin(judge):
+        return torch.tensor([judge(row["prompt"] + row["chosen"]) - judge(row["prompt"] + row["rejected"]) for row in rows])
+
+    margins = {"reward model": margin(score_of.get), "bag of words": margin(words_of.get),
+               "longer wins": margin(lambda text: float(len(text)))}
+    groups = {}
+    for i, row in enumerate(rows):
+        name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
+        groups.setdefault(name, []).append(i)
+        if "gap" in row and row.get("sample") == "random":
+            low = [edge for edge in (0, 0.5, 1, 2, 3) if edge <= row["gap"]][-1]
+            groups.setdefault(f"{row['domain']}, gap from {low:g}", []).append(i)
+    card = {name: {judge: share(margin[ids]) for judge, margin in margins.items()} | {"chance": 0.5}
+            for name, ids in sorted(groups.items())}
+    summary = Path(cfg.pairs).parent / "summary.json"
+    if summary.is_file():
+        for domain, samples in json.loads(summary.read_text()).get("agreement", {}).items():
+            for sample, people in samples.items():
+                if f"{domain}, {sample}" in card:
+                    card[f"{domain}, {sample}"]["people"] = people[0]  # one person against the mean of the others
+    return card
+
+
+def print_card(card):
+    """The report card as a table."""
+    print(f"\n{'held-out human comparisons':28} {'pairs':>6} {'reward model':>24} {'bag of words':>13} {'longer':>7} {'one person':>11}")
+    for name, row in card.items():
+        own, people = row["reward model"], row.get("people")
+        print(f"{name:28} {own['pairs']:6} {own['accuracy']:8.3f} ({own['interval'][0]:.3f}-{own['interval'][1]:.3f})"
+              f" {row['bag of words']['accuracy']:13.3f} {row['longer wins']['accuracy']:7.3f}"
+              f" {f'{people:.3f}' if people else '':>11}")
+
+
+def main(cfg):
+    check_positive(cfg, "lr", "epochs", "batch_size", "log_every", "samples", "response_tokens")
+    stage = Stage(cfg.out)
+    device, autocast = set_up(cfg)
+    model = load_trunk(cfg.model, device, dropout=cfg.dropout)
+    enc = load_tokenizer(cfg.model)
+    rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
+    if cfg.test:
+        test_rows = read_rankings(cfg.test)
+    else:  # split by prompt, so that no prompt is on both sides
+        prompts = sorted({row["prompt"] for row in rows})
+        order = torch.randperm(len(prompts), generator=generator(cfg.seed)).tolist()
+        held = {prompts[i] for i in order[:max(1, round(cfg.test_share * len(prompts)))]}
+        test_rows, rows = [r for r in rows if r["prompt"] in held], [r for r in rows if r["prompt"] not in held]
+        check(rows, f"{cfg.train}: one prompt only, nothing is left to train on (give --test)")
+    rows = rows[:cfg.limit or len(rows)]
+    rankings, test = (encode_rankings(enc, part, model.config.block_size) for part in (rows, test_rows))
+    print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
+
+    train(model, rankings, cfg, Log(stage.folder), device, autocast)
+    with autocast():
+        flat = score_many(model, [text for texts in test for text in texts])
+    counted = [pair_accuracy(s[None], torch.ones(1, len(s))) for s in flat.split([len(texts) for texts in test])]
+    hits, pairs = (sum(float(part[k]) for part in counted) for k in (0, 1))
+    card = {"held-out rankings": {"accuracy": round(hits / pairs, 4), "interval": interval(hits, pairs), "pairs": int(pairs)}}
+    print("accuracy on held-out rankings: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
+          .format(**card["held-out rankings"]))
+    if cfg.pairs:
+        card["human comparisons"] = report_card(model, enc, cfg, rows, autocast)
+        print_card(card["human comparisons"])
+    if cfg.sft:
+        normalise(model, cfg, enc, device, autocast)
+    write_json(stage.folder / "report_card.json", card)
+    stage.save(model, cfg, Path(cfg.model) / "vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
+    stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)
