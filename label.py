@@ -1,0 +1,279 @@
+"""Labels in two steps, because several labelers may rank the same samples. The first word chooses the step:
+
+    python label.py sample --model out/tiny/sft          K responses per prompt, drawn from the SFT model
+    python label.py rank --labeler out/tiny/labeler      order them best to worst: a reward model in people's place
+    python label.py rank --labeler me                    order them yourself, at the terminal
+    python label.py sample --help, rank --help           the flags of a step
+
+People disagree at times, so the stand-in does too. Sorting score + temperature * Gumbel noise draws a ranking from the
+Plackett-Luce model, whose pairs are Bradley-Terry: P(i above j) = sigmoid((score_i - score_j) / temperature). The data
+come with people's temperature in rating units; a unit is std(scores) / std(mean ratings) on held-out human sentences.
+Not a regression: its slope shrinks with the labeler's errors, and so would count them as people's disagreement. Noisy
+rankings now differ as people's do, around the labeler's own opinion; how good that opinion is, reward.py measures.
+
+Papers: Luce 1959, Plackett 1975 (rankings); Stiennon et al. 2020; Ouyang et al. 2022 (K responses per prompt).
+Left out on purpose: putting several people's rankings together, a page to label in.
+"""
+import hashlib
+import json
+import math
+import re
+import shlex
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import Stage, UserError, check, check_positive, generator, run, set_up
+from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
+from model import load_model, sample_many, score_many
+from reward import encode_rankings
+from terminal import HELP, append, ask, parse_order, read_answers, show, visible
+
+
+@dataclass
+class SampleConfig:
+    out: str = "out/tiny/samples"  # folder for samples.jsonl
+    model: str = "out/tiny/sft"    # language model that responds
+    prompts: str = "data/reviews/prompts_label.jsonl"  # {"prompt"}
+    prompts_limit: int = 0         # only the first so many prompts; 0: all
+    K: int = 4                     # responses per prompt
+    response_tokens: int = 40      # longest response
+    temperature: float = 0.7       # of the softmax that tokens are drawn from
+    keep_cut: bool = False         # keep responses that did not reach end of text, too
+    seed: int = 1                  # of the draws
+    device: str = "auto"           # auto, cpu, cuda, mps
+    dtype: str = "auto"            # auto, float32, bfloat16 (autocast; the weights stay float32)
+
+
+@dataclass
+class RankConfig:
+    labeler: str = "out/tiny/labeler"  # folder of a reward model, or me
+    samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
+    out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, or label-me for --labeler me
+    noise: float = 1.0                 # a reward model's noise, as a multiple of people's disagreement; 0: none
+    calibrate: str = "data/reviews/rankings_test.jsonl"  # human ratings for the noise, with summary.json beside it
+    seed: int = 1                      # of the noise
+    device: str = "auto"               # auto, cpu, cuda, mps
+    dtype: str = "auto"                # auto, float32, bfloat16 (autocast; the weights stay float32)
+
+
+PRESETS = {"tiny": {},  # of sample; the smoke model has hardly met an end of text
+           "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_cut": True}}
+
+
+# ---- sample --------------------------------------------------------------------------------------------------------
+
+
+def draw_responses(model, enc, prompts, cfg, autocast):
+    """For each prompt (text) up to K different response texts; and a Counter of what became of the draws.
+
+    reward.py reads end of text behind each response, which would be a lie behind a cut one: it is drawn again, in four
+    rounds at most, like one that is empty, no UTF-8 or the same as another.
+    """
+    room = model.config.block_size - cfg.response_tokens
+    random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
+    kept, counts = [[] for _ in prompts], Counter()
+    for _ in range(4):
+        missing = [i for i, texts in enumerate(kept) for _ in range(cfg.K - len(texts))]
+        with autocast():
+            drawn = sample_many(model, [encode_prompt(enc, prompts[i], room) for i in missing], cfg.response_tokens,
+                                enc.eot_token, temperature=cfg.temperature, random=random)
+        for i, ids in zip(missing, drawn):
+            ended = ids[-1] == enc.eot_token
+            text = enc.decode(ids[:-1] if ended else ids)
+            fate = ("cut before end of text" if not (ended or cfg.keep_cut) else "empty" if not text.strip() else
+                    "no UTF-8" if re.search("[\0\ufffd]", text) else "repeated" if text in kept[i] else "kept")
+            counts[fate] += 1
+            if fate == "kept":
+                kept[i].append(text)
+    return kept, counts
+
+
+def sample_id(prompt, responses):
+    """A short name that depends on the texts, whatever their order."""
+    return hashlib.sha256(json.dumps([prompt, sorted(responses)]).encode()).hexdigest()[:12]
+
+
+def shuffled(texts, *key):
+    """The texts in a random order that is a function of the key (integers)."""
+    return [texts[i] for i in torch.randperm(len(texts), generator=generator(*key)).tolist()]
+
+
+def sample(cfg):
+    check_positive(cfg, "response_tokens", "temperature")
+    check(cfg.K > 1 and cfg.prompts_limit >= 0, "--K must be 2 or more, and --prompts-limit 0 (all) or more")
+    prompts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})))
+    prompts = prompts[:cfg.prompts_limit or len(prompts)]
+    device, autocast = set_up(cfg)
+    model, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
+    check(cfg.response_tokens < model.config.block_size,
+          f"--response-tokens is {cfg.response_tokens}: the model's block size is {model.config.block_size}")
+    stage = Stage(cfg.out)
+    kept, counts = draw_responses(model, enc, prompts, cfg, autocast)
+    print(f"{counts.total():,} draws: " + ", ".join(f"{n:,} {fate}" for fate, n in counts.most_common()))
+    # Shuffled, because of different texts the likelier ones tend to be drawn first.
+    rows = [{"id": sample_id(prompt, texts), "prompt": prompt, "responses": shuffled(texts, cfg.seed, i)}
+            for i, (prompt, texts) in enumerate(zip(prompts, kept)) if len(texts) > 1]
+    check(rows, "no prompt has two different responses (larger --response-tokens or --keep-cut true may help)")
+    print("\n    ...".join(map(visible, [rows[0]["prompt"] + " ..."] + rows[0]["responses"])))  # look at samples
+    write_jsonl(stage.folder / "samples.jsonl", rows)
+    stage.finish(prompts=len(rows), prompts_dropped=len(prompts) - len(rows),
+                 prompts_below_K=sum(len(row["responses"]) < cfg.K for row in rows), **counts)
+
+
+# ---- rank ----------------------------------------------------------------------------------------------------------
+
+
+def noisy_order(scores, temperature, random):
+    """Indices of scores (K,) from best to worst, with Plackett-Luce noise; temperature 0: the plain order."""
+    gumbel = -torch.empty_like(scores).exponential_(generator=random).log()
+    return (scores + temperature * gumbel).argsort(descending=True, stable=True).tolist()
+
+
+def agreement(margins, temperature):
+    """Share of pairs, margins (N,) apart in score, that (a noisy and the noiseless, two noisy) rankings order alike."""
+    keep = torch.sigmoid(margins.abs() / temperature) if temperature > 0 else torch.ones(1)
+    return keep.mean().item(), (keep**2 + (1 - keep)**2).mean().item()
+
+
+def calibrated_temperature(scores, means, people):
+    """People's temperature, from rating units to score units: scores, means (N,) of the same sentences."""
+    check(scores.std() > 0 and means.std() > 0, "all scores or all ratings are the same: use --noise 0")
+    return people * (scores.std() / means.std()).item()
+
+
+def read_ratings(path):
+    """{held-out sentence: mean rating}, movie reviews only where domains are named, and the facts of summary.json."""
+    mean_of = {}
+    for row in read_jsonl(path, {"prompt": str, "responses": list}):
+        means = row.get("means")
+        check(isinstance(means, list) and len(means) == len(row["responses"])
+              and all(isinstance(mean, (int, float)) for mean in means),
+              f"{path}: means: expected one number per response (or rank with --noise 0)")
+        if row.get("domain", "movie") == "movie":  # the temperature is that of raters of movie reviews
+            mean_of.update(zip((row["prompt"] + text for text in row["responses"]), means))
+    summary = Path(path).parent / "summary.json"
+    try:
+        facts = json.loads(summary.read_text())
+        check(facts["temperature"] > 0, f"{summary}: temperature: must be above 0")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{summary}: no temperature there (python data.py writes it; or use --noise 0)") from None
+    return mean_of, facts
+
+
+def rank_by_model(samples, cfg, folder):
+    """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
+    check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
+    earlier = read_answers(folder / "rankings.jsonl")
+    check(all(row.get("labeler") != "me" for row in earlier), f"{folder} holds a person's rankings: change --out")
+    mean_of, facts = read_ratings(cfg.calibrate) if cfg.noise else ({}, {})
+    device, autocast = set_up(cfg)
+    model, enc = load_model(cfg.labeler, device, kind="reward"), load_tokenizer(cfg.labeler)
+    stage = Stage(folder)
+    human = [{"prompt": "", "responses": list(mean_of)}]
+    with autocast():
+        texts = [text for row in encode_rankings(enc, samples + human, model.config.block_size) for text in row]
+        *scores, human = score_many(model, texts).split([len(row["responses"]) for row in samples + human])
+    margins, temperature = {"these samples": torch.cat([torch.pdist(s[:, None], p=1) for s in scores])}, 0.0
+    if mean_of:
+        means = torch.tensor(list(mean_of.values()), dtype=torch.float)
+        temperature = cfg.noise * calibrated_temperature(human, means, facts["temperature"])
+        margins["held-out human sentences"] = torch.pdist(human[:2000, None], p=1)
+        print(f"{len(means):,} held-out human sentences: std of ratings {means.std():.3f}, scores {human.std():.3f}; "
+              f"temperature {facts['temperature']} in ratings, times noise {cfg.noise:g}, {temperature:.3f} in scores")
+    shares = {name: agreement(part, temperature) for name, part in margins.items()}
+    for name, (one, two) in shares.items():
+        print(f"{name}: a noisy ranking keeps {one:.3f} of the pairs in order, two noisy ones agree on {two:.3f}")
+    if mean_of and "movie" in facts.get("agreement", {}):
+        print(f"(of held-out human sentences, two people agree on {facts['agreement']['movie']['random'][1]:.3f})")
+    rows = []
+    for row, s in zip(samples, scores):  # the noise depends on the id, not on the place in the file
+        order = noisy_order(s, temperature, generator(cfg.seed, zlib.crc32(row["id"].encode())))
+        rows.append({**row, "responses": [row["responses"][i] for i in order], "labeler": cfg.labeler})
+    write_jsonl(folder / "rankings.jsonl", rows)
+    stage.finish(rankings=len(rows), temperature=round(temperature, 4), order_kept=round(shares["these samples"][0], 4))
+
+
+def rank_by_person(samples, cfg, folder):
+    """Ask for the order of one sample after another; an answer is on disk before the next question.
+
+    Tied responses must not become pairs to train on: "responses" has one of each tie, the first shown (in a random
+    order), and "ties" each tie in full, that one first. What compares nothing goes to skipped.jsonl. "number" grows
+    over both files, so that undo knows which answer came last.
+    """
+    files = {name: folder / f"{name}.jsonl" for name in ("rankings", "skipped")}
+    stored = [(name, row) for name, path in files.items() for row in read_answers(path)]
+    check(all(row.get("labeler") == "me" for _, row in stored), f"{folder} holds another labeler's work: change --out")
+    check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
+    stored.sort(key=lambda answer: answer[1].get("number", 0))
+    number = max((answer.get("number", 0) for _, answer in stored), default=0)
+    ids = {row["id"] for row in samples}
+    answers = [answer for answer in stored if answer[1]["id"] in ids]
+    if len(answers) < len(stored):
+        print(f"{folder} also holds answers to other samples ({len(stored) - len(answers)}); they stay")
+    stage, row = Stage(folder), None
+    print(HELP)
+    while True:
+        answered = {answer["id"] for _, answer in answers}
+        left = [sample for sample in samples if sample["id"] not in answered]
+        if left and left[0] is not row:
+            row = left[0]
+            shown = shuffled(row["responses"], zlib.crc32(row["id"].encode()))
+            show(f"{len(answers) + 1} of {len(samples)}", row["prompt"], shown)
+        reply = ask("> " if left else "\nall answered: u undoes the last, Enter ends > ")
+        if reply == "u" and answers:
+            name, last = answers.pop()
+            write_jsonl(files[name], [answer for answer in read_answers(files[name]) if answer["id"] != last["id"]])
+            row = None  # it is asked again
+        elif reply == "q" or not left:
+            break
+        elif reply in ("u", "?"):
+            print(HELP if reply == "?" else "there is nothing to undo")
+        else:
+            try:
+                levels = parse_order(reply, len(shown)) if reply != "s" else []
+            except ValueError as error:
+                print(f"{error}: try again, or ? for help")
+                continue
+            number += 1
+            name, answer = "skipped", {"id": row["id"], "why": "all equal" if levels else "skipped"}
+            if len(levels) > 1:  # the answer holds a comparison
+                texts = [[shown[n - 1] for n in sorted(level)] for level in levels]
+                name, answer = "rankings", {**row, "responses": [t[0] for t in texts],
+                                            "ties": [t for t in texts if len(t) > 1]}
+            answer.update(labeler="me", number=number)
+            append(files[name], answer)
+            answers.append((name, answer))
+    ranked = sum(name == "rankings" for name, _ in answers)
+    print(f"\n{ranked} ranked, {len(answers) - ranked} skipped, {len(left)} left")
+    source, out, reward = map(shlex.quote, (cfg.samples, str(folder), str(folder.parent / "reward-me")))
+    if ranked:
+        print(f"to train:  python reward.py --train {out}/rankings.jsonl --out {reward}")
+    if left:
+        print(f"to go on:  python label.py rank --labeler me --samples {source} --out {out}")
+    else:
+        stage.finish(rankings=ranked, skipped=len(answers) - ranked)
+
+
+def rank(cfg):
+    fields = {"id": str, "prompt": str, "responses": list}
+    samples = [{name: row[name] for name in fields} for row in read_jsonl(cfg.samples, fields)]
+    check(len({row["id"] for row in samples}) == len(samples), f"{cfg.samples}: id: the same one twice")
+    rank_by, folder = (rank_by_person, "label-me") if cfg.labeler == "me" else (rank_by_model, "label")
+    rank_by(samples, cfg, Path(cfg.out or f"out/tiny/{folder}"))
+
+
+if __name__ == "__main__":
+    step = sys.argv[1] if len(sys.argv) > 1 else "nothing"
+    if step in ("sample", "rank"):
+        sys.argv[:2] = [f"label.py {step}"]  # the flags that follow are the step's
+        run(*(sample, SampleConfig, PRESETS) if step == "sample" else (rank, RankConfig))
+    elif step in ("-h", "--help"):
+        print(__doc__)
+    else:
+        print(f"{__doc__}\nerror: expected sample or rank, found {step}", file=sys.stderr)
+        sys.exit(2)
