@@ -1,0 +1,323 @@
+"""PPO: the policy learns to write what the reward model scores highly, on a leash to the SFT model.
+
+    python ppo.py --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
+    python ppo.py --kl-coef 0 --kl-horizon 0             without the leash: watch the score rise and the text rot
+
+One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
+(KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
+
+Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, adaptive controller); Stiennon et al.
+2020 (separate value model). Left out on purpose: an entropy bonus, a pretraining loss, several GPUs.
+"""
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+                    save_checkpoint, set_up)
+from data import encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
+from model import entropy, load_model, sample, token_logprobs
+
+
+@dataclass
+class Config:
+    out: str = "out/tiny/ppo"           # folder for the checkpoint
+    sft: str = "out/tiny/sft"           # the policy starts here, and the reference stays here
+    reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
+    prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
+    value: str = "separate"             # separate: a model of its own, from the reward model; shared: a head on the policy
+    iterations: int = 80                # rollouts
+    episodes: int = 128                 # responses per rollout
+    epochs: int = 4                     # passes over a rollout
+    minibatches: int = 1                # optimizer steps per pass
+    microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
+    response_tokens: int = 40           # longest response
+    temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
+    lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
+    grad_clip: float = 1.0              # global norm of the gradient; 0: none
+    clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
+    value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops
+    value_coef: float = 0.1             # weight of the value loss
+    gamma: float = 1.0                  # discount
+    lam: float = 0.95                   # GAE
+    kl_coef: float = 0.15               # first price of one nat away from the SFT model, in units of score
+    kl_target: float = 6.0              # nats per response that the controller steers to
+    kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the price stays fixed
+    no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
+    whiten_rewards: bool = False        # divide the rewards by their standard deviation (found harmful on TL;DR)
+    snapshots: int = 8                  # policies kept along the way, for the evaluation
+    sample_every: int = 10              # iterations between printed samples
+    seed: int = 1                       # prompts, samples, minibatches
+    device: str = "auto"                # auto, cpu, cuda, mps
+    dtype: str = "auto"                 # auto, float32, bfloat16 (autocast; the weights stay float32)
+
+
+PRESETS = {
+    "tiny": {},
+    "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
+}
+
+
+# ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean of x (any shape) where mask is 1; 0 for an empty mask."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x, mask, shift_mean=True):
+    """x (B, R) with variance 1 over the mask (population variance), and mean 0 if shift_mean; 0 outside the mask."""
+    mean = masked_mean(x, mask)
+    var = masked_mean((x - mean) ** 2, mask)
+    white = (x - mean) * torch.rsqrt(var + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last masked token.
+
+    Ziegler et al. 2019, eq. 2: the score minus kl_coef times the log-ratio, which is spread over the tokens here.
+    """
+    place = torch.arange(1, mask.size(1) + 1, device=mask.device)
+    last = (place * mask).amax(1, keepdim=True)  # (B, 1)
+    at_last = (place == last) * mask  # (B, R), all 0 in a row without tokens
+    return -kl_coef * (logprobs - ref_logprobs) * mask + at_last * scores[:, None]
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, both (B, R).
+
+    The value after a response's last token is 0: the episode is over. Advantages are not whitened here, and the
+    returns, which the value learns, are advantages + values.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, and the share of tokens where the clip binds."""
+    ratio = torch.exp(logprobs - old_logprobs)  # (B, R)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(plain, clipped), mask)
+    return loss, masked_mean((clipped > plain).to(mask.dtype), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Half the mean of the larger of two squared errors: of the value, and of the value kept within clip of the old."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask)
+    return loss, masked_mean((clipped > plain).to(mask.dtype), mask)
+
+
+class AdaptiveKL:
+    """The controller of Ziegler et al. 2019, section 2.2: raises the KL coefficient while KL is above the target."""
+
+    def __init__(self, coef, target, horizon):
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl, episodes):
+        """kl: mean nats per response of the last rollout, which had this many episodes. Horizon 0: no change."""
+        if self.horizon:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * episodes / self.horizon
+
+
+# ---- rollout and update ----------------------------------------------------------------------------------------------
+
+
+def select(rollout, rows):
+    """Some rows of a rollout (a dict of tensors), its response columns cut to the longest response among them."""
+    part = {name: x[rows] for name, x in rollout.items()}
+    cut = part["mask"].size(1) - int(part["mask"].sum(1).max())  # columns that are padding in all of these rows
+    return {name: x[:, :x.size(1) - cut] if x.dim() == 2 else x for name, x in part.items()}
+
+
+def forward(policy, value, batch, temperature):
+    """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R).
+
+    The logits at P-1+t predict response token t, and the value there is that of the state before it.
+    """
+    tokens, pad = batch["tokens"], batch["pad"]
+    P = tokens.size(1) - batch["mask"].size(1)
+    hidden = policy.trunk(tokens[:, :-1], pad)[:, P - 1:]  # (B, R, C)
+    logits = policy.logits(hidden)
+    logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
+    if isinstance(value, nn.Linear):  # shared: a head on the policy's hidden states
+        return logits, logprobs, value(hidden).squeeze(-1).float()
+    return logits, logprobs, value(tokens[:, :-1], pad)[:, P - 1:]
+
+
+@torch.no_grad()
+def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, random):
+    """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
+
+    The rollout is a dict of tensors with one row per response, in order of response length, so that neighbouring rows
+    need little padding: tokens (B, T), pad (B,), and (B, R): mask, logprobs, ref_logprobs, values, advantages, returns.
+    """
+    device = next(policy.parameters()).device
+    tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
+    with autocast():
+        responses, lengths, sampler_logprobs = sample(policy, tokens, pad, cfg.response_tokens, end,
+                                                      cfg.temperature, random=random)
+    order = lengths.argsort(stable=True)
+    tokens, pad, lengths = torch.cat([tokens, responses], dim=1)[order], pad[order], lengths[order]
+    mask = length_mask(lengths, responses.size(1))
+    rollout = {"tokens": tokens, "pad": pad, "mask": mask, "sampler_logprobs": sampler_logprobs[order]}
+    P = tokens.size(1) - mask.size(1)
+    last = P + lengths - 1  # the last real token, end of text included, is where the reward model reads
+
+    # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
+    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    rollout.update({name: torch.zeros_like(mask) for name in names})
+    scores = torch.zeros(len(mask), device=device)
+    for start in range(0, len(mask), cfg.microbatch):
+        rows = slice(start, start + cfg.microbatch)
+        batch = select(rollout, rows)
+        with autocast():
+            logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
+            ref_logits = ref.response_logits(batch["tokens"], batch["pad"], P)
+            scores[rows] = reward.score(batch["tokens"], batch["pad"], last[rows])
+        ref_logprobs = token_logprobs(ref_logits, batch["tokens"][:, P - 1:], cfg.temperature)
+        for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
+            rollout[name][rows, :x.size(1)] = x * batch["mask"]
+
+    ended = tokens.gather(1, last[:, None]).squeeze(1) == end
+    judged = scores if math.isnan(cfg.no_end_score) else torch.where(ended, scores, cfg.no_end_score)
+    rewards = shape_rewards(judged, rollout["logprobs"], rollout["ref_logprobs"], mask, kl_coef)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
+    rollout.update(advantages=whiten(advantages, mask), returns=returns)
+
+    log_ratio = (rollout["logprobs"] - rollout["ref_logprobs"]) * mask
+    error, spread = returns - rollout["values"], returns - masked_mean(returns, mask)
+    rollout["scores"] = scores
+    return rollout, {
+        "score": scores.mean(), "score_std": scores.std(), "rewards": rewards.sum(1).mean(),
+        "kl": log_ratio.sum(1).mean(),                                          # k1: unbiased, can be negative
+        "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
+        "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
+        "end_rate": ended.float().mean(), "distinct": len(torch.unique(responses, dim=0)) / len(responses),
+        "sampler_difference": masked_mean((rollout["logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
+        "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8),
+        "tokens": mask.sum()}
+
+
+def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
+    """Epochs of clipped policy and value updates on one rollout."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for epoch in range(cfg.epochs):
+        shuffled = torch.randperm(cfg.episodes, generator=random)
+        for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
+            rows = rows.sort().values.to(rollout["mask"].device)  # by length again: which rows matters, not their order
+            counted = rollout["mask"][rows].sum()
+            parts = rows.split(cfg.microbatch)
+            for part in parts:
+                batch = select(rollout, part)
+                mask, old_logprobs = batch["mask"], batch["logprobs"]
+                with autocast():
+                    _, logprobs, values = forward(policy, value, batch, cfg.temperature)
+                pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
+                v_loss, value_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
+                # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
+                weight = mask.sum() / counted
+                ((pg_loss + cfg.value_coef * v_loss) * weight).backward()
+                with torch.no_grad():
+                    moved = (logprobs - old_logprobs) * mask
+                    if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
+                        log.add(first_ratio_error=(moved.exp() - 1).abs().max())
+                    n = len(parts) * weight  # the log takes a plain mean over microbatches; this makes it one over tokens
+                    log.add(policy_loss=pg_loss * n, value_loss=v_loss * n, clip_fraction=clip_fraction * n,
+                            value_clip_fraction=value_clip_fraction * n,
+                            approx_kl=0.5 * masked_mean(moved ** 2, mask) * n)
+            log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+
+
+def show_sample(enc, rollout, iteration):
+    """Print one response with its score and KL: looking at samples finds most faults of RLHF."""
+    i = iteration % len(rollout["mask"])
+    R = rollout["mask"].size(1)
+    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["mask"][i].sum())
+    prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
+    kl = ((rollout["logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
+    print(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}", flush=True)
+
+
+def main(cfg):
+    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens", "temperature")
+    check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
+    check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
+    check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
+          f"{cfg.minibatches} (try --episodes {cfg.episodes // cfg.minibatches * cfg.minibatches or cfg.minibatches} or "
+          f"{(cfg.episodes // cfg.minibatches + 1) * cfg.minibatches})")
+    stage = Stage(cfg.out)
+    device, autocast = set_up(cfg)
+
+    policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
+    reward = load_model(cfg.reward, device, kind="reward")
+    if cfg.value == "separate":
+        value = load_model(cfg.reward, device, kind="reward")
+    else:
+        value = nn.Linear(policy.config.width, 1).to(device)
+        nn.init.zeros_(value.weight)
+        nn.init.zeros_(value.bias)
+    enc = load_tokenizer(cfg.sft)
+    limit = policy.config.block_size - cfg.response_tokens
+    check(limit >= 2, f"--response-tokens {cfg.response_tokens} leaves no room for a prompt in block size "
+          f"{policy.config.block_size}")
+    prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill a rollout of --episodes "
+          f"{cfg.episodes}")
+    # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.
+    optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
+    controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+    sampling = torch.Generator(device).manual_seed(cfg.seed)
+    log, start, queue = Log(stage.folder), time.time(), []
+
+    for iteration in progress(range(cfg.iterations), "ppo"):
+        if len(queue) < cfg.episodes:  # a new epoch over the prompts; the few that are left over wait for the next
+            queue = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration)).tolist()
+        batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
+
+        began = time.time()
+        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast, sampling)
+        tokens = float(metrics.pop("tokens"))
+        rolled = time.time()
+        lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
+        update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
+        done = time.time()
+
+        log.add(**metrics)
+        line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef, lr=lr,
+                         rollout_tokens_per_second=round(tokens / (rolled - began)),
+                         update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
+                         seconds=round(done - start, 1))
+        controller.update(line["kl"], cfg.episodes)
+        if (iteration + 1) % cfg.sample_every == 0 or iteration == 0:
+            print("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
+                  "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
+                  "{seconds} s".format(of=cfg.iterations, **line), flush=True)
+            show_sample(enc, rollout, iteration)
+        if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
+            save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, Path(cfg.sft) / "vocab.tiktoken",
+                            iteration=iteration + 1, kl=line["kl"])
+    stage.save(policy, cfg, Path(cfg.sft) / "vocab.tiktoken", kl=line["kl"], score=line["score"])
+    stage.finish(kl=round(line["kl"], 3), score=round(line["score"], 3))
+
+
+if __name__ == "__main__":
+    run(main, Config, PRESETS)
