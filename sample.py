@@ -1,0 +1,76 @@
+"""Talk to any checkpoint.
+
+    python sample.py out/tiny/ppo                                  type prompts, one per line
+    python sample.py out/tiny/ppo "The film is" --count 5          one prompt, five samples
+    python sample.py out/tiny/sft --reward out/tiny/reward         with scores, best first (best-of-n)
+    head prompts.txt | python sample.py out/tiny/base              a prompt per line from standard input
+"""
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from common import check, check_positive, run, set_up
+from data import encode_prompt, load_tokenizer
+from model import load_model, sample_many, score_many
+from terminal import visible
+
+
+@dataclass
+class Config:
+    model: str = ""            # checkpoint folder of a language model
+    prompt: str = ""           # the text to go on from; empty: read prompts from standard input
+    reward: str = ""           # reward model that scores the samples, best first
+    count: int = 3             # samples per prompt
+    response_tokens: int = 40  # longest sample
+    temperature: float = 0.7   # divides the logits; 0: always the likeliest token
+    top_k: int = 0             # sample from the k likeliest tokens only; 0: all
+    top_p: float = 1.0         # sample from the likeliest tokens that reach this probability
+    seed: int = 1              # the same seed, the same samples
+    device: str = "auto"       # auto, cpu, cuda, mps
+    dtype: str = "auto"        # auto, float32, bfloat16 (autocast)
+
+
+@torch.no_grad()
+def respond(text, cfg, policy, reward, enc, random, autocast):
+    """Print cfg.count responses to one prompt; with a reward model the best comes first."""
+    prompt = encode_prompt(enc, text, policy.config.block_size - cfg.response_tokens)
+    with autocast():
+        responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,
+                                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        scores = score_many(reward, [prompt + ids for ids in responses]).tolist() if reward else [None] * cfg.count
+    for score, ids in sorted(zip(scores, responses), key=lambda pair: -(pair[0] or 0)):
+        ended = ids[-1] == enc.eot_token
+        shown = visible(text + enc.decode(ids[:-1] if ended else ids)) + ("" if ended else " ...")
+        print(shown if score is None else f"{score:6.2f}  {shown}", flush=True)
+
+
+def main(cfg):
+    check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
+    check_positive(cfg, "count", "response_tokens")
+    check(cfg.temperature >= 0, f"--temperature is {cfg.temperature}: it must be 0 or more")
+    check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
+    check(cfg.top_k >= 0, f"--top-k is {cfg.top_k}: it must be 0 or more")
+    device, autocast = set_up(cfg, quiet=True)
+    policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
+    check(cfg.response_tokens < policy.config.block_size,
+          f"--response-tokens {cfg.response_tokens} does not fit in block size {policy.config.block_size}")
+    reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
+    random = torch.Generator(device).manual_seed(cfg.seed)
+    if cfg.prompt:
+        respond(cfg.prompt, cfg, policy, reward, enc, random, autocast)
+        return
+    if sys.stdin.isatty():
+        print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
+    for line in sys.stdin:
+        respond(line.rstrip("\n"), cfg, policy, reward, enc, random, autocast)
+        print()
+
+
+if __name__ == "__main__":
+    words = []  # the checkpoint and the prompt may stand without a flag
+    while len(sys.argv) > 1 and not sys.argv[1].startswith("-") and len(words) < 2:
+        words.append(sys.argv.pop(1))
+    for flag, word in zip(("--model", "--prompt"), words):
+        sys.argv += [f"{flag}={word}"]
+    run(main, Config)
