@@ -1,0 +1,101 @@
+"""The whole pipeline through the real scripts, on a small data set in the real format. No network."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reviews
+from test_reviews import pack, small_source
+
+ROOT = Path(__file__).parent.parent
+
+
+def train_all(folder, preset="smoke", **variables):
+    """bash train_all.sh from another folder, with its data and output in paths that hold a space."""
+    return subprocess.run(["bash", str(ROOT / "train_all.sh"), preset], cwd=folder, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
+                                            "OUT": str(folder / "the output"), **variables})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, output) of one whole run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    data = folder / "the data"
+    data.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reviews, "SHA256", pack(data / reviews.ARCHIVE, small_source()))
+        reviews.prepare(data, vocab_size=300)
+    result = train_all(folder)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder, result.stdout
+
+
+def test_every_stage_finishes_and_logs(finished):
+    """A stage that is skipped, or that dies without stopping the script."""
+    out = finished[0] / "the output"
+    stages = ["base", "sft", "labeler", "judge", "samples", "label", "reward", "ppo", "evaluate"]
+    assert sorted(path.parent.name for path in out.glob("*/done.json")) == sorted(stages)
+    for stage in ("base", "sft", "labeler", "judge", "reward", "ppo"):
+        lines = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+        assert lines and all(value == value for line in lines for value in line.values()), f"{stage}: NaN in the log"
+
+
+def test_results_hold_what_the_report_shows(finished):
+    """A figure in the report that does not come from results.json, or a broken link to a picture."""
+    folder = finished[0] / "the output" / "evaluate"
+    results, text = json.loads((folder / "results.json").read_text()), (folder / "report.md").read_text()
+    row = results["policies"]["ppo"]
+    assert 0 <= row["win_rate_judge_interval"][0] <= row["win_rate_judge"] <= row["win_rate_judge_interval"][1] <= 1
+    assert f"{row['win_rate_judge']:.3f}" in text and f"{row['kl']:.2f}" in text
+    assert results["policies"]["sft"]["kl"] == 0
+    assert {"hardware", "date", "stages", "reward_models", "snapshots"} <= set(results)
+    for picture in ("ppo_curves.png", "ppo_kl.png", "ppo_histograms.png"):
+        assert picture in text and (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_stages_are_not_run_again(finished):
+    """A rerun that trains everything anew, or that overwrites a finished stage."""
+    out = finished[0] / "the output"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    result = train_all(finished[0])
+    assert result.returncode == 0 and result.stdout.count("finished already") == 9
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_only_the_missing_stages_run(finished):
+    """A restart after a broken stage that begins from the start."""
+    out = finished[0] / "the output"
+    (out / "evaluate" / "done.json").unlink()
+    result = train_all(finished[0])
+    assert result.returncode == 0 and result.stdout.count("finished already") == 8
+
+
+def test_unknown_preset(tmp_path):
+    """A typing error that silently runs the default preset."""
+    result = train_all(tmp_path, preset="tinny")
+    assert result.returncode == 2 and "tinny" in result.stderr
+
+
+def test_sample_with_scores(finished):
+    """sample.py that cannot read a checkpoint of the pipeline, or that does not put the best first."""
+    out = finished[0] / "the output"
+    result = subprocess.run([sys.executable, str(ROOT / "sample.py"), str(out / "ppo"), "the film", "--count", "4",
+                             "--reward", str(out / "reward"), "--response-tokens", "8"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    scores = [float(line.split()[0]) for line in result.stdout.splitlines() if "the film" in line]
+    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+
+
+def test_the_win_rate_can_be_a_gate(finished):
+    """--min-win-rate that never fails."""
+    out = finished[0] / "the output"
+    flags = [f"--{name}={out / name}" for name in ("sft", "reward", "labeler", "judge")]
+    data = finished[0] / "the data"
+    result = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--preset", "smoke", *flags, f"--policies={out / 'ppo'}",
+                             f"--prompts={data / 'prompts_eval.jsonl'}", f"--text={data / 'corpus_test.jsonl'}",
+                             f"--out={finished[0] / 'gate'}", "--min-win-rate", "1.01"], capture_output=True, text=True)
+    assert result.returncode == 1 and "below --min-win-rate" in result.stderr
