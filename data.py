@@ -144,15 +144,14 @@ def read_jsonl(path, fields):
             try:
                 row = json.loads(line, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
                 problem = _problem(row, fields)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = f"not JSON: {error} (one object per line)"
             if problem:
                 bad.append(f"{path}:{number}: {problem}")
             else:
                 rows.append(row)
     if bad:
-        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
-        raise UserError("; ".join(bad[:5]) + (more if len(bad) > 5 else ""))
+        raise UserError("; ".join(bad[:5]) + (f" (and {len(bad) - 5} more bad lines)" if len(bad) > 5 else ""))
     if not rows:
         raise UserError(f"{path}: empty (expected one JSON object per line with {', '.join(fields)})")
     return rows

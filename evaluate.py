@@ -278,7 +278,6 @@ def main(cfg):
     folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
     check(len(folders) == len(cfg.policies.split(",")) and "sft" not in folders,
           f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
-    stage = Stage(cfg.out)
     device, autocast = set_up(cfg)
     ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
     judges = {"proxy": cfg.reward, "labeler": cfg.labeler, "judge": cfg.judge}
@@ -287,6 +286,7 @@ def main(cfg):
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
     prompts = [encode_prompt(enc, text, ref.config.block_size - cfg.response_tokens) for text in texts]
     held_out = packed_rows(enc, cfg.text, 64, 0)[:256]
+    stage = Stage(cfg.out)
 
     def perplexity(model):
         loss = held_out_loss(model, held_out, enc.eot_token, device, autocast)

@@ -23,6 +23,12 @@ class GPTConfig:
     width: int = 192        # C
     dropout: float = 0.0
 
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "width"):
+            check(getattr(self, name) > 0, f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
+        check(self.width % self.n_head == 0, f"--width {self.width} is not divisible by --n-head {self.n_head}")
+        check(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be at least 0 and below 1")
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention. Unlike GPT-2, no dropout inside it: the fused kernels have none on a CPU."""
@@ -90,10 +96,9 @@ class Trunk(nn.Module):
         past = cache.length if cache is not None else 0
         check(past + T <= self.config.block_size, f"{past + T} tokens do not fit in block size {self.config.block_size}")
         place = torch.arange(past, past + T, device=tokens.device)  # (T,) index in the padded row
-        attend = None
-        if pad is None:
-            position = place
-        else:
+        position, attend = place, None
+        if pad is not None or past > 0 and T > 1:  # else the plain causal case, which needs no mask
+            pad = torch.zeros(1, dtype=torch.long, device=tokens.device) if pad is None else pad
             position = (place - pad[:, None]).clamp(min=0)  # (B, T)
             key = torch.arange(past + T, device=tokens.device)
             attend = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, past + T)

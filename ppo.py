@@ -30,21 +30,21 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
     value: str = "separate"             # separate: a model of its own, from the reward model; shared: a head on the policy
-    iterations: int = 80                # rollouts
+    iterations: int = 50                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
     minibatches: int = 1                # optimizer steps per pass
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
     response_tokens: int = 40           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
-    lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
+    lr: float = 7e-5                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
     value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops
     value_coef: float = 0.1             # weight of the value loss
     gamma: float = 1.0                  # discount
     lam: float = 0.95                   # GAE
-    kl_coef: float = 0.15               # first price of one nat away from the SFT model, in units of score
+    kl_coef: float = 0.2                # first price of one nat away from the SFT model, in units of score
     kl_target: float = 6.0              # nats per response that the controller steers to
     kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the price stays fixed
     no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
@@ -258,13 +258,13 @@ def show_sample(enc, rollout, iteration):
 
 
 def main(cfg):
-    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens", "temperature")
+    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens", "temperature",
+                   "kl_target", "snapshots", "sample_every")
     check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
     check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
           f"{cfg.minibatches} (try --episodes {cfg.episodes // cfg.minibatches * cfg.minibatches or cfg.minibatches} or "
           f"{(cfg.episodes // cfg.minibatches + 1) * cfg.minibatches})")
-    stage = Stage(cfg.out)
     device, autocast = set_up(cfg)
 
     policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
@@ -282,6 +282,7 @@ def main(cfg):
     prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill a rollout of --episodes "
           f"{cfg.episodes}")
+    stage = Stage(cfg.out)
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.
     optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)

@@ -127,12 +127,10 @@ def train(model, rankings, cfg, log, device, autocast):
 
 
 @torch.no_grad()
-def normalise(model, cfg, enc, device, autocast):
-    """Set gain and bias so that samples of the SFT model have scores of mean 0 and standard deviation 1."""
-    policy = load_model(cfg.sft, device)
-    rows = read_jsonl(cfg.prompts, {"prompt": str})
-    prompts = [encode_prompt(enc, rows[i % len(rows)]["prompt"], policy.config.block_size - cfg.response_tokens)
-               for i in range(cfg.samples)]
+def normalise(model, policy, prompts, cfg, enc, device, autocast):
+    """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
+    room = policy.config.block_size - cfg.response_tokens
+    prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], room) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
         responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature, random=random)
@@ -189,12 +187,13 @@ def bag_of_words(rows, l2=3e-6, steps=200):
     return lambda text: weight[features(text)].sum().item() / math.sqrt(max(1, len(features(text))))
 
 
-def report_card(model, enc, cfg, train_rows, autocast):
+def report_card(model, enc, rows, train_rows, agreement, autocast):
     """Accuracy on held-out human comparisons, per sample of pairs, beside what chance, length, words and people reach.
 
+    rows: {"prompt", "chosen", "rejected"}, grouped by "domain" and "sample" where they are given; train_rows: rankings,
+    for the bag of words; agreement: {domain: {sample: [one person against the others' mean, ...]}}, as data.py has it.
     The intervals treat the pairs as independent, though they share sentences: a little too narrow.
     """
-    rows = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str})
     texts = sorted({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")})
     block, linear = model.config.block_size, bag_of_words(train_rows)
     with autocast():
@@ -215,12 +214,10 @@ def report_card(model, enc, cfg, train_rows, autocast):
             groups.setdefault(f"{row['domain']}, gap from {low:g}", []).append(i)
     card = {name: {judge: share(margin[ids]) for judge, margin in margins.items()} | {"chance": 0.5}
             for name, ids in sorted(groups.items())}
-    summary = Path(cfg.pairs).parent / "summary.json"
-    if summary.is_file():
-        for domain, samples in json.loads(summary.read_text()).get("agreement", {}).items():
-            for sample, people in samples.items():
-                if f"{domain}, {sample}" in card:
-                    card[f"{domain}, {sample}"]["people"] = people[0]  # one person against the mean of the others
+    for domain, samples in agreement.items():
+        for sample, people in samples.items():
+            if f"{domain}, {sample}" in card:
+                card[f"{domain}, {sample}"]["people"] = people[0]
     return card
 
 
@@ -236,7 +233,6 @@ def print_card(card):
 
 def main(cfg):
     check_positive(cfg, "lr", "epochs", "batch_size", "log_every", "samples", "response_tokens")
-    stage = Stage(cfg.out)
     device, autocast = set_up(cfg)
     model = load_trunk(cfg.model, device, dropout=cfg.dropout)
     enc = load_tokenizer(cfg.model)
@@ -251,7 +247,13 @@ def main(cfg):
         check(rows, f"{cfg.train}: one prompt only, nothing is left to train on (give --test)")
     rows = rows[:cfg.limit or len(rows)]
     rankings, test = (encode_rankings(enc, part, model.config.block_size) for part in (rows, test_rows))
+    human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
+    summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
+    agreement = json.loads(summary.read_text())["agreement"] if human and summary.is_file() else {}
+    policy = load_model(cfg.sft, device) if cfg.sft else None
+    prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
+    stage = Stage(cfg.out)
 
     train(model, rankings, cfg, Log(stage.folder), device, autocast)
     with autocast():
@@ -261,11 +263,11 @@ def main(cfg):
     card = {"held-out rankings": {"accuracy": round(hits / pairs, 4), "interval": interval(hits, pairs), "pairs": int(pairs)}}
     print("accuracy on held-out rankings: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
           .format(**card["held-out rankings"]))
-    if cfg.pairs:
-        card["human comparisons"] = report_card(model, enc, cfg, rows, autocast)
+    if human:
+        card["human comparisons"] = report_card(model, enc, human, rows, agreement, autocast)
         print_card(card["human comparisons"])
-    if cfg.sft:
-        normalise(model, cfg, enc, device, autocast)
+    if policy:
+        normalise(model, policy, prompts, cfg, enc, device, autocast)
     write_json(stage.folder / "report_card.json", card)
     stage.save(model, cfg, Path(cfg.model) / "vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
     stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])

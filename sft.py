@@ -48,8 +48,8 @@ class Config:
 
 
 PRESETS = {
-    "tiny-base": {},
-    "tiny-sft": {"lr": 3e-4, "epochs": 2.0},
+    "tiny-base": {"batch_size": 16, "lr": 1.5e-3, "epochs": 4.0, "dropout": 0.0},
+    "tiny-sft": {"lr": 3e-4, "epochs": 2.0, "evals": 2},
     "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 40, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
 }
@@ -99,8 +99,7 @@ def held_out_loss(model, rows, pad_id, device, autocast):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals")
-    stage = Stage(cfg.out)
+    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack")
     device, autocast = set_up(cfg)
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
     enc = load_tokenizer(vocab)
@@ -113,6 +112,7 @@ def main(cfg):
         train, test = (packed_rows(enc, path, cfg.pack, cfg.seed) for path in (cfg.train, cfg.test))
     else:
         train, test = (response_rows(enc, path, model.config.block_size) for path in (cfg.train, cfg.test))
+    stage = Stage(cfg.out)
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
     lengths = [len(ids) for ids, _ in train]

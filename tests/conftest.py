@@ -1,0 +1,84 @@
+"""What the tests share: small random models, a small vocabulary, and checkpoint folders made of them."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import data
+import ppo
+from model import GPT, GPTConfig, ScalarModel
+
+torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
+
+END = 0  # end of text, and padding too, in the tests that need no text
+SENTENCES = ["the film was good and the plot was good", "a bad film with a bad plot", "the actor was funny, and sad"]
+
+
+def random_model(kind=GPT, seed=0, **config):
+    """A model in eval mode with weights so large that every token, position and head matters to its output."""
+    torch.manual_seed(seed)
+    model = kind(GPTConfig(**{"vocab_size": 11, "block_size": 32, "n_layer": 2, "n_head": 2, "width": 16, **config}))
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(std=0.3)
+        else:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    # End of text somewhat likelier, so that responses end at many lengths.
+    model.trunk.norm.bias.data.add_(2 * model.trunk.token_embedding.weight.data[END])
+    return model.eval()
+
+
+def ragged_mask(lengths, size):
+    """(B, size) with 1.0 in the first lengths[b] places, spelled out."""
+    return torch.tensor([[1.0 if t < n else 0.0 for t in range(size)] for n in lengths])
+
+
+def ppo_config(**changes):
+    """PPO's configuration on a CPU in float32, for rollouts of a few short responses."""
+    return ppo.Config(**{"device": "cpu", "dtype": "float32", "response_tokens": 8, "temperature": 0.7, "episodes": 8,
+                         "microbatch": 3, "no_end_score": float("nan"), **changes})
+
+
+def rollout_of(policy, ref, reward, value, prompts, cfg, seed=0, kl_coef=0.1):
+    """ppo.collect in float32 with end of text 0: (rollout, metrics)."""
+    autocast = common.set_up(cfg, quiet=True)[1]
+    return ppo.collect(policy, ref, reward, value, prompts, kl_coef, cfg, END, autocast,
+                       torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def four_models():
+    """policy, ref, reward and value, all different."""
+    return (random_model(seed=1), random_model(seed=2), random_model(ScalarModel, seed=3), random_model(ScalarModel, seed=4))
+
+
+@pytest.fixture
+def autocast_off():
+    return common.set_up(ppo_config(), quiet=True)[1]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    vocab = folder / "vocab.tiktoken"
+    data.save_ranks(data.train_bpe(SENTENCES * 2, 270), vocab)
+    size = data.load_tokenizer(vocab).n_vocab
+    torch.manual_seed(0)
+    for name, kind in (("sft", GPT), ("reward", ScalarModel)):
+        # Dropout in the stored configuration: PPO must switch it off.
+        model = kind(GPTConfig(size, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
+        common.save_checkpoint(folder / name, model, ppo_config(), vocab)
+    prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
+    data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]} for i, prompt in enumerate(prompts)]
+    data.write_jsonl(folder / "rankings.jsonl", rows)
+    return SimpleNamespace(vocab=vocab, sft=str(folder / "sft"), reward=str(folder / "reward"),
+                           prompts=str(folder / "prompts.jsonl"), rankings=str(folder / "rankings.jsonl"))
+
+
+def log_of(folder):
+    """The lines of a stage's log.jsonl."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,307 @@
+"""The architecture against an independent one, the sampler against the full forward pass, padding that changes nothing."""
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import model as model_module
+from common import UserError
+from conftest import END, random_model
+from data import pad_prompts
+from model import (GPT, GPTConfig, KVCache, ScalarModel, draw, entropy, load_trunk, sample, sample_many, score_many,
+                   token_logprobs)
+
+PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with end of text in the middle
+
+
+# ---- the architecture ------------------------------------------------------------------------------------------------
+
+
+def gpt2_by_hand(weights, tokens, n_layer, n_head):
+    """GPT-2 for one unpadded text, position by position and head by head: logits (T, V). Written from the papers."""
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        return x * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def linear(x, name):
+        return x @ weights[name + ".weight"].T + weights[name + ".bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+    x = torch.stack([weights["trunk.token_embedding.weight"][token] + weights["trunk.position_embedding.weight"][position]
+                     for position, token in enumerate(tokens)])
+    size = x.size(1) // n_head
+    for layer in range(n_layer):
+        name = f"trunk.blocks.{layer}."
+        q, k, v = linear(norm(x, name + "norm1"), name + "attention.qkv").chunk(3, dim=1)
+        attended = torch.zeros_like(x)
+        for head in range(n_head):
+            part = slice(head * size, (head + 1) * size)
+            for t in range(len(tokens)):
+                weight = torch.softmax(k[:t + 1, part] @ q[t, part] / math.sqrt(size), dim=0)  # nothing after t
+                attended[t, part] = weight @ v[:t + 1, part]
+        x = x + linear(attended, name + "attention.proj")
+        x = x + linear(gelu(linear(norm(x, name + "norm2"), name + "up")), name + "down")
+    return norm(x, "trunk.norm") @ weights["trunk.token_embedding.weight"].T
+
+
+def test_architecture_is_gpt2():
+    """A wrong mask, scale, norm, activation or residual, or a head that is not tied to the embedding."""
+    model = random_model(n_layer=3, n_head=4).double()
+    tokens, pad = pad_prompts(PROMPTS, END)
+    weights = model.state_dict()
+    for row, (prompt, skip) in enumerate(zip(PROMPTS, pad.tolist())):
+        expected = gpt2_by_hand(weights, prompt, 3, 4)
+        assert torch.allclose(model(torch.tensor([prompt]))[0], expected, rtol=0, atol=1e-10)
+        assert torch.allclose(model(tokens, pad)[row, skip:], expected, rtol=0, atol=1e-10)
+
+
+def test_initial_loss_and_weights():
+    """An initialisation that does not begin near the uniform distribution, or whose residual layers are too large."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, width=64, n_layer=4))
+    tokens = torch.randint(64, (16, 32))
+    assert abs(-token_logprobs(model(tokens), tokens).mean() - math.log(64)) < 0.05
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.02 / math.sqrt(8) if name.endswith(("proj.weight", "down.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+
+
+def test_scalar_head_initialisation_and_normalisation(checkpoints):
+    """A fresh head of another scale, a trunk that was not loaded, or gain and bias that only one of two paths applies."""
+    fresh, language = load_trunk(checkpoints.sft), model_module.load_model(checkpoints.sft)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
+    torch.manual_seed(0)
+    assert model_module.scalar_head(GPTConfig(width=4095, n_head=1)).weight.std().item() == pytest.approx(1 / 64, rel=0.1)
+    model, tokens = random_model(ScalarModel), torch.tensor([PROMPTS[0]])
+    before, last = model(tokens), torch.tensor([4])
+    model.gain.fill_(2.0)
+    model.bias.fill_(-3.0)
+    assert torch.allclose(model(tokens), 2 * before - 3)
+    assert torch.allclose(model.score(tokens, None, last), 2 * before[:, -1] - 3)
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", range(10))
+def test_left_padding_changes_nothing(padding):
+    """Positions counted from the padded row's start, or attention that sees the padding: logits, scores, samples move."""
+    model, scorer, prompt = random_model(), random_model(ScalarModel), PROMPTS[0]
+    plain, padded = torch.tensor([prompt]), torch.tensor([[END] * padding + prompt])
+    pad, last = torch.tensor([padding]), torch.tensor([len(prompt) - 1])
+    assert torch.allclose(model(padded, pad)[:, padding:], model(plain), rtol=0, atol=1e-5)
+    assert torch.allclose(scorer(padded, pad)[:, padding:], scorer(plain), rtol=0, atol=1e-5)
+    assert torch.allclose(scorer.score(padded, pad, last + padding), scorer.score(plain, None, last), rtol=0, atol=1e-5)
+    drawn = [sample(model, tokens, p, 12, END, random=torch.Generator().manual_seed(3))
+             for tokens, p in ((plain, None), (padded, pad))]
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.allclose(drawn[0][2], drawn[1][2], rtol=0, atol=1e-5)
+
+
+def test_padding_ids_do_not_matter():
+    """Padding found by comparing ids: what stands in the padding must not reach any real token."""
+    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS, END)
+    other = torch.where(torch.arange(tokens.size(1)) < pad[:, None], 9, tokens)
+    for row, skip in enumerate(pad.tolist()):
+        assert torch.equal(model(tokens, pad)[row, skip:], model(other, pad)[row, skip:])
+    assert torch.isfinite(model(tokens, pad)).all()  # a NaN in a padding row would spread by way of the gradient
+
+
+def test_right_padding_leaves_the_score():
+    """A score read from padding, or at "the last token that is not end of text": both texts end with end of text."""
+    scorer, texts = random_model(ScalarModel), [[END, 3, END], [END, 4, 5, 6, 7, END], [END, END]]
+    expected = torch.stack([scorer(torch.tensor([text]))[0, -1] for text in texts])
+    for extra in (0, 1, 7):
+        longest = max(map(len, texts)) + extra
+        tokens = torch.tensor([text + [END] * (longest - len(text)) for text in texts])
+        last = torch.tensor([len(text) - 1 for text in texts])
+        assert torch.allclose(scorer.score(tokens, None, last), expected, atol=1e-5)
+    assert torch.allclose(score_many(scorer, texts, batch_size=2), expected, atol=1e-5)  # and in the order of the texts
+
+
+def test_response_logits_predict_the_response():
+    """The shift by one: the logits for response token t are those after everything before it."""
+    model, P = random_model(), 3
+    tokens = torch.tensor([[END, 3, 4, 5, 6, 7]])
+    expected = torch.stack([model(tokens[:, :P + t])[0, -1] for t in range(3)])
+    assert torch.allclose(model.response_logits(tokens, None, P)[0], expected, atol=1e-5)
+
+
+def test_too_long_is_refused():
+    """An index error deep in an embedding, or positions that silently wrap, for a text beyond the block size."""
+    model = random_model(block_size=8)
+    with pytest.raises(UserError, match="9 tokens do not fit in block size 8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    prompt = torch.zeros(1, 5, dtype=torch.long)
+    assert sample(model, prompt, None, 4, end=-1)[0].shape == (1, 4)  # the last sampled token is never read again
+    with pytest.raises(UserError, match="do not fit"):
+        sample(model, prompt, None, 5, end=-1)
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_token_logprobs(dtype, temperature):
+    """A missing shift, a temperature that multiplies, or a float64 input rounded to float32."""
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 5, 7, dtype=dtype) * 3, torch.randint(7, (2, 5))
+    got = token_logprobs(logits, tokens, temperature)
+    assert got.shape == (2, 4) and got.dtype == dtype
+    for b in range(2):
+        for t in range(4):
+            powers = [math.exp(x / temperature) for x in logits[b, t].tolist()]
+            expected = math.log(powers[tokens[b, t + 1]] / sum(powers))
+            assert got[b, t].item() == pytest.approx(expected, abs=1e-12 if dtype == torch.float64 else 1e-5)
+    assert torch.equal(token_logprobs(logits[:, :-1], tokens, temperature), got)  # the last logits predict nothing
+
+
+def test_token_logprobs_of_bf16_logits_are_float32():
+    """A softmax in bfloat16, which loses the KL that PPO is about."""
+    logits = torch.randn(1, 3, 50).bfloat16()
+    assert token_logprobs(logits, torch.tensor([[1, 2, 3]])).dtype == torch.float32
+
+
+def test_entropy():
+    """A wrong sign or a forgotten temperature."""
+    logits, temperature = torch.tensor([0.3, -1.0, 2.0]), 0.7
+    p = [math.exp(x / temperature) for x in logits.tolist()]
+    expected = -sum(x / sum(p) * math.log(x / sum(p)) for x in p)
+    assert entropy(logits, temperature).item() == pytest.approx(expected, abs=1e-6)
+    assert entropy(torch.zeros(2, 8)).tolist() == pytest.approx([math.log(8)] * 2)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_cached_sampling_equals_the_full_forward(temperature):
+    """A cache that shifts positions or loses a key: the sampler's log-probabilities are those of one full pass."""
+    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 4, END)
+    responses, lengths, logprobs = sample(model, tokens, pad, 20, END, temperature,
+                                          random=torch.Generator().manual_seed(0))
+    assert len(set(lengths.tolist())) >= 3  # some rows end early
+    P = tokens.size(1)
+    full = token_logprobs(model(torch.cat([tokens, responses], dim=1), pad), torch.cat([tokens, responses], dim=1), temperature)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.allclose(full[row, P - 1:P - 1 + length], logprobs[row, :length], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
+def test_cache_takes_tokens_in_any_portions(pad):
+    """A causal mask that starts at the wrong place when several tokens follow those already in the cache."""
+    model, tokens = random_model(), torch.tensor([[END, 3, 4, 5, 6, 7], [END, END, END, 8, 9, 1]])
+    cache = KVCache(6)
+    parts = [model.trunk(part, pad, cache) for part in tokens.split([2, 3, 1], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
+
+
+def script(monkeypatch, *rows):
+    """Make the sampler draw these ids, one list per row; a row that has ended draws 9."""
+    step = iter(range(100))
+
+    def scripted(logits, *_):
+        t = next(step)
+        return torch.tensor([row[t] if t < len(row) else 9 for row in rows])
+    monkeypatch.setattr(model_module, "draw", scripted)
+
+
+def test_rows_end_where_they_end(monkeypatch):
+    """A row that goes on after its end, an immediate end counted as 0 tokens, a loop that runs on when all have ended."""
+    script(monkeypatch, [END], [4, END], [5, 6, 7, END], [8, 8, 8])
+    tokens, pad = pad_prompts(PROMPTS, END)
+    responses, lengths, logprobs = sample(random_model(), tokens, pad, 4, END)
+    assert lengths.tolist() == [1, 2, 4, 4]
+    assert responses.tolist() == [[END] * 4, [4, END, END, END], [5, 6, 7, END], [8, 8, 8, 9]]
+    assert logprobs.shape == (4, 4)
+    script(monkeypatch, [4, END], [END])
+    assert sample(random_model(), tokens[:2], pad[:2], 20, END)[0].shape == (2, 2)
+
+
+def test_sample_many_keeps_order_and_equals_one_at_a_time():
+    """Responses that return in the order of length, or that depend on which prompts share a batch."""
+    model = random_model()
+    together = sample_many(model, PROMPTS, 10, END, batch_size=3, temperature=0)
+    alone = [sample_many(model, [prompt], 10, END, temperature=0)[0] for prompt in PROMPTS]
+    assert together == alone
+    drawn = sample_many(model, PROMPTS * 8, 10, END, random=torch.Generator().manual_seed(0))
+    assert all(END not in ids[:-1] and (ids[-1] == END or len(ids) == 10) for ids in drawn)
+
+
+@pytest.mark.parametrize("top_k, top_p, expected", [
+    (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (1, 1.0, [1.0, 0, 0, 0]),
+    (3, 1.0, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (9, 1.0, [0.4, 0.3, 0.2, 0.1]),       # more than there are
+    (0, 0.35, [1.0, 0, 0, 0]),            # the first reaches the share alone
+    (0, 0.6, [4 / 7, 3 / 7, 0, 0]),       # the one that crosses the share is kept
+    (0, 0.85, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (3, 0.72, [4 / 7, 3 / 7, 0, 0]),      # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
+])
+def test_top_k_and_top_p(top_k, top_p, expected):
+    """Truncation that keeps one token too many or too few, or that is applied in the wrong order."""
+    order = [2, 0, 3, 1]  # ids are not sorted by probability
+    logits = torch.empty(4)
+    logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
+    drawn = draw(logits.expand(20_000, 4), top_k, top_p, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4)[order] / 20_000
+    assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
+    assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
+
+
+def test_sampling_follows_the_temperature():
+    """A sampler that draws at temperature 1 while it reports log-probabilities at another."""
+    model, B = random_model(), 20_000
+    prompt = torch.tensor([PROMPTS[0]])
+    drawn = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=torch.Generator().manual_seed(0))[0]
+    expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
+    assert torch.allclose(torch.bincount(drawn[:, 0], minlength=11) / B, expected, atol=0.015)
+
+
+def test_temperature_zero_is_greedy():
+    """A division by zero, or a random choice, at temperature 0."""
+    model, prompt = random_model(), torch.tensor([PROMPTS[0]])
+    first = sample(model, prompt, None, 1, END, temperature=0)[0].item()
+    assert first == model(prompt)[0, -1].argmax()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_load_model_refuses_the_wrong_kind(checkpoints, tmp_path):
+    """A reward model used as a policy, an empty folder, or a damaged file, each with a traceback."""
+    with pytest.raises(UserError, match="this is a reward checkpoint, expected lm"):
+        model_module.load_model(checkpoints.reward)
+    with pytest.raises(UserError, match="config.json is missing"):
+        model_module.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        model_module.load_model(tmp_path)
+
+
+def test_loading_runs_no_code(checkpoints, tmp_path):
+    """A checkpoint from a stranger that runs a program when it is loaded."""
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+    shutil.copytree(checkpoints.sft, tmp_path / "evil")
+    torch.save({"weight": Evil()}, tmp_path / "evil" / "model.pt")
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        model_module.load_model(tmp_path / "evil")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_loaded_model_is_the_saved_one(checkpoints):
+    """Weights that are not restored, or dropout that stays on in a model that only scores."""
+    model = model_module.load_model(checkpoints.sft, dropout=0.5)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model(tokens), model_module.load_model(checkpoints.sft)(tokens))
