@@ -109,7 +109,6 @@ def set_up(cfg, quiet=False):
         # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
         fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; no effect on a CPU
     if not quiet:
         print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "
               + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items() if value != ""), flush=True)

@@ -30,7 +30,7 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
     value: str = "separate"             # separate: a model of its own, from the reward model; shared: a head on the policy
-    iterations: int = 50                # rollouts
+    iterations: int = 40                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
     minibatches: int = 1                # optimizer steps per pass

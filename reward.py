@@ -56,8 +56,8 @@ class Config:
 
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
-    "tiny-people": {"batch_size": 32},  # the labeler and the judge, from people's ratings
-    "tiny": {},                         # the reward model, from the labeler's rankings
+    "tiny-people": {"batch_size": 32, "limit": 13000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
+    "tiny": {"epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
 }

@@ -51,7 +51,7 @@ def rollout_of(policy, ref, reward, value, prompts, cfg, seed=0, kl_coef=0.1):
 @pytest.fixture
 def four_models():
     """policy, ref, reward and value, all different."""
-    return (random_model(seed=1), random_model(seed=2), random_model(ScalarModel, seed=3), random_model(ScalarModel, seed=4))
+    return tuple(random_model(kind, seed) for seed, kind in enumerate((GPT, GPT, ScalarModel, ScalarModel), start=1))
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def checkpoints(tmp_path_factory):
         common.save_checkpoint(folder / name, model, ppo_config(), vocab)
     prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
     data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]} for i, prompt in enumerate(prompts)]
+    rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
+            for i, prompt in enumerate(prompts)]
     data.write_jsonl(folder / "rankings.jsonl", rows)
     return SimpleNamespace(vocab=vocab, sft=str(folder / "sft"), reward=str(folder / "reward"),
                            prompts=str(folder / "prompts.jsonl"), rankings=str(folder / "rankings.jsonl"))

@@ -1,4 +1,4 @@
-"""The architecture against an independent one, the sampler against the full forward pass, padding that changes nothing."""
+"""The architecture against an independent one, the sampler against the full pass, padding that changes nothing."""
 import math
 import shutil
 from pathlib import Path
@@ -31,8 +31,7 @@ def gpt2_by_hand(weights, tokens, n_layer, n_head):
     def gelu(x):
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
-    x = torch.stack([weights["trunk.token_embedding.weight"][token] + weights["trunk.position_embedding.weight"][position]
-                     for position, token in enumerate(tokens)])
+    x = weights["trunk.token_embedding.weight"][tokens] + weights["trunk.position_embedding.weight"][:len(tokens)]
     size = x.size(1) // n_head
     for layer in range(n_layer):
         name = f"trunk.blocks.{layer}."
@@ -74,11 +73,12 @@ def test_initial_loss_and_weights():
 
 
 def test_scalar_head_initialisation_and_normalisation(checkpoints):
-    """A fresh head of another scale, a trunk that was not loaded, or gain and bias that only one of two paths applies."""
+    """A fresh head of another scale, a trunk that was not loaded, or gain and bias on one of two paths only."""
     fresh, language = load_trunk(checkpoints.sft), model_module.load_model(checkpoints.sft)
     assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
     torch.manual_seed(0)
-    assert model_module.scalar_head(GPTConfig(width=4095, n_head=1)).weight.std().item() == pytest.approx(1 / 64, rel=0.1)
+    head = model_module.scalar_head(GPTConfig(width=4095, n_head=1))
+    assert head.weight.std().item() == pytest.approx(1 / 64, rel=0.1)
     model, tokens = random_model(ScalarModel), torch.tensor([PROMPTS[0]])
     before, last = model(tokens), torch.tensor([4])
     model.gain.fill_(2.0)
@@ -92,7 +92,7 @@ def test_scalar_head_initialisation_and_normalisation(checkpoints):
 
 @pytest.mark.parametrize("padding", range(10))
 def test_left_padding_changes_nothing(padding):
-    """Positions counted from the padded row's start, or attention that sees the padding: logits, scores, samples move."""
+    """Positions counted from the padded row's start, or attention that sees the padding: all outputs move."""
     model, scorer, prompt = random_model(), random_model(ScalarModel), PROMPTS[0]
     plain, padded = torch.tensor([prompt]), torch.tensor([[END] * padding + prompt])
     pad, last = torch.tensor([padding]), torch.tensor([len(prompt) - 1])
@@ -190,7 +190,8 @@ def test_cached_sampling_equals_the_full_forward(temperature):
                                           random=torch.Generator().manual_seed(0))
     assert len(set(lengths.tolist())) >= 3  # some rows end early
     P = tokens.size(1)
-    full = token_logprobs(model(torch.cat([tokens, responses], dim=1), pad), torch.cat([tokens, responses], dim=1), temperature)
+    texts = torch.cat([tokens, responses], dim=1)
+    full = token_logprobs(model(texts, pad), texts, temperature)
     for row, length in enumerate(lengths.tolist()):
         assert torch.allclose(full[row, P - 1:P - 1 + length], logprobs[row, :length], rtol=0, atol=5e-6)
 
@@ -215,7 +216,7 @@ def script(monkeypatch, *rows):
 
 
 def test_rows_end_where_they_end(monkeypatch):
-    """A row that goes on after its end, an immediate end counted as 0 tokens, a loop that runs on when all have ended."""
+    """A row that goes on after its end, an immediate end of 0 tokens, a loop that runs on when all have ended."""
     script(monkeypatch, [END], [4, END], [5, 6, 7, END], [8, 8, 8])
     tokens, pad = pad_prompts(PROMPTS, END)
     responses, lengths, logprobs = sample(random_model(), tokens, pad, 4, END)
@@ -261,7 +262,8 @@ def test_sampling_follows_the_temperature():
     """A sampler that draws at temperature 1 while it reports log-probabilities at another."""
     model, B = random_model(), 20_000
     prompt = torch.tensor([PROMPTS[0]])
-    drawn = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=torch.Generator().manual_seed(0))[0]
+    random = torch.Generator().manual_seed(0)
+    drawn = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=random)[0]
     expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
     assert torch.allclose(torch.bincount(drawn[:, 0], minlength=11) / B, expected, atol=0.015)
 

@@ -1,4 +1,4 @@
-"""PPO against slow loops, closed forms and enumeration; then whole tiny runs, which must stand still or go the right way."""
+"""PPO against slow loops, closed forms and enumeration; then tiny runs that must stand still or go the right way."""
 import copy
 import json
 import math
@@ -22,7 +22,8 @@ from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_
 ROOT = Path(__file__).parent.parent
 LENGTHS = [3, 1, 5, 0]  # a response of one token, a full row, and a row of padding only
 PROMPTS = [[END, 3, 4], [END], [END, 7, END, 2], [END, 1], [END, 5], [END, 9, 9, 9], [END, 2, 3], [END, 6]]
-FAST = {"iterations": 20, "episodes": 12, "epochs": 4, "microbatch": 12, "lr": 3e-2, "temperature": 1.0, "kl_horizon": 0.0}
+FAST = {"iterations": 20, "episodes": 12, "epochs": 4, "microbatch": 12, "lr": 3e-2, "temperature": 1.0,
+        "kl_horizon": 0.0}
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -158,8 +159,8 @@ def test_value_loss(dtype):
     assert loss.dtype == dtype
 
 
-@pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1 + 0.1 * 0.05), (600.0, 1 + 0.2 * 0.05), (0.0, 1 - 0.2 * 0.05),
-                                        (-5.0, 1 - 0.2 * 0.05)])
+@pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1 + 0.1 * 0.05), (600.0, 1 + 0.2 * 0.05),
+                                        (0.0, 1 - 0.2 * 0.05), (-5.0, 1 - 0.2 * 0.05)])
 def test_adaptive_kl(kl, factor):
     """A controller that pushes the wrong way, or an error that is not held to 20 %."""
     controller = AdaptiveKL(0.15, target=6.0, horizon=1000)
@@ -168,7 +169,7 @@ def test_adaptive_kl(kl, factor):
 
 
 def test_adaptive_kl_grows_at_most_exponentially():
-    """A horizon that counts updates in place of episodes: over N episodes the growth is at most exp(0.2 N / horizon)."""
+    """A horizon that counts updates in place of episodes: over N episodes it grows by exp(0.2 N / horizon) at most."""
     controller, fixed = AdaptiveKL(0.15, 6.0, 1000), AdaptiveKL(0.15, 6.0, 0)
     for _ in range(40):
         controller.update(1e9, episodes=100)
@@ -244,7 +245,8 @@ def test_padding_changes_no_number(four_models, monkeypatch):
 
     def padded_sample(*args, **how):
         responses, lengths, logprobs = plain_sample(*args, **how)
-        return (nn.functional.pad(responses, (0, 5), value=END), lengths, nn.functional.pad(logprobs, (0, 5), value=-50.0))
+        responses, logprobs = (nn.functional.pad(x, (0, 5), value=v) for x, v in ((responses, END), (logprobs, -50.0)))
+        return responses, lengths, logprobs
 
     def padded_prompts(prompts, pad_id):
         tokens, pad = plain_pad(prompts, pad_id)
@@ -259,12 +261,12 @@ def test_padding_changes_no_number(four_models, monkeypatch):
     for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
         assert torch.allclose(rollout[name], wide[name][:, :R], atol=1e-4), name
         assert not wide[name][:, R:].any(), name
-    losses = [[], []]
-    for name, rows, found in (("plain", rollout, losses[0]), ("wide", wide, losses[1])):
-        moved = rows["logprobs"] + 0.5 * rows["mask"]
-        found += policy_loss(moved, rows["logprobs"], rows["advantages"], rows["mask"], 0.2)
-        found += value_loss(rows["values"] + 0.5, rows["values"], rows["returns"], rows["mask"], 0.2)
-    assert [float(x) for x in losses[0]] == pytest.approx([float(x) for x in losses[1]], abs=1e-5)
+
+    def losses(rows):
+        logprobs, values, mask = rows["logprobs"] + 0.5 * rows["mask"], rows["values"] + 0.5, rows["mask"]
+        return [float(x) for x in (*policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, 0.2),
+                                   *value_loss(values, rows["values"], rows["returns"], mask, 0.2))]
+    assert losses(rollout) == pytest.approx(losses(wide), abs=1e-5)
 
 
 def test_policy_equal_to_ref_gives_no_kl(four_models):
@@ -341,7 +343,8 @@ def test_score_of_a_response_without_end(four_models, monkeypatch):
     rollout, metrics = scripted_rollout(monkeypatch, four_models, responses, no_end_score=-9.0, **advantages)
     log_ratio = ((rollout["logprobs"] - rollout["ref_logprobs"]) * rollout["mask"]).sum(1)
     judged = torch.cat([rollout["scores"][:3], torch.tensor([-9.0])])
-    assert torch.allclose(rollout["returns"][:, 0], judged - 0.1 * log_ratio, atol=1e-5)  # lambda 1: the sum of the rewards
+    # With lambda 1 the first return is the sum of all rewards.
+    assert torch.allclose(rollout["returns"][:, 0], judged - 0.1 * log_ratio, atol=1e-5)
     assert metrics["score"] == rollout["scores"].mean()
 
 
@@ -484,7 +487,7 @@ def test_learning_rate():
     linear = [common.learning_rate(step, 4, 1.0, schedule="linear") for step in range(4)]
     assert linear == pytest.approx([1, 0.75, 0.5, 0.25])  # the first at the full rate
     cosine = [common.learning_rate(step, 10, 2.0, warmup=2, floor=0.1) for step in range(11)]
-    assert cosine[:3] == pytest.approx([1, 2, 2]) and cosine[6] == pytest.approx(1.1) and cosine[10] == pytest.approx(0.2)
+    assert [cosine[step] for step in (0, 1, 2, 6, 10)] == pytest.approx([1, 2, 2, 1.1, 0.2])
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -499,7 +502,7 @@ def tiny_run(checkpoints, folder, **changes):
 
 @pytest.mark.parametrize("value", ["separate", "shared"])
 def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value):
-    """Old and new log-probabilities of different passes (dropout, padding, cache): the first ratio must be 1, the KL 0."""
+    """Old and new log-probabilities of different passes (dropout, padding, cache): ratio not 1, KL not 0."""
     lines = tiny_run(checkpoints, tmp_path, lr=0.0, value=value, minibatches=2)
     assert len(lines) == 3
     for line in lines:
@@ -511,9 +514,10 @@ def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value):
 
 def test_a_run_is_a_function_of_its_seed(checkpoints, tmp_path):
     """Randomness outside the seed: two equal runs must log the same numbers, another seed must not."""
-    first, second, other = (
-        [{k: v for k, v in line.items() if "second" not in k} for line in tiny_run(checkpoints, tmp_path / name, seed=seed)]
-        for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    def run(name, seed):
+        lines = tiny_run(checkpoints, tmp_path / name, seed=seed)
+        return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+    first, second, other = run("a", 1), run("b", 1), run("c", 2)
     assert first == second != other
 
 
@@ -522,8 +526,8 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
     lines = tiny_run(checkpoints, tmp_path, snapshots=3)
     expected = {"iteration", "episodes", "score", "kl", "kl_k3", "kl_coef", "rewards", "entropy", "length", "end_rate",
                 "distinct", "clip_fraction", "value_clip_fraction", "approx_kl", "value_loss", "explained_variance",
-                "grad_norm", "lr", "rollout_tokens_per_second", "update_tokens_per_second", "seconds", "sampler_difference",
-                "first_ratio_error", "policy_loss"}
+                "grad_norm", "lr", "rollout_tokens_per_second", "update_tokens_per_second", "seconds", "policy_loss",
+                "sampler_difference", "first_ratio_error"}
     assert expected <= set(lines[0]) and all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[1]["kl_k3"] > 0 and [line["iteration"] for line in lines] == [1, 2, 3]
     assert sorted(folder.name for folder in (tmp_path / "snapshots").iterdir()) == ["00001", "00002", "00003"]
@@ -531,11 +535,22 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
     tiny_run(checkpoints, tmp_path / "next", sft=str(tmp_path), iterations=1)
 
 
+def test_prompts_are_used_once_per_pass(checkpoints, tmp_path, monkeypatch):
+    """The same prompts in every rollout, or one prompt twice before another had its turn."""
+    seen, plain = [], ppo.pad_prompts
+    monkeypatch.setattr(ppo, "pad_prompts", lambda prompts, pad_id: seen.append(prompts) or plain(prompts, pad_id))
+    tiny_run(checkpoints, tmp_path, episodes=4, iterations=6, epochs=1)
+    first, second = (sorted(sum(part, [])) for part in (seen[:3], seen[3:]))
+    assert first == second and len(first) == 12  # 12 prompts, 4 a rollout
+    assert seen[:3] != seen[3:]  # shuffled anew
+
+
 def test_controller_and_learning_rate_in_a_run(checkpoints, tmp_path):
-    """A controller that is never told the KL, or told it before the rollout; a learning rate that does not fall to 0."""
+    """A controller that is never told the KL, or too early; a learning rate that does not fall."""
     lines = tiny_run(checkpoints, tmp_path, iterations=4, lr=1e-2, kl_coef=0.2, kl_target=0.5, kl_horizon=100.0)
     assert [line["lr"] for line in lines] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     assert lines[0]["kl_coef"] == 0.2
+    assert all(line["first_ratio_error"] <= 1e-5 for line in lines)  # at every iteration, not only the first
     for before, after in zip(lines, lines[1:]):
         controller = AdaptiveKL(before["kl_coef"], 0.5, 100)
         controller.update(before["kl"], episodes=8)
@@ -599,11 +614,12 @@ def test_kl_leash_holds(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"lr": -1.0}, "--lr"), ({"lr": math.nan}, "--lr"), ({"episodes": 0}, "--episodes"), ({"temperature": 0.0}, "--temperature"),
+    ({"lr": -1.0}, "--lr"), ({"lr": math.nan}, "--lr"), ({"episodes": 0}, "--episodes"),
+    ({"temperature": 0.0}, "--temperature"),
     ({"microbatch": 0}, "--microbatch"), ({"value": "none"}, "--value"), ({"dtype": "half"}, "--dtype"),
     ({"device": "abacus"}, "--device"), ({"episodes": 8, "minibatches": 3}, "try --episodes 6 or 9"),
     ({"episodes": 100, "minibatches": 1}, "12 prompts do not fill"), ({"response_tokens": 31}, "no room for a prompt"),
-    ({"prompts": "missing.jsonl"}, "missing.jsonl"), ({"reward": "nowhere"}, "nowhere"), ({"sft": "nowhere"}, "nowhere"),
+    ({"prompts": "nowhere"}, "nowhere"), ({"reward": "nowhere"}, "nowhere"), ({"sft": "nowhere"}, "nowhere"),
     ({"snapshots": 0}, "--snapshots"), ({"sample_every": 0}, "--sample-every"), ({"kl_target": 0.0}, "--kl-target"),
 ])
 def test_bad_flags(checkpoints, tmp_path, flags, message):
@@ -622,7 +638,8 @@ def test_a_mistyped_run_leaves_a_finished_one(checkpoints, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("wrong, message", [("missing", "no checkpoint here"), ("reward", "this is a reward checkpoint")])
+@pytest.mark.parametrize("wrong, message", [("missing", "no checkpoint here"),
+                                            ("reward", "this is a reward checkpoint")])
 def test_exit_code_and_one_line(checkpoints, tmp_path, wrong, message):
     """A traceback for a stage out of order, or a failure that the shell script takes for success."""
     sft = checkpoints.reward if wrong == "reward" else str(tmp_path / "missing")

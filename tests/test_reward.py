@@ -1,4 +1,4 @@
-"""The ranking loss against explicit pairs, batching that changes no score, normalisation, the report card's arithmetic."""
+"""The ranking loss against explicit pairs, batching that changes no score, normalisation, the report card."""
 import itertools
 import json
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-import common
 import data
 import reward
 from common import UserError
@@ -98,7 +97,8 @@ def test_interval_is_wilsons():
 def test_scores_do_not_depend_on_the_batch():
     """A score read from padding, or scores given to the wrong ranking: against one text at a time."""
     model = random_model(ScalarModel)
-    rankings = [[[END, 1, 2, END], [END, 3, END]], [[END, 4, 5, 6, 7, END], [END, 8, END], [END, END]], [[END, 9], [END, 1]]]
+    rankings = [[[END, 1, 2, END], [END, 3, END]], [[END, 4, 5, 6, 7, END], [END, 8, END], [END, END]],
+                [[END, 9], [END, 1]]]
     scores, mask = score_rankings(model, rankings, "cpu")
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
     for b, texts in enumerate(rankings):
@@ -110,16 +110,18 @@ def test_encoded_rankings_are_prompt_response_end(checkpoints):
     """A text without its end, or with the responses in another order."""
     enc = data.load_tokenizer(checkpoints.vocab)
     (texts,) = reward.encode_rankings(enc, [{"prompt": "the film", "responses": [" was good", " was bad"]}], 32)
-    assert [enc.decode(ids) for ids in texts] == [data.END + "the film was good" + data.END, data.END + "the film was bad" + data.END]
+    decoded = [enc.decode(ids) for ids in texts]
+    assert decoded == [f"{data.END}the film was {word}{data.END}" for word in ("good", "bad")]
     (texts,) = reward.encode_rankings(enc, [{"prompt": "the film " * 9, "responses": [" good" * 50, " bad"]}], 16)
     assert len(texts[0]) == 16 and texts[0][:8] == texts[1][:8]  # both fit the block, after the same prompt
 
 
 def config(checkpoints, folder, **changes):
-    return reward.Config(**{"out": str(folder), "model": checkpoints.sft, "sft": checkpoints.sft, "prompts": checkpoints.prompts,
-                            "train": checkpoints.rankings, "pairs": "", "samples": 40, "response_tokens": 8, "batch_size": 4,
-                            "epochs": 30, "lr": 1e-2, "log_every": 1, "test_share": 0.25, "device": "cpu", "dtype": "float32",
-                            **changes})
+    """The reward model's configuration on the tiny checkpoints, for a short training."""
+    return reward.Config(**{"out": str(folder), "model": checkpoints.sft, "sft": checkpoints.sft, "pairs": "",
+                            "prompts": checkpoints.prompts, "train": checkpoints.rankings, "test_share": 0.25,
+                            "samples": 40, "response_tokens": 8, "batch_size": 4, "epochs": 30, "lr": 1e-2,
+                            "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
 
 
 def test_training_learns_and_normalises(checkpoints, tmp_path, monkeypatch):
@@ -174,17 +176,16 @@ def test_bag_of_words_learns_the_word_that_decides():
     assert reward.features("a b a") == reward.features("A B a") and len(reward.features("a b a")) == 4
 
 
-def test_report_card_of_a_model_that_counts_tokens(checkpoints, tmp_path, monkeypatch):
+def test_report_card_of_a_model_that_counts_tokens(checkpoints, monkeypatch, autocast_off):
     """Scores given to the wrong text, chosen and rejected exchanged, or a text scored without its prompt."""
-    rows = [{"prompt": "x", "chosen": " yy" if i < 3 else " z", "rejected": " y" if i < 3 else " zzz", "domain": "d", "sample": "random",
-             "gap": 0.1 + i} for i in range(4)]
-    data.write_jsonl(tmp_path / "pairs.jsonl", rows)
-    monkeypatch.setattr(reward, "score_many", lambda model, texts: torch.tensor([float(len(text)) for text in texts]))
-    words = [{"prompt": "x", "responses": [" good", " bad"]}]
-    card = reward.report_card(random_model(ScalarModel), data.load_tokenizer(checkpoints.vocab),
-                              config(checkpoints, tmp_path, pairs=str(tmp_path / "pairs.jsonl")), words,
-                              common.set_up(config(checkpoints, tmp_path), quiet=True)[1])
-    assert card["d, random"]["reward model"] == card["d, random"]["longer wins"]
-    assert card["d, random"]["reward model"]["accuracy"] == 0.75 and card["d, random"]["reward model"]["pairs"] == 4
+    sides = [(" yy", " y")] * 3 + [(" z", " zzz")]
+    rows = [{"prompt": "x", "chosen": better, "rejected": worse, "domain": "film", "sample": "random", "gap": 0.1 + i}
+            for i, (better, worse) in enumerate(sides)]
+    monkeypatch.setattr(reward, "score_many", lambda model, texts: torch.tensor([float(len(ids)) for ids in texts]))
+    card = reward.report_card(random_model(ScalarModel), data.load_tokenizer(checkpoints.vocab), rows,
+                              [{"prompt": "x", "responses": [" good", " bad"]}], {"film": {"random": [0.9]}},
+                              autocast_off)
+    assert card["film, random"]["reward model"] == card["film, random"]["longer wins"]
+    assert card["film, random"]["reward model"]["accuracy"] == 0.75 and card["film, random"]["people"] == 0.9
     assert {name: row["reward model"]["accuracy"] for name, row in card.items() if "gap" in name} \
-        == {"d, gap from 0": 1, "d, gap from 1": 1, "d, gap from 2": 1, "d, gap from 3": 0}
+        == {"film, gap from 0": 1, "film, gap from 1": 1, "film, gap from 2": 1, "film, gap from 3": 0}

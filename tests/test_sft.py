@@ -40,7 +40,8 @@ def test_which_tokens_count(rows, count, autocast_off):
 def test_padded_rows_do_not_count(autocast_off):
     """A loss that depends on the longest row of the batch."""
     model, long = random_model(), ([END] + [3] * 12 + [4] * 12, 13)
-    alone, added, together = (sft.loss_sum(model, rows, END, "cpu", autocast_off).item() for rows in (ROWS, [long], ROWS + [long]))
+    alone, added, together = (sft.loss_sum(model, rows, END, "cpu", autocast_off).item()
+                              for rows in (ROWS, [long], ROWS + [long]))
     assert together == pytest.approx(alone + added, rel=1e-5)
 
 
@@ -63,7 +64,7 @@ def test_packed_rows_are_the_documents(checkpoints, tmp_path):
     enc = data.load_tokenizer(checkpoints.vocab)
     rows = [ids for ids, first in sft.packed_rows(enc, tmp_path / "texts", 16, 1) if first == 1]
     assert all(len(ids) == 17 for ids in rows)
-    assert all(first[-1] == second[0] for first, second in zip(rows, rows[1:]))  # every token but the first is predicted once
+    assert all(first[-1] == second[0] for first, second in zip(rows, rows[1:]))  # given once, predicted once
     stream = rows[0][:1] + [token for ids in rows for token in ids[1:]]
     found = enc.decode(stream).split(data.END)
     assert found[0] == "" and len(found) >= 15  # begins with end of text
@@ -88,8 +89,9 @@ def trained(checkpoints, folder, rows, **changes):
     folder.mkdir(exist_ok=True)
     data.write_jsonl(folder / "rows.jsonl", rows)
     sft.main(sft.Config(**{"out": str(folder), "train": str(folder / "rows.jsonl"), "test": str(folder / "rows.jsonl"),
-                           "vocab": str(checkpoints.vocab), "n_layer": 1, "n_head": 2, "width": 16, "block_size": 32, "pack": 16,
-                           "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu", "dtype": "float32", **changes}))
+                           "vocab": str(checkpoints.vocab), "n_layer": 1, "n_head": 2, "width": 16, "block_size": 32,
+                           "pack": 16, "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu",
+                           "dtype": "float32", **changes}))
     return log_of(folder)
 
 
@@ -143,9 +145,10 @@ def test_held_out_loss_is_without_dropout(autocast_off):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"lr": 0.0}, "--lr is 0"), ({"lr": -1.0}, "--lr is -1"), ({"lr": math.nan}, "--lr is nan"), ({"lr": math.inf}, "--lr is inf"),
+    ({"lr": 0.0}, "--lr is 0"), ({"lr": -1.0}, "--lr is -1"), ({"lr": math.nan}, "--lr is nan"),
+    ({"lr": math.inf}, "--lr is inf"),
     ({"batch_size": 0}, "--batch-size"), ({"microbatch": 0}, "--microbatch"), ({"evals": 0}, "--evals"),
-    ({"model": "nowhere"}, "nowhere"), ({"vocab": "nowhere"}, "nowhere"), ({"test": "nowhere"}, "nowhere: no such file"),
+    ({"model": "nowhere"}, "nowhere"), ({"vocab": "nowhere"}, "nowhere"), ({"test": "nowhere"}, "no such file"),
     ({"pack": 64}, "block size 32"), ({"width": 15}, "width"), ({"n_head": 0}, "n-head"), ({"pack": 0}, "--pack"),
     ({"dropout": 1.5}, "--dropout"),
 ])
