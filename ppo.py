@@ -48,7 +48,7 @@ class Config:
     kl_target: float = 6.0              # nats per response that the controller steers to
     kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the price stays fixed
     no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
-    whiten_rewards: bool = False        # divide the rewards by their standard deviation (found harmful on TL;DR)
+    whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
     snapshots: int = 8                  # policies kept along the way, for the evaluation
     sample_every: int = 10              # iterations between printed samples
     seed: int = 1                       # prompts, samples, minibatches
@@ -108,7 +108,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, and the share of tokens where the clip binds."""
-    ratio = torch.exp(logprobs - old_logprobs)  # (B, R)
+    ratio = torch.exp((logprobs - old_logprobs) * mask)  # (B, R); masked first, as padding may hold anything
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     loss = masked_mean(torch.maximum(plain, clipped), mask)
