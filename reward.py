@@ -56,7 +56,7 @@ class Config:
 
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
-    "tiny-people": {"batch_size": 32, "limit": 13000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
+    "tiny-people": {"batch_size": 32, "limit": 9000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
     "tiny": {"epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
@@ -93,12 +93,20 @@ def encode_rankings(enc, rows, block_size):
 
 
 def score_rankings(model, rankings, device):
-    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first."""
+    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first.
+
+    Texts of similar length share a forward pass, whichever ranking they are from: else half of it would be padding.
+    """
     counts = [len(texts) for texts in rankings]
-    tokens, text_mask = pad_responses([text for texts in rankings for text in texts], 0)
-    last = text_mask.sum(1).long() - 1
-    flat = model.score(tokens.to(device), None, last.to(device))  # (sum of counts,)
-    scores = torch.nn.utils.rnn.pad_sequence(flat.split(counts), batch_first=True)  # (B, K)
+    flat = [text for texts in rankings for text in texts]
+    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
+    scores = []
+    for start in range(0, len(order), 32):
+        tokens, real = pad_responses([flat[i] for i in order[start:start + 32]], 0)
+        scores.append(model.score(tokens.to(device), None, real.sum(1).long().to(device) - 1))
+    place = torch.tensor(order).argsort().to(device)  # where each text's score is now
+    scores = torch.cat(scores)[place].split(counts)
+    scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True)  # (B, K)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in counts], batch_first=True)
     return scores, mask.to(device)
 
@@ -107,9 +115,9 @@ def train(model, rankings, cfg, log, device, autocast):
     """One optimizer step per batch of rankings, in the order that batches() gives."""
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
-    lengths = [max(map(len, texts)) for texts in rankings]
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
-    order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
+    order = [batch for epoch in range(cfg.epochs)
+             for batch in batches([1] * len(rankings), cfg.batch_size, cfg.seed, epoch)]  # a plain shuffle
     start = time.time()
     model.train()
     for step, batch in enumerate(progress(order, "train")):
