@@ -99,7 +99,7 @@ def load_tokenizer(where):
     if not path.is_file():
         raise UserError(f"{path}: no tokenizer here (python data.py makes data/reviews/vocab.tiktoken)")
     ranks = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -108,6 +108,14 @@ def load_tokenizer(where):
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: not a complete vocabulary (the file is damaged; make it again)")
     return tiktoken.Encoding("plainrlhf", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
+def check_same_vocab(*folders):
+    """UserError unless these checkpoint folders have the same vocabulary: the ids of one model go into the others."""
+    first, *others = [Path(folder) / "vocab.tiktoken" for folder in folders]
+    for path in others:
+        if path.read_bytes() != first.read_bytes():
+            raise UserError(f"{path} and {first} differ: these models do not share a vocabulary")
 
 
 def save_ranks(ranks, path):
@@ -136,6 +144,8 @@ def read_jsonl(path, fields):
         raise UserError(f"{path}: no such file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start} (save it as UTF-8, uncompressed)") from None
     rows, bad = [], []

@@ -4,7 +4,7 @@
 
 Every policy answers the same prompts at the same temperature. Three reward models score the answers: the reward model
 that PPO optimised (proxy), the labeler that it was learned from (gold, in the words of Gao et al. 2022), and the judge,
-which learned from other people's ratings and was never trained on. Win rates are the judge's.
+which learned from other ratings, of other sentences, and which nothing was trained on. Win rates are the judge's.
 
 Writes results.json, report.md and figures. Papers: Stiennon et al. 2020 (win rates, over-optimisation); Gao et al. 2022
 (proxy and gold against KL); Dubois et al. 2024 (length control).
@@ -20,8 +20,8 @@ import matplotlib
 import torch
 
 from common import Stage, check, check_positive, generator, progress, run, set_up, write_atomic, write_json
-from data import encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
-from model import load_model, sample_many, score_many, token_logprobs
+from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
+from model import load_model, prompt_room, sample_many, score_many, token_logprobs
 from sft import held_out_loss, packed_rows
 
 matplotlib.use("Agg")  # files, no window
@@ -240,7 +240,7 @@ def report(results, prompts, base, answered):
         lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | {row['proxy']:.2f} | "
                      f"{row['labeler']:.2f} | {row['judge']:.2f} | {row['kl']:.2f} | {row['length']:.1f} | "
                      f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
-    lines += ["", "Perplexity: on held-out text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
+    lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
     if results["reward_models"]:
         lines += ["## Reward models on held-out human comparisons", "",
                   "| comparisons | " + " | ".join(results["reward_models"]) + " | bag of words (of the labeler's half) | longer "
@@ -253,7 +253,8 @@ def report(results, prompts, base, answered):
             people = f"{row['people']:.3f}" if "people" in row else ""
             lines.append(f"| {group} | {' | '.join(cells)} | {row['bag of words']['accuracy']:.3f} | "
                          f"{row['longer wins']['accuracy']:.3f} | {people} |")
-        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others.", ""]
+        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where neither ties (which "
+                  "flatters people: they tie on close pairs). Intervals: 95 %, jackknife over sentences.", ""]
     for name in answered:
         lines += [f"## {name}", ""]
         if (Path(results["config"]["out"]) / f"{name}_curves.png").is_file():
@@ -274,7 +275,8 @@ def report(results, prompts, base, answered):
 
 
 def main(cfg):
-    check_positive(cfg, "count", "snapshot_count", "response_tokens", "temperature", "bootstrap")
+    check_positive(cfg, "count", "snapshot_count", "response_tokens", "temperature")
+    check(cfg.bootstrap > 1, f"--bootstrap is {cfg.bootstrap}: it must be 2 or more")
     folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
     check(len(folders) == len(cfg.policies.split(",")) and "sft" not in folders,
           f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
@@ -282,10 +284,11 @@ def main(cfg):
     ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
     judges = {"proxy": cfg.reward, "labeler": cfg.labeler, "judge": cfg.judge}
     cards = {name: folder / "report_card.json" for name, folder in ((n, Path(f)) for n, f in judges.items())}
+    check_same_vocab(cfg.sft, *judges.values(), *folders.values())
     judges = {name: load_model(folder, device, kind="reward") for name, folder in judges.items()}
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
-    prompts = [encode_prompt(enc, text, ref.config.block_size - cfg.response_tokens) for text in texts]
-    held_out = packed_rows(enc, cfg.text, 64, 0)[:256]
+    prompts = [encode_prompt(enc, text, prompt_room(ref.config, cfg.response_tokens)) for text in texts]
+    held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]
     stage = Stage(cfg.out)
 
     def perplexity(model):
@@ -311,7 +314,7 @@ def main(cfg):
         if (folder / "log.jsonl").is_file() and "iteration" in read_log(folder)[0]:
             learning_curves(folder, stage.folder / f"{name}_curves.png")
         if snapshots[name]:
-            start = {"kl": 0.0, **{judge: rows["sft"][judge] for judge in judges}}
+            start = {"kl": 0.0, **{n: s[:cfg.snapshot_count].mean().item() for n, s in base["scores"].items()}}
             over_optimisation([start] + snapshots[name], stage.folder / f"{name}_kl.png")
 
     stages = {path.parent.name: json.loads(path.read_text())
@@ -319,7 +322,7 @@ def main(cfg):
     cards = {name: json.loads(path.read_text()).get("human comparisons") for name, path in cards.items() if path.is_file()}
     results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__, "prompts": len(prompts),
                "config": asdict(cfg), "policies": rows, "snapshots": snapshots,
-               "reward_models": cards if all(cards.values()) else {}, "stages": stages}
+               "reward_models": cards if len(cards) == 3 and all(cards.values()) else {}, "stages": stages}
     write_jsonl(stage.folder / "samples.jsonl",
                 [{"prompt": text, **{name: x["texts"][i] for name, x in {"sft": base, **answered}.items()},
                   "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in {"sft": base, **answered}.items()}}

@@ -29,7 +29,7 @@ import torch
 
 from common import Stage, UserError, check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
-from model import load_model, sample_many, score_many
+from model import load_model, prompt_room, sample_many, score_many
 from reward import encode_rankings
 from terminal import HELP, append, ask, parse_order, read_answers, show, visible
 
@@ -74,7 +74,7 @@ def draw_responses(model, enc, prompts, cfg, autocast):
     reward.py reads end of text behind each response, which would be a lie behind a cut one: it is drawn again, in four
     rounds at most, like one that is empty, no UTF-8 or the same as another.
     """
-    room = model.config.block_size - cfg.response_tokens
+    room = prompt_room(model.config, cfg.response_tokens)
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     kept, counts = [[] for _ in prompts], Counter()
     for _ in range(4):
@@ -110,8 +110,7 @@ def sample(cfg):
     prompts = prompts[:cfg.prompts_limit or len(prompts)]
     device, autocast = set_up(cfg)
     model, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
-    check(cfg.response_tokens < model.config.block_size,
-          f"--response-tokens is {cfg.response_tokens}: the model's block size is {model.config.block_size}")
+    prompt_room(model.config, cfg.response_tokens)
     stage = Stage(cfg.out)
     kept, counts = draw_responses(model, enc, prompts, cfg, autocast)
     print(f"{counts.total():,} draws: " + ", ".join(f"{n:,} {fate}" for fate, n in counts.most_common()))

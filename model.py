@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import check, read_checkpoint
+from common import UserError, check, read_checkpoint
 from data import pad_prompts, pad_responses
 
 
@@ -154,12 +154,22 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens, pad=None):
         """tokens (B, T), pad (B,) or None: one number per position (B, T)."""
-        return self.head(self.trunk(tokens, pad)).squeeze(-1).float() * self.gain + self.bias
+        return self.read(self.trunk(tokens, pad))
 
     def score(self, tokens, pad, last):
         """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
         hidden = self.trunk(tokens, pad)[torch.arange(len(tokens), device=tokens.device), last]  # (B, C)
-        return self.head(hidden).squeeze(-1).float() * self.gain + self.bias
+        return self.read(hidden)
+
+    def read(self, hidden):
+        """hidden (..., C): (...). Never in bf16, whose 8 bits would make different scores equal."""
+        return full_precision(self.head, hidden) * self.gain + self.bias
+
+
+def full_precision(head, hidden):
+    """A linear head with one output, outside autocast: hidden (..., C): (...)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
 
 def scalar_head(config):
@@ -295,8 +305,18 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
     state, config = read_checkpoint(folder, [kind])
     model = (GPT if kind == "lm" else ScalarModel)(GPTConfig(**{**config["model"], "dropout": dropout}))
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{folder}: model.pt does not fit config.json (a mixed folder? run its stage again)") from None
     return model.to(device).eval()
+
+
+def prompt_room(config, response_tokens):
+    """How many prompt tokens, the first end of text included, fit before a response of this length."""
+    check(config.block_size - response_tokens >= 2, f"--response-tokens {response_tokens} leaves no room for a prompt in "
+          f"block size {config.block_size}")
+    return config.block_size - response_tokens
 
 
 def load_trunk(folder, device="cpu", dropout=0.0):

@@ -1,7 +1,7 @@
 """PPO: the policy learns to write what the reward model scores highly, on a leash to the SFT model.
 
     python ppo.py --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
-    python ppo.py --kl-coef 0 --kl-horizon 0             without the leash: watch the score rise and the text rot
+    python ppo.py --kl-coef 0 --kl-horizon 0 --out out/tiny/ppo-free     no leash: the score rises, the text rots
 
 One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
 (KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
@@ -10,6 +10,7 @@ Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, 
 2020 (separate value model). Left out on purpose: an entropy bonus, a pretraining loss, several GPUs.
 """
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch import nn
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, set_up)
-from data import encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
-from model import entropy, load_model, sample, token_logprobs
+from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
+from model import entropy, full_precision, load_model, prompt_room, sample, token_logprobs
 
 
 @dataclass
@@ -67,7 +68,7 @@ PRESETS = {
 
 def masked_mean(x, mask):
     """Mean of x (any shape) where mask is 1; 0 for an empty mask."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask > 0, x, 0).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x, mask, shift_mean=True):
@@ -157,7 +158,7 @@ def forward(policy, value, batch, temperature):
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
     if isinstance(value, nn.Linear):  # shared: a head on the policy's hidden states
-        return logits, logprobs, value(hidden).squeeze(-1).float()
+        return logits, logprobs, full_precision(value, hidden)
     return logits, logprobs, value(tokens[:, :-1], pad)[:, P - 1:]
 
 
@@ -166,7 +167,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
 
     The rollout is a dict of tensors with one row per response, in order of response length, so that neighbouring rows
-    need little padding: tokens (B, T), pad (B,), and (B, R): mask, logprobs, ref_logprobs, values, advantages, returns.
+    need little padding: tokens (B, T), pad (B,), and (B, R): mask, old_logprobs, ref_logprobs, values, advantages, returns.
     """
     device = next(policy.parameters()).device
     tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
@@ -181,7 +182,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     last = P + lengths - 1  # the last real token, end of text included, is where the reward model reads
 
     # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
-    names = ("logprobs", "ref_logprobs", "values", "entropy")
+    names = ("old_logprobs", "ref_logprobs", "values", "entropy")
     rollout.update({name: torch.zeros_like(mask) for name in names})
     scores = torch.zeros(len(mask), device=device)
     for start in range(0, len(mask), cfg.microbatch):
@@ -197,13 +198,13 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
 
     ended = tokens.gather(1, last[:, None]).squeeze(1) == end
     judged = scores if math.isnan(cfg.no_end_score) else torch.where(ended, scores, cfg.no_end_score)
-    rewards = shape_rewards(judged, rollout["logprobs"], rollout["ref_logprobs"], mask, kl_coef)
+    rewards = shape_rewards(judged, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
     rollout.update(advantages=whiten(advantages, mask), returns=returns)
 
-    log_ratio = (rollout["logprobs"] - rollout["ref_logprobs"]) * mask
+    log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
     error, spread = returns - rollout["values"], returns - masked_mean(returns, mask)
     rollout["scores"] = scores
     return rollout, {
@@ -212,7 +213,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "end_rate": ended.float().mean(), "distinct": len(torch.unique(responses, dim=0)) / len(responses),
-        "sampler_difference": masked_mean((rollout["logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
+        "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
         "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8),
         "tokens": mask.sum()}
 
@@ -225,41 +226,39 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
         for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
             rows = rows.sort().values.to(rollout["mask"].device)  # by length again: which rows matters, not their order
             counted = rollout["mask"][rows].sum()
-            parts = rows.split(cfg.microbatch)
-            for part in parts:
+            for part in rows.split(cfg.microbatch):
                 batch = select(rollout, part)
-                mask, old_logprobs = batch["mask"], batch["logprobs"]
+                mask, old_logprobs = batch["mask"], batch["old_logprobs"]
                 with autocast():
                     _, logprobs, values = forward(policy, value, batch, cfg.temperature)
                 pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
                 v_loss, value_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
                 # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
-                weight = mask.sum() / counted
-                ((pg_loss + cfg.value_coef * v_loss) * weight).backward()
+                ((pg_loss + cfg.value_coef * v_loss) * mask.sum() / counted).backward()
                 with torch.no_grad():
                     moved = (logprobs - old_logprobs) * mask
                     if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
                         log.add(first_ratio_error=(moved.exp() - 1).abs().max())
-                    n = len(parts) * weight  # the log takes a plain mean over microbatches; this makes it one over tokens
-                    log.add(policy_loss=pg_loss * n, value_loss=v_loss * n, clip_fraction=clip_fraction * n,
-                            value_clip_fraction=value_clip_fraction * n,
-                            approx_kl=0.5 * masked_mean(moved ** 2, mask) * n)
+                    log.add(mask.sum(), policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
+                            value_clip_fraction=value_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
 
 
 def show_sample(enc, rollout, iteration):
     """Print one response with its score and KL: looking at samples finds most faults of RLHF."""
-    i = iteration % len(rollout["mask"])
+    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
     R = rollout["mask"].size(1)
     tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["mask"][i].sum())
     prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
-    kl = ((rollout["logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
+    kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
     print(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}", flush=True)
 
 
 def main(cfg):
     check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens", "temperature",
                    "kl_target", "snapshots", "sample_every")
+    check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
+          f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
     check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
@@ -276,13 +275,13 @@ def main(cfg):
         nn.init.zeros_(value.weight)
         nn.init.zeros_(value.bias)
     enc = load_tokenizer(cfg.sft)
-    limit = policy.config.block_size - cfg.response_tokens
-    check(limit >= 2, f"--response-tokens {cfg.response_tokens} leaves no room for a prompt in block size "
-          f"{policy.config.block_size}")
-    prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    check_same_vocab(cfg.sft, cfg.reward)
+    room = prompt_room(policy.config, cfg.response_tokens)
+    prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill a rollout of --episodes "
           f"{cfg.episodes}")
     stage = Stage(cfg.out)
+    shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.
     optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
@@ -315,9 +314,9 @@ def main(cfg):
             show_sample(enc, rollout, iteration)
         if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, Path(cfg.sft) / "vocab.tiktoken",
-                            iteration=iteration + 1, kl=line["kl"])
-    stage.save(policy, cfg, Path(cfg.sft) / "vocab.tiktoken", kl=line["kl"], score=line["score"])
-    stage.finish(kl=round(line["kl"], 3), score=round(line["score"], 3))
+                            iteration=iteration + 1)
+    stage.save(policy, cfg, Path(cfg.sft) / "vocab.tiktoken", last_rollout={"kl": line["kl"], "score": line["score"]})
+    stage.finish(last_rollout_kl=round(line["kl"], 3), last_rollout_score=round(line["score"], 3))
 
 
 if __name__ == "__main__":

@@ -190,8 +190,9 @@ def cut(text, taken, rng):
     return None
 
 
-def make_prompts(train, test, seed, dropped):
-    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %), "demos" from train texts.
+def make_prompts(train, valid, test, seed, dropped):
+    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train texts,
+    "valid" from validation texts.
 
     An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
     demonstrations may share an opening among themselves, as reviews do.
@@ -200,7 +201,7 @@ def make_prompts(train, test, seed, dropped):
     train = rng.sample(train, len(train))
     a, b = len(train) // 5, len(train) // 2
     made, taken = {}, set()
-    for name, texts in {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:]}.items():
+    for name, texts in {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid}.items():
         made[name] = []
         for text in texts:
             pair = cut(text, taken, rng)
@@ -208,7 +209,7 @@ def make_prompts(train, test, seed, dropped):
                 dropped[f"{name}: {'under 6 words' if text.count(' ') < 5 else 'every opening taken'}"] += 1
                 continue
             made[name].append(pair)
-            if name != "demos":
+            if name not in ("demos", "valid"):
                 taken.add(pair[0].casefold())
     return made
 
@@ -301,6 +302,7 @@ def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
     except OSError as error:
         raise UserError(f"{out}: cannot make this folder: {error.strerror}") from None
     source = read_archive(fetch(out, archive))
+    (out / "summary.json").unlink(missing_ok=True)  # a run that is cut short must not look finished
     sentences = [s for domain, (truth, ratings) in source.items() for s in parse(domain, truth, ratings, dropped)]
     parts = split(without_duplicates(sentences, dropped), seed)
     rng = random.Random(f"{seed} files")
@@ -312,12 +314,14 @@ def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
     train = [s for part in ("labeler", "judge") for rows in parts[part].values() for s in rows]
     test = [s for rows in parts["test"].values() for s in rows]
     train, test = rng.sample(train, len(train)), rng.sample(test, len(test))
-    for name, rows in {"train": train, "test": test}.items():
+    # 4 % of the training sentences choose checkpoints of base and SFT, so that the test part only ever examines.
+    valid, train = train[:len(train) // 25], train[len(train) // 25:]
+    for name, rows in {"train": train, "valid": valid, "test": test}.items():
         write(f"corpus_{name}.jsonl", [{"text": s.text, "domain": s.domain} for s in rows], [s.text for s in rows])
 
-    movies = [[s.text for s in rows if s.domain == "movie"] for rows in (train, test)]
+    movies = [[s.text for s in rows if s.domain == "movie"] for rows in (train, valid, test)]
     made = make_prompts(*movies, seed, dropped)
-    for name, pairs in {"train": made["demos"], "test": made["eval"]}.items():
+    for name, pairs in {"train": made["demos"], "valid": made["valid"]}.items():
         write(f"demos_{name}.jsonl", [{"prompt": p, "completion": c} for p, c in pairs], [p + c for p, c in pairs])
     for name in ("label", "ppo", "eval"):
         write(f"prompts_{name}.jsonl", [{"prompt": p} for p, _ in made[name]], [p for p, _ in made[name]])

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     set_up, write_json)
-from data import (batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl, read_rankings)
-from model import load_model, load_trunk, sample_many, score_many
+from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl, read_rankings)
+from model import load_model, load_trunk, prompt_room, sample_many, score_many
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Config:
 
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
-    "tiny-people": {"batch_size": 32, "limit": 9000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
+    "tiny-people": {"batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
     "tiny": {"epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
@@ -137,7 +137,7 @@ def train(model, rankings, cfg, log, device, autocast):
 @torch.no_grad()
 def normalise(model, policy, prompts, cfg, enc, device, autocast):
     """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
-    room = policy.config.block_size - cfg.response_tokens
+    room = prompt_room(policy.config, cfg.response_tokens)
     prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], room) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
@@ -151,17 +151,23 @@ def normalise(model, policy, prompts, cfg, enc, device, autocast):
 # ---- the report card -----------------------------------------------------------------------------------------------
 
 
-def interval(hits, n):
-    """95 % Wilson interval of a share hits / n."""
-    z, p = 1.96, hits / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return round((centre - spread) / (1 + z * z / n), 4), round((centre + spread) / (1 + z * z / n), 4)
+def share(margins, ends):
+    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half.
 
-
-def share(margins):
-    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half."""
-    hits = ((margins > 0).float() + 0.5 * (margins == 0).float()).sum().item()
-    return {"accuracy": round(hits / len(margins), 4), "interval": interval(hits, len(margins)), "pairs": len(margins)}
+    ends (N, 2): numbers of the two texts of each pair. A text is in several pairs, so these are not independent: the
+    95 % interval is from the jackknife that leaves out one text at a time with all its pairs, a little too wide.
+    """
+    hits = ((margins > 0).double() + 0.5 * (margins == 0).double())  # (N,)
+    names, ends = ends.unique(return_inverse=True)
+    of_text = torch.zeros(2, len(names), dtype=torch.double)  # hits and pairs that each text is in
+    for side in (0, 1):
+        of_text[0].index_add_(0, ends[:, side], hits)
+        of_text[1].index_add_(0, ends[:, side], torch.ones_like(hits))
+    accuracy, S = hits.mean().item(), len(names)
+    without = (hits.sum() - of_text[0]) / (len(hits) - of_text[1]).clamp(min=1)  # (S,)
+    spread = 1.96 * math.sqrt((S - 1) / S * (without - without.mean()).square().sum().item())
+    return {"accuracy": round(accuracy, 4), "pairs": len(margins),
+            "interval": [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]}
 
 
 def features(text, size=2**18):
@@ -171,7 +177,7 @@ def features(text, size=2**18):
 
 
 def bag_of_words(rows, l2=3e-6, steps=200):
-    """A linear reward model on words and word pairs, fitted to the same rankings by the same loss: text -> score.
+    """A linear reward model on words and word pairs, fitted to all pairs of the same rankings: text -> score.
 
     l2 is the best of seven strengths on the built-in held-out pairs, which flatters the baseline a little.
     """
@@ -200,19 +206,15 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
 
     rows: {"prompt", "chosen", "rejected"}, grouped by "domain" and "sample" where they are given; train_rows: rankings,
     for the bag of words; agreement: {domain: {sample: [one person against the others' mean, ...]}}, as data.py has it.
-    The intervals treat the pairs as independent, though they share sentences: a little too narrow.
     """
     texts = sorted({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")})
     block, linear = model.config.block_size, bag_of_words(train_rows)
     with autocast():
         scores = score_many(model, [encode_prompt(enc, "", block) + encode_response(enc, text, block - 1) for text in texts])
-    score_of, words_of = dict(zip(texts, scores.tolist())), {text: linear(text) for text in texts}
-
-    def margin(judge):
-        return torch.tensor([judge(row["prompt"] + row["chosen"]) - judge(row["prompt"] + row["rejected"]) for row in rows])
-
-    margins = {"reward model": margin(score_of.get), "bag of words": margin(words_of.get),
-               "longer wins": margin(lambda text: float(len(text)))}
+    by = {"reward model": scores, "bag of words": torch.tensor([linear(text) for text in texts]),
+          "longer wins": torch.tensor([float(len(text)) for text in texts])}  # scores of the texts
+    number = {text: i for i, text in enumerate(texts)}
+    ends = torch.tensor([[number[row["prompt"] + row["chosen"]], number[row["prompt"] + row["rejected"]]] for row in rows])
     groups = {}
     for i, row in enumerate(rows):
         name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
@@ -220,7 +222,7 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
         if "gap" in row and row.get("sample") == "random":
             low = [edge for edge in (0, 0.5, 1, 2, 3) if edge <= row["gap"]][-1]
             groups.setdefault(f"{row['domain']}, gap from {low:g}", []).append(i)
-    card = {name: {judge: share(margin[ids]) for judge, margin in margins.items()} | {"chance": 0.5}
+    card = {name: {scorer: share(s[ends[ids, 0]] - s[ends[ids, 1]], ends[ids]) for scorer, s in by.items()} | {"chance": 0.5}
             for name, ids in sorted(groups.items())}
     for domain, samples in agreement.items():
         for sample, people in samples.items():
@@ -240,7 +242,9 @@ def print_card(card):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "log_every", "samples", "response_tokens")
+    check_positive(cfg, "lr", "epochs", "batch_size", "log_every", "samples", "response_tokens", "temperature")
+    check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
+          "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)
     model = load_trunk(cfg.model, device, dropout=cfg.dropout)
     enc = load_tokenizer(cfg.model)
@@ -257,18 +261,23 @@ def main(cfg):
     rankings, test = (encode_rankings(enc, part, model.config.block_size) for part in (rows, test_rows))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
-    agreement = json.loads(summary.read_text())["agreement"] if human and summary.is_file() else {}
+    agreement = json.loads(summary.read_text()).get("agreement", {}) if human and summary.is_file() else {}
     policy = load_model(cfg.sft, device) if cfg.sft else None
     prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
+    if policy:
+        prompt_room(policy.config, cfg.response_tokens)
+        check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage = Stage(cfg.out)
 
     train(model, rankings, cfg, Log(stage.folder), device, autocast)
     with autocast():
-        flat = score_many(model, [text for texts in test for text in texts])
-    counted = [pair_accuracy(s[None], torch.ones(1, len(s))) for s in flat.split([len(texts) for texts in test])]
-    hits, pairs = (sum(float(part[k]) for part in counted) for k in (0, 1))
-    card = {"held-out rankings": {"accuracy": round(hits / pairs, 4), "interval": interval(hits, pairs), "pairs": int(pairs)}}
+        scores = score_many(model, [text for texts in test for text in texts])
+    number = {text: i for i, text in enumerate(dict.fromkeys(tuple(text) for texts in test for text in texts))}
+    places = torch.arange(len(scores)).split([len(texts) for texts in test])
+    pairs = torch.cat([torch.combinations(place) for place in places])  # (N, 2), the better one first
+    names = torch.tensor([number[tuple(text)] for texts in test for text in texts])
+    card = {"held-out rankings": share(scores[pairs[:, 0]] - scores[pairs[:, 1]], names[pairs])}
     print("accuracy on held-out rankings: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
           .format(**card["held-out rankings"]))
     if human:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from common import check, check_positive, run, set_up
-from data import encode_prompt, load_tokenizer
-from model import load_model, sample_many, score_many
+from data import check_same_vocab, encode_prompt, load_tokenizer
+from model import load_model, prompt_room, sample_many, score_many
 from terminal import visible
 
 
@@ -34,7 +34,7 @@ class Config:
 @torch.no_grad()
 def respond(text, cfg, policy, reward, enc, random, autocast):
     """Print cfg.count responses to one prompt; with a reward model the best comes first."""
-    prompt = encode_prompt(enc, text, policy.config.block_size - cfg.response_tokens)
+    prompt = encode_prompt(enc, text, prompt_room(policy.config, cfg.response_tokens))
     with autocast():
         responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,
                                 temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
@@ -53,9 +53,9 @@ def main(cfg):
     check(cfg.top_k >= 0, f"--top-k is {cfg.top_k}: it must be 0 or more")
     device, autocast = set_up(cfg, quiet=True)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
-    check(cfg.response_tokens < policy.config.block_size,
-          f"--response-tokens {cfg.response_tokens} does not fit in block size {policy.config.block_size}")
+    prompt_room(policy.config, cfg.response_tokens)  # said before a prompt is typed
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
+    check_same_vocab(cfg.model, cfg.reward or cfg.model)
     random = torch.Generator(device).manual_seed(cfg.seed)
     if cfg.prompt:
         respond(cfg.prompt, cfg, policy, reward, enc, random, autocast)

@@ -1,11 +1,11 @@
 r"""Supervised training: next-token prediction. Base training and fine-tuning differ only in which tokens count.
 
     python sft.py --train data/reviews/corpus_train.jsonl --out out/tiny/base           all tokens count, text packed
-    python sft.py --model out/tiny/base --train data/reviews/demos_train.jsonl --test data/reviews/demos_test.jsonl \
+    python sft.py --model out/tiny/base --train data/reviews/demos_train.jsonl --test data/reviews/demos_valid.jsonl \
         --out out/tiny/sft                                    only the response and its end of text count
 
-Papers: Radford et al. 2019 (GPT-2: packing, learning-rate schedule); Ouyang et al. 2022, section 3 (step 1 of RLHF).
-Left out on purpose: an attention border between packed documents (GPT-2 has none either) and multi-GPU training.
+Papers: Brown et al. 2020, appendix B (packing, betas, cosine schedule); Ouyang et al. 2022, section 3 (step 1 of RLHF).
+Left out on purpose: an attention border between packed documents (GPT-3 has none either) and multi-GPU training.
 """
 import math
 import time
@@ -25,7 +25,7 @@ class Config:
     out: str = "out/tiny/base"                      # folder for the checkpoint
     model: str = ""                                 # checkpoint to start from; empty: a new model of the size below
     train: str = "data/reviews/corpus_train.jsonl"  # {"text"} to train on all tokens, {"prompt", "completion"} on the response
-    test: str = "data/reviews/corpus_test.jsonl"    # the same, held out
+    test: str = "data/reviews/corpus_valid.jsonl"   # the same, held out
     vocab: str = "data/reviews/vocab.tiktoken"      # tokenizer of a new model
     n_layer: int = 4                                # blocks of a new model
     n_head: int = 4                                 # attention heads of a new model
@@ -107,6 +107,8 @@ def main(cfg):
         model = load_model(cfg.model, device, dropout=cfg.dropout)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
+    check(cfg.pack <= model.config.block_size, f"--pack {cfg.pack} is more than block size {model.config.block_size}")
+    check(cfg.max_steps >= 0 and 0 <= cfg.warmup < 1, "--max-steps must be 0 or more, --warmup from 0 to below 1")
     packed = "text" in read_jsonl(cfg.train, {})[0]
     if packed:
         train, test = (packed_rows(enc, path, cfg.pack, cfg.seed) for path in (cfg.train, cfg.test))

@@ -103,7 +103,7 @@ def test_cut_empty_and_repeated_responses_are_drawn_again_and_counted(folder, tm
 def test_prompts_limit_and_sampling_errors(folder, tmp_path):
     assert len(sampled(folder, tmp_path / "a", prompts_limit=2)) == 2
     for flags, message in [({"K": 1}, "--K must be 2"), ({"temperature": 0.0}, "--temperature"),
-                           ({"response_tokens": 48}, "block size is 48"), ({"prompts_limit": -1}, "--prompts-limit"),
+                           ({"response_tokens": 48}, "block size 48"), ({"prompts_limit": -1}, "--prompts-limit"),
                            ({"model": str(folder / "reward")}, "expected lm"), ({"prompts": "x"}, "no such file")]:
         with pytest.raises(UserError, match=message):
             sampled(folder, tmp_path / "b", **flags)

@@ -209,7 +209,7 @@ def test_rollout_against_one_response_at_a_time(four_models):
         rewards[-1] += score
         delta = [rewards[t] + 0.98 * (values + [0.0])[t + 1] - values[t] for t in range(length)]
         advantages = [sum((0.98 * 0.9) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
-        expected = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropies,
+        expected = {"old_logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropies,
                     "returns": [a + v for a, v in zip(advantages, values)]}
         for name, numbers in expected.items():
             assert rollout[name][row, :length].tolist() == pytest.approx(numbers, abs=1e-4), name
@@ -223,7 +223,7 @@ def test_rollout_against_one_response_at_a_time(four_models):
     white = (flat - flat.mean()) / flat.std(unbiased=False)
     assert real(rollout["advantages"], lengths) == pytest.approx(white.tolist(), abs=1e-3)
 
-    log_ratio = [a - b for a, b in zip(seen["logprobs"], seen["ref_logprobs"])]
+    log_ratio = [a - b for a, b in zip(seen["old_logprobs"], seen["ref_logprobs"])]
     error = [a - b for a, b in zip(seen["returns"], seen["values"])]
     returns, sampled = torch.tensor(seen["returns"]), rollout["tokens"][:, -R:]
     expected = {"score": rollout["scores"].mean(), "score_std": rollout["scores"].std(), "rewards": sum(rewards_of) / 8,
@@ -258,13 +258,13 @@ def test_padding_changes_no_number(four_models, monkeypatch):
     assert wide["mask"].size(1) == R + 5 and wide["tokens"].size(1) == rollout["tokens"].size(1) + 9
     for name in metrics:
         assert float(metrics[name]) == pytest.approx(float(wide_metrics[name]), abs=1e-5), name
-    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+    for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
         assert torch.allclose(rollout[name], wide[name][:, :R], atol=1e-4), name
         assert not wide[name][:, R:].any(), name
 
     def losses(rows):
-        logprobs, values, mask = rows["logprobs"] + 0.5 * rows["mask"], rows["values"] + 0.5, rows["mask"]
-        return [float(x) for x in (*policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, 0.2),
+        logprobs, values, mask = rows["old_logprobs"] + 0.5 * rows["mask"], rows["values"] + 0.5, rows["mask"]
+        return [float(x) for x in (*policy_loss(logprobs, rows["old_logprobs"], rows["advantages"], mask, 0.2),
                                    *value_loss(values, rows["values"], rows["returns"], mask, 0.2))]
     assert losses(rollout) == pytest.approx(losses(wide), abs=1e-5)
 
@@ -273,7 +273,7 @@ def test_policy_equal_to_ref_gives_no_kl(four_models):
     """Policy and reference read at different positions, temperatures or masks: the KL must be 0 to the bit."""
     policy, _, reward, value = four_models
     rollout, metrics = rollout_of(policy, copy.deepcopy(policy), reward, value, PROMPTS, ppo_config())
-    assert torch.equal(rollout["logprobs"], rollout["ref_logprobs"])
+    assert torch.equal(rollout["old_logprobs"], rollout["ref_logprobs"])
     assert metrics["kl"] == 0 and metrics["kl_k3"] == 0
     assert metrics["sampler_difference"] <= 5e-6
 
@@ -341,7 +341,7 @@ def test_score_of_a_response_without_end(four_models, monkeypatch):
     """The end-of-text rule applied to the wrong rows, or to the score that is logged."""
     responses, advantages = [[END], [4, END], [5, 6, 7, END], [8, 8, 8, 8]], dict(lam=1.0, gamma=1.0)
     rollout, metrics = scripted_rollout(monkeypatch, four_models, responses, no_end_score=-9.0, **advantages)
-    log_ratio = ((rollout["logprobs"] - rollout["ref_logprobs"]) * rollout["mask"]).sum(1)
+    log_ratio = ((rollout["old_logprobs"] - rollout["ref_logprobs"]) * rollout["mask"]).sum(1)
     judged = torch.cat([rollout["scores"][:3], torch.tensor([-9.0])])
     # With lambda 1 the first return is the sum of all rewards.
     assert torch.allclose(rollout["returns"][:, 0], judged - 0.1 * log_ratio, atol=1e-5)
@@ -353,7 +353,7 @@ def test_whitened_rewards_are_masked_again(four_models):
     rollout, _ = rollout_of(*four_models, PROMPTS, ppo_config(whiten_rewards=True, lam=1.0, gamma=1.0))
     mask = rollout["mask"]
     assert 0 < mask.mean() < 1 and not (rollout["returns"] * (1 - mask)).any()
-    rewards = shape_rewards(rollout["scores"], rollout["logprobs"], rollout["ref_logprobs"], mask, 0.1)
+    rewards = shape_rewards(rollout["scores"], rollout["old_logprobs"], rollout["ref_logprobs"], mask, 0.1)
     flat = rewards[mask == 1]
     scaled = (rewards - flat.mean()) / flat.std(unbiased=False) + flat.mean()  # the mean stays
     assert torch.allclose(rollout["returns"][:, 0], (scaled * mask).sum(1), atol=1e-4)
@@ -433,9 +433,9 @@ def test_metrics_are_those_of_all_minibatches(four_models):
     rollout, _ = rollout_of(policy, ref, reward, value, PROMPTS, cfg)
 
     class Spy(Collected):
-        def add(self, **metrics):
+        def add(self, weight=1.0, **metrics):
             seen.extend([float(metrics["grad_norm"])] if "grad_norm" in metrics else [])
-            super().add(**metrics)
+            super().add(weight, **metrics)
     log, policy = Spy(), copy.deepcopy(policy)
     optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=1.0)
     ppo.update(policy, copy.deepcopy(value), optimizer, rollout, 1e-2, cfg, common.set_up(cfg, quiet=True)[1], log,
@@ -531,7 +531,7 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
     assert expected <= set(lines[0]) and all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[1]["kl_k3"] > 0 and [line["iteration"] for line in lines] == [1, 2, 3]
     assert sorted(folder.name for folder in (tmp_path / "snapshots").iterdir()) == ["00001", "00002", "00003"]
-    assert json.loads((tmp_path / "done.json").read_text())["kl"] == pytest.approx(lines[-1]["kl"], abs=1e-3)
+    assert json.loads((tmp_path / "done.json").read_text())["last_rollout_kl"] == pytest.approx(lines[-1]["kl"], abs=1e-3)
     tiny_run(checkpoints, tmp_path / "next", sft=str(tmp_path), iterations=1)
 
 
@@ -568,7 +568,7 @@ def test_difference_between_sampler_and_training_is_logged(four_models, monkeypa
     monkeypatch.setattr(ppo, "sample", drifting)
     drifted, metrics = rollout_of(*four_models, PROMPTS, ppo_config())
     assert metrics["sampler_difference"] == pytest.approx(0.25, abs=1e-5)
-    assert torch.equal(exact["logprobs"], drifted["logprobs"])  # those that PPO uses come from the training pass
+    assert torch.equal(exact["old_logprobs"], drifted["old_logprobs"])  # those that PPO uses come from the training pass
 
 
 def test_bf16_run(checkpoints, tmp_path):

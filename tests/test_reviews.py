@@ -198,7 +198,7 @@ def test_prompts_are_disjoint_even_when_reviews_begin_alike():
     rng = random.Random(3)
     texts = [" ".join(rng.choices("aAbc", k=10)) for _ in range(300)]
     dropped = Counter()
-    made = reviews.make_prompts(texts[:250], texts[250:], 1, dropped)
+    made = reviews.make_prompts(texts[:250], [], texts[250:], 1, dropped)
     prompts = {name: [p.casefold() for p, _ in pairs] for name, pairs in made.items()}
     assert not any(set(prompts[a]) & set(prompts[b]) for a, b in itertools.combinations(prompts, 2))
     for name in ("eval", "label", "ppo"):
@@ -207,8 +207,9 @@ def test_prompts_are_disjoint_even_when_reviews_begin_alike():
     assert sum(map(len, made.values())) + sum(dropped.values()) == 300
     assert {p + c for p, c in made["eval"]} <= set(texts[250:])
     assert len(set(prompts["demos"])) < len(prompts["demos"])  # among themselves they may
-    made = reviews.make_prompts(texts[:1] * 10, texts[:1] * 6 + ["too short"], 1, dropped := Counter())
-    assert {name: len(pairs) for name, pairs in made.items()} == {"eval": 5, "label": 0, "ppo": 0, "demos": 0}
+    made = reviews.make_prompts(texts[:1] * 10, [], texts[:1] * 6 + ["too short"], 1, dropped := Counter())
+    assert {name: len(pairs) for name, pairs in made.items()} == {"eval": 5, "label": 0, "ppo": 0, "demos": 0,
+                                                                   "valid": 0}
     assert +dropped == {"eval: under 6 words": 1, "eval: every opening taken": 1, "label: every opening taken": 2,
                         "ppo: every opening taken": 3, "demos: every opening taken": 5}
 
@@ -387,14 +388,15 @@ def test_missing_archive_and_unusable_folder(tmp_path):
 
 def test_no_text_of_the_test_part_is_used_for_training(prepared):
     """Stops: a sentence in two parts, rankings of one half in the other, a vocabulary that has seen the test part."""
-    train, test = ({row["text"] for row in rows_of(prepared, f"corpus_{part}")} for part in ("train", "test"))
-    assert not train & test and len(train) + len(test) == 300 + 100 + 100 + 50
+    train, valid, test = ({row["text"] for row in rows_of(prepared, f"corpus_{p}")} for p in ("train", "valid", "test"))
+    assert not train & test and not valid & (train | test) and valid
+    assert len(train) + len(valid) + len(test) == 300 + 100 + 100 + 50
     texts = {part: {t for kind in ("rankings", "raters") for row in rows_of(prepared, f"{kind}_{part}")
                     for t in row["responses"]} for part in ("labeler", "judge", "test")}
-    assert not texts["labeler"] & texts["judge"] and texts["labeler"] | texts["judge"] <= train
+    assert not texts["labeler"] & texts["judge"] and texts["labeler"] | texts["judge"] <= train | valid
     assert texts["test"] <= test
     assert {row[side] for row in rows_of(prepared, "pairs_test") for side in ("chosen", "rejected")} <= test
-    for part, corpus in (("train", train), ("test", test)):
+    for part, corpus in (("train", train), ("valid", valid)):
         assert {row["prompt"] + row["completion"] for row in rows_of(prepared, f"demos_{part}")} <= corpus
 
 
@@ -412,8 +414,8 @@ def test_prompts_of_the_files_are_disjoint(prepared):
     prompts = {name: {row["prompt"].casefold() for row in rows_of(prepared, name)} for name in names}
     assert all(prompts.values())
     assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(names, 2))
-    eval_prompts = [row["prompt"] for row in rows_of(prepared, "prompts_eval")]
-    assert eval_prompts == [row["prompt"] for row in rows_of(prepared, "demos_test")]
+    valid = {row["prompt"].casefold() for row in rows_of(prepared, "demos_valid")}
+    assert not valid & (prompts["prompts_label"] | prompts["prompts_ppo"] | prompts["prompts_eval"])
 
 
 def test_files_pass_the_project_reader_and_the_summary_counts_them(prepared):
@@ -423,7 +425,7 @@ def test_files_pass_the_project_reader_and_the_summary_counts_them(prepared):
               "pairs": {"prompt": str, "chosen": str, "rejected": str, "gap": float, "same_sign": bool, "sample": str}}
     ranked = {"prompt": str, "responses": list, "means": list, "domain": str}
     files = sorted(path.name for path in out.glob("*.jsonl"))
-    assert files == sorted(summary["files"]) and len(files) == 14
+    assert files == sorted(summary["files"]) and len(files) == 15
     for name in files:
         rows = read_jsonl(out / name, {k: v for k, v in fields.get(name.split("_")[0], ranked).items() if k != "means"})
         assert summary["files"][name]["rows"] == len(rows)

@@ -11,7 +11,7 @@ import reward
 from common import UserError
 from conftest import END, ragged_mask, random_model
 from model import ScalarModel, load_model, sample_many, score_many
-from reward import interval, normalise, pair_accuracy, ranking_loss, score_rankings, share
+from reward import normalise, pair_accuracy, ranking_loss, score_rankings, share
 
 LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,13 +85,25 @@ def test_pair_accuracy_counts_pairs_and_half_of_ties():
     scores = torch.tensor([[3.0, 2.0, 2.0], [1.0, 5.0, 99.0], [7.0, 99.0, 99.0]])
     hits, pairs = pair_accuracy(scores, ragged_mask([3, 2, 1], 3))
     assert (hits.item(), pairs.item()) == (2.5, 4)
-    assert share(torch.tensor([1.0, -1.0, 0.0, 2.0]))["accuracy"] == 2.5 / 4
+    assert share(torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.arange(8).view(4, 2))["accuracy"] == 2.5 / 4
 
 
-def test_interval_is_wilsons():
-    """The normal interval, which leaves 0..1 and is empty at 100 %."""
-    assert interval(81, 263) == (0.2553, 0.3662)  # Newcombe 1998, table I
-    assert interval(10, 10) == (0.7225, 1.0)
+def test_interval_knows_that_pairs_share_texts():
+    """An interval for independent pairs: with 40 texts in 400 pairs it misses the truth far more often than 1 in 20."""
+    random, covered, tight = torch.Generator().manual_seed(0), 0, 0
+    truth = 0.75  # of sign(a + noise - b - noise) for noise as large as the signal: 0.5 + atan(1) / pi
+    for _ in range(200):
+        quality = torch.randn(40, generator=random)
+        score = quality + torch.randn(40, generator=random)
+        ends = torch.stack([torch.randperm(40, generator=random)[:2] for _ in range(400)])
+        better = (quality[ends[:, 0]] > quality[ends[:, 1]])[:, None]
+        ends = torch.where(better, ends, ends.flip(1))
+        result = share(score[ends[:, 0]] - score[ends[:, 1]], ends)
+        low, high = result["interval"]
+        p = result["accuracy"]
+        covered += low <= truth <= high
+        tight += abs(p - truth) < 1.96 * (p * (1 - p) / 400) ** 0.5
+    assert covered >= 186 > tight  # 93 % and more, where the simple interval has fewer
 
 
 def test_scores_do_not_depend_on_the_batch():
