@@ -40,7 +40,7 @@ class Config:
     text: str = "data/reviews/corpus_test.jsonl"  # held-out text for perplexity
     count: int = 1000                        # prompts per policy
     snapshot_count: int = 256                # prompts per snapshot of a policy
-    response_tokens: int = 40                # longest response
+    response_tokens: int = 32                # longest response
     temperature: float = 0.7                 # of every policy
     bootstrap: int = 2000                    # resamples behind each interval
     min_win_rate: float = 0.0                # exit code 1 if a policy's win rate is below this

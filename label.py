@@ -41,7 +41,7 @@ class SampleConfig:
     prompts: str = "data/reviews/prompts_label.jsonl"  # {"prompt"}
     prompts_limit: int = 0         # only the first so many prompts; 0: all
     K: int = 4                     # responses per prompt
-    response_tokens: int = 40      # longest response
+    response_tokens: int = 32      # longest response
     temperature: float = 0.7       # of the softmax that tokens are drawn from
     keep_cut: bool = False         # keep responses that did not reach end of text, too
     seed: int = 1                  # of the draws

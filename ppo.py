@@ -31,14 +31,14 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
     value: str = "separate"             # separate: a model of its own, from the reward model; shared: a head on the policy
-    iterations: int = 40                # rollouts
+    iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
     minibatches: int = 1                # optimizer steps per pass
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
-    response_tokens: int = 40           # longest response
+    response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
-    lr: float = 7e-5                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
+    lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
     value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops

@@ -38,7 +38,7 @@ class Config:
     sft: str = "out/tiny/sft"                # its samples get scores of mean 0 and standard deviation 1; empty: no one's
     prompts: str = "data/reviews/prompts_label.jsonl"  # prompts for those samples
     samples: int = 512                       # how many samples
-    response_tokens: int = 40                # longest sample
+    response_tokens: int = 32                # longest sample
     temperature: float = 0.7                 # of those samples
     limit: int = 0                           # train on this many rankings only; 0: all
     epochs: int = 1                          # passes over the rankings

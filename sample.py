@@ -22,7 +22,7 @@ class Config:
     prompt: str = ""           # the text to go on from; empty: read prompts from standard input
     reward: str = ""           # reward model that scores the samples, best first
     count: int = 3             # samples per prompt
-    response_tokens: int = 40  # longest sample
+    response_tokens: int = 32  # longest sample
     temperature: float = 0.7   # divides the logits; 0: always the likeliest token
     top_k: int = 0             # sample from the k likeliest tokens only; 0: all
     top_p: float = 1.0         # sample from the likeliest tokens that reach this probability

@@ -14,5 +14,6 @@ if ! has_packages "$PYTHON"; then
     "$PYTHON" -m pip install --quiet -r requirements.txt
   fi
 fi
-# Threads that wait sleep instead of spinning: on two cores, one other busy process then costs little instead of fivefold.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Threads that wait for each other spin for some microseconds and then sleep. The default is to spin on, and then one other
+# busy process on two cores costs a factor of three; to sleep at once costs a third on an idle machine (small operations).
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000}
