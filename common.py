@@ -195,7 +195,13 @@ class Log:
 
 def progress(iterable, name):
     """A tqdm bar on a terminal; elsewhere (a log file) nothing, so that logs stay readable."""
-    return tqdm(iterable, desc=name, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    return tqdm(iterable, desc=name, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
+
+
+def say(text):
+    """Print a line at once, above the progress bar if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import UserError, check, read_checkpoint
+from common import UserError, check, progress, read_checkpoint
 from data import pad_prompts, pad_responses
 
 
@@ -271,7 +271,7 @@ def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
     device = next(model.parameters()).device
     responses = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
+    for start in progress(range(0, len(order), batch_size), "sampling"):
         rows = order[start:start + batch_size]
         tokens, pad = pad_prompts([prompts[i] for i in rows], end)
         pad = pad.to(device) if pad.any() else None  # equal lengths need no mask

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    save_checkpoint, set_up)
+                    save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from model import entropy, full_precision, load_model, prompt_room, sample, token_logprobs
 
@@ -251,7 +251,7 @@ def show_sample(enc, rollout, iteration):
     tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["mask"][i].sum())
     prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
-    print(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}", flush=True)
+    say(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}")
 
 
 def main(cfg):
@@ -288,7 +288,7 @@ def main(cfg):
     sampling = torch.Generator(device).manual_seed(cfg.seed)
     log, start, queue = Log(stage.folder), time.time(), []
 
-    for iteration in progress(range(cfg.iterations), "ppo"):
+    for iteration in (bar := progress(range(cfg.iterations), "ppo")):
         if len(queue) < cfg.episodes:  # a new epoch over the prompts; the few that are left over wait for the next
             queue = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration)).tolist()
         batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
@@ -307,10 +307,11 @@ def main(cfg):
                          update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
                          seconds=round(done - start, 1))
         controller.update(line["kl"], cfg.episodes)
+        bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if (iteration + 1) % cfg.sample_every == 0 or iteration == 0:
-            print("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
-                  "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
-                  "{seconds} s".format(of=cfg.iterations, **line), flush=True)
+            say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
+                "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
+                "{seconds} s".format(of=cfg.iterations, **line))
             show_sample(enc, rollout, iteration)
         if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, Path(cfg.sft) / "vocab.tiktoken",

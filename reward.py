@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    set_up, write_json)
+                    say, set_up, write_json)
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl, read_rankings)
 from model import load_model, load_trunk, prompt_room, sample_many, score_many
 
@@ -83,6 +83,15 @@ def pair_accuracy(scores, mask):
     return (((margins > 0).float() + 0.5 * (margins == 0).float()) * pairs).sum(), pairs.sum()
 
 
+def split_by_prompt(rows, test_share, seed):
+    """Two lists of rankings, to train on and held out: a prompt is in one of them only."""
+    prompts = sorted({row["prompt"] for row in rows})
+    check(len(prompts) > 1, "rankings of one prompt only: nothing can be held out")
+    order = torch.randperm(len(prompts), generator=generator(seed)).tolist()
+    held = {prompts[i] for i in order[:max(1, round(test_share * len(prompts)))]}
+    return [row for row in rows if row["prompt"] not in held], [row for row in rows if row["prompt"] in held]
+
+
 def encode_rankings(enc, rows, block_size):
     """Each row's texts, best first, as ids of prompt, response and end of text."""
     encoded = []
@@ -130,7 +139,7 @@ def train(model, rankings, cfg, log, device, autocast):
         log.add(loss=loss.item(), accuracy=hits / pairs, grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
-            print(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}", flush=True)
+            say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
     model.eval()
 
 
@@ -251,12 +260,8 @@ def main(cfg):
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
     if cfg.test:
         test_rows = read_rankings(cfg.test)
-    else:  # split by prompt, so that no prompt is on both sides
-        prompts = sorted({row["prompt"] for row in rows})
-        order = torch.randperm(len(prompts), generator=generator(cfg.seed)).tolist()
-        held = {prompts[i] for i in order[:max(1, round(cfg.test_share * len(prompts)))]}
-        test_rows, rows = [r for r in rows if r["prompt"] in held], [r for r in rows if r["prompt"] not in held]
-        check(rows, f"{cfg.train}: one prompt only, nothing is left to train on (give --test)")
+    else:
+        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)
     rows = rows[:cfg.limit or len(rows)]
     rankings, test = (encode_rankings(enc, part, model.config.block_size) for part in (rows, test_rows))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    set_up)
+                    say, set_up)
 from data import batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl
 from model import GPT, GPTConfig, load_model, token_logprobs
 
@@ -75,8 +75,8 @@ def response_rows(enc, path, block_size):
     return rows
 
 
-def loss_sum(model, rows, pad_id, device, autocast):
-    """Sum over the counted tokens of rows of -log p, in nats (the tokens counted: len(ids) - first of each row)."""
+def row_logprobs(model, rows, pad_id, device, autocast):
+    """Log-probability in nats of each row (ids, first), summed over its counted tokens ids[first:]: (B,)."""
     P = min(first for _, first in rows)  # the head runs from here on only
     tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); padding on the right is seen by no real token
     firsts = torch.tensor([first for _, first in rows])
@@ -84,7 +84,7 @@ def loss_sum(model, rows, pad_id, device, autocast):
     tokens, mask = tokens.to(device), mask.to(device)
     with autocast():
         logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
-    return -(token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum()
+    return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def held_out_loss(model, rows, pad_id, device, autocast):
     training, total = model.training, 0.0
     model.eval()
     for batch in batches([len(ids) for ids, _ in rows], 32, 0):
-        total += loss_sum(model, [rows[i] for i in batch], pad_id, device, autocast).item()
+        total -= row_logprobs(model, [rows[i] for i in batch], pad_id, device, autocast).sum().item()
     model.train(training)
     return total / sum(len(ids) - first for ids, first in rows)
 
@@ -133,7 +133,7 @@ def main(cfg):
         parts = [batch[i:i + cfg.microbatch] for i in range(0, len(batch), cfg.microbatch)]
         for part in parts:
             # Divided by the whole batch's count: how it is split into microbatches changes nothing.
-            loss = loss_sum(model, part, enc.eot_token, device, autocast) / counted
+            loss = -row_logprobs(model, part, enc.eot_token, device, autocast).sum() / counted
             loss.backward()
             log.add(loss=loss.item() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
@@ -144,8 +144,8 @@ def main(cfg):
             seconds = time.time() - start
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), test_loss=test_loss, lr=lr,
                              tokens_per_second=round(seen / seconds), seconds=round(seconds, 1))
-            print("step {step}/{of} loss {loss:.3f} held-out {test_loss:.3f} nats/token, {tokens_per_second} tokens/s"
-                  .format(of=steps, **line), flush=True)
+            say("step {step}/{of} loss {loss:.3f} held-out {test_loss:.3f} nats/token, {tokens_per_second} tokens/s"
+                .format(of=steps, **line))
             if test_loss < best:
                 best = test_loss
                 stage.save(model, cfg, vocab, step=step + 1, test_loss=test_loss)

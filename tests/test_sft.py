@@ -33,14 +33,14 @@ def test_which_tokens_count(rows, count, autocast_off):
     model = random_model()
     expected, expected_count = loss_by_hand(model, rows)
     assert expected_count == count
-    assert sft.loss_sum(model, rows, END, "cpu", autocast_off).item() == pytest.approx(expected, rel=1e-5)
+    assert -sft.row_logprobs(model, rows, END, "cpu", autocast_off).sum().item() == pytest.approx(expected, rel=1e-5)
     assert sft.held_out_loss(model, rows, END, "cpu", autocast_off) == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_padded_rows_do_not_count(autocast_off):
     """A loss that depends on the longest row of the batch."""
     model, long = random_model(), ([END] + [3] * 12 + [4] * 12, 13)
-    alone, added, together = (sft.loss_sum(model, rows, END, "cpu", autocast_off).item()
+    alone, added, together = (-sft.row_logprobs(model, rows, END, "cpu", autocast_off).sum().item()
                               for rows in (ROWS, [long], ROWS + [long]))
     assert together == pytest.approx(alone + added, rel=1e-5)
 
@@ -51,7 +51,7 @@ def test_microbatches_change_no_gradient(microbatch, autocast_off):
     def gradients(size):
         model = random_model()
         for i in range(0, len(ROWS), size):
-            (sft.loss_sum(model, ROWS[i:i + size], END, "cpu", autocast_off) / 15).backward()
+            (-sft.row_logprobs(model, ROWS[i:i + size], END, "cpu", autocast_off).sum() / 15).backward()
         return [p.grad for p in model.parameters()]
     for a, b in zip(gradients(5), gradients(microbatch)):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)

@@ -1,0 +1,81 @@
+"""DPO: the loss against its closed form, its gradient, the reference's log-probabilities, and one short run."""
+import json
+import math
+
+import pytest
+import torch
+
+import data
+import dpo
+from common import UserError
+from conftest import log_of
+from dpo import dpo_loss
+from model import load_model, token_logprobs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_is_the_closed_form(dtype, smoothing):
+    """A flipped sign, beta on one side only, or smoothing that mixes up the two labels."""
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, smoothing)
+    for i in range(5):
+        margin = 0.3 * ((chosen[i] - ref_chosen[i]) - (rejected[i] - ref_rejected[i])).item()
+        win = 1 / (1 + math.exp(-margin))
+        assert losses[i].item() == pytest.approx(-(1 - smoothing) * math.log(win) - smoothing * math.log(1 - win), rel=1e-5)
+        assert (good[i] - bad[i]).item() == pytest.approx(margin, rel=1e-4, abs=1e-6)
+    assert losses.dtype == good.dtype == dtype and losses.shape == good.shape == bad.shape == (5,)
+
+
+def test_policy_equal_to_reference():
+    """A reference that is not subtracted: the loss starts at log 2, with no reward, whatever the log-probabilities."""
+    logprobs = torch.tensor([-3.0, -40.0])
+    losses, good, bad = dpo_loss(logprobs, logprobs - 5, logprobs, logprobs - 5, 0.1)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2) and not good.any() and not bad.any()
+
+
+def test_gradient_raises_chosen_and_lowers_rejected():
+    """Gradient through the reference or the logged rewards, or in the wrong direction."""
+    logprobs = torch.zeros(4, 3, requires_grad=True)
+    losses, good, bad = dpo_loss(*logprobs, beta=0.1)
+    losses.sum().backward()
+    assert torch.allclose(logprobs.grad[0], torch.tensor(-0.05)) and torch.allclose(logprobs.grad[1], torch.tensor(0.05))
+    assert not good.requires_grad and not bad.requires_grad
+
+
+def test_log_probabilities_are_the_responses_alone(checkpoints):
+    """The prompt counted, end of text not counted, or a response's sum given to another row."""
+    policy, enc = load_model(checkpoints.sft), data.load_tokenizer(checkpoints.vocab)
+    rows = data.read_rankings(checkpoints.rankings)
+    texts, pairs = dpo.make_pairs(enc, rows, 32)
+    assert len(pairs) == sum(math.comb(len(row["responses"]), 2) for row in rows)
+    sums = dpo.all_logprobs(policy, texts, enc.eot_token, "cpu", lambda: torch.autocast("cpu", enabled=False))
+    for (ids, first), total in zip(texts, sums.tolist()):
+        assert ids[-1] == enc.eot_token
+        tokens = torch.tensor([ids])
+        assert token_logprobs(policy(tokens), tokens)[0, first - 1:].sum().item() == pytest.approx(total, abs=1e-3)
+
+
+def config(checkpoints, folder, **changes):
+    return dpo.Config(**{"out": str(folder), "model": checkpoints.sft, "train": checkpoints.rankings, "epochs": 20, "lr": 3e-3,
+                         "batch_size": 8, "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
+
+
+def test_a_run_learns_the_order(checkpoints, tmp_path):
+    """A reference that moves with the policy, the two halves of a batch swapped, or a checkpoint that PPO cannot read."""
+    dpo.main(config(checkpoints, tmp_path))
+    lines = log_of(tmp_path)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["accuracy"] > 0.9 and lines[-1]["margin"] > 0.5
+    assert lines[-1]["rejected_logprobs"] < lines[0]["rejected_logprobs"]
+    assert json.loads((tmp_path / "config.json").read_text())["held_out"]["accuracy"] > 0.6
+    load_model(tmp_path)
+
+
+@pytest.mark.parametrize("flags, message", [({"beta": 0.0}, "--beta"), ({"label_smoothing": 0.5}, "--label-smoothing"),
+                                            ({"test_share": 1.0}, "--test-share"), ({"train": "x"}, "no such file")])
+def test_bad_flags(checkpoints, tmp_path, flags, message):
+    """A traceback, or a loss whose minimum is the wrong order."""
+    with pytest.raises(UserError, match=message):
+        dpo.main(config(checkpoints, tmp_path / "out", **flags))
+    assert not (tmp_path / "out").exists()
