@@ -37,7 +37,8 @@ def load_config(Config, presets, argv=None):
     A field's trailing comment in the source is its --help text.
     """
     source = inspect.getsource(Config).splitlines()
-    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1] for line in source if "  # " in line and ":" in line}
+    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
+               for line in source if "  # " in line and ":" in line}
     module = sys.modules[Config.__module__]
     parser = argparse.ArgumentParser(description=module.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,10 +109,13 @@ def set_up(cfg, quiet=False):
     dtype = cfg.dtype
     if dtype == "auto":
         # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
+        if device.startswith("cuda"):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
-    # On a CPU, PyTorch's fused attention is faster forward but slower backward than the plain one (measured, torch 2.13:
-    # 10 ms against 5 ms for 32 x 48 tokens). One kernel for both passes keeps PPO's first ratio at exactly 1.
+    # On a CPU, PyTorch's fused attention is faster forward but slower backward than the plain one (torch 2.13: 10 ms
+    # against 5 ms for 32 x 48 tokens). One kernel for both passes keeps PPO's first ratio at exactly 1.
     torch.backends.cuda.enable_flash_sdp(device != "cpu")
     if not quiet:
         print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "

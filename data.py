@@ -104,7 +104,7 @@ def load_tokenizer(where):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(f"{path}:{number}: expected base64 and a rank (the file is damaged; make it again)") from None
+            raise UserError(f"{path}:{number}: expected base64 and a rank (damaged; make it again)") from None
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: not a complete vocabulary (the file is damaged; make it again)")
     return tiktoken.Encoding("plainrlhf", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})

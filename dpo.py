@@ -49,8 +49,8 @@ PRESETS = {"tiny": {}, "smoke": {"log_every": 1}}
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.
 
-    Rafailov et al. 2023, eq. 7: -log sigmoid of the difference of the implicit rewards, beta * (logprobs - ref_logprobs).
-    With label_smoothing the loss expects that share of the pairs to be the wrong way round. The rewards carry no gradient.
+    Rafailov et al. 2023, eq. 7: -log sigmoid of the difference of the implicit rewards, which are beta * (logprobs -
+    ref_logprobs) and carry no gradient. label_smoothing: the share of pairs expected to be the wrong way round.
     """
     chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
@@ -60,12 +60,13 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
 
 
 def make_pairs(enc, rows, block_size):
-    """All pairs of each ranking: a list of texts (ids, length of the prompt), and pairs of their numbers, better first."""
+    """All pairs of each ranking: a list of texts (ids, length of prompt), and pairs of their numbers, better first."""
     texts, pairs = [], []
     for row in rows:
         prompt = encode_prompt(enc, row["prompt"], block_size // 2)
         numbers = range(len(texts), len(texts) + len(row["responses"]))
-        texts += [(prompt + encode_response(enc, text, block_size - len(prompt)), len(prompt)) for text in row["responses"]]
+        texts += [(prompt + encode_response(enc, text, block_size - len(prompt)), len(prompt))
+                  for text in row["responses"]]
         pairs += itertools.combinations(numbers, 2)
     return texts, pairs
 
@@ -80,22 +81,24 @@ def all_logprobs(model, texts, end, device, autocast):
 
 
 def measure(logprobs, ref_logprobs, pairs, cfg):
-    """dpo_loss of pairs of numbers of texts, and the metrics of the log. logprobs, ref_logprobs: (N,) or dicts of them."""
+    """Mean dpo_loss over pairs of places in logprobs and ref_logprobs (N,), and the metrics of the log."""
     better, worse = torch.tensor(pairs).T
     chosen, rejected = logprobs[better], logprobs[worse]
-    losses, good, bad = dpo_loss(chosen, rejected, ref_logprobs[better], ref_logprobs[worse], cfg.beta, cfg.label_smoothing)
-    # Both log-probabilities often fall, the chosen one's too: only their difference is trained, and the probability that
-    # the pair loses goes to responses that nobody ranked.
+    losses, good, bad = dpo_loss(chosen, rejected, ref_logprobs[better], ref_logprobs[worse], cfg.beta,
+                                 cfg.label_smoothing)
+    # Both log-probabilities often fall, the chosen one's too: only their difference is trained, and the probability
+    # that the pair loses goes to responses that nobody ranked.
     return losses.mean(), {
-        "loss": losses.mean().item(), "accuracy": (good > bad).float().mean().item(), "margin": (good - bad).mean().item(),
-        "chosen_reward": good.mean().item(), "rejected_reward": bad.mean().item(),
+        "loss": losses.mean().item(), "accuracy": (good > bad).float().mean().item(),
+        "margin": (good - bad).mean().item(), "chosen_reward": good.mean().item(), "rejected_reward": bad.mean().item(),
         "chosen_logprobs": chosen.mean().item(), "rejected_logprobs": rejected.mean().item()}
 
 
 def main(cfg):
     check_positive(cfg, "beta", "epochs", "batch_size", "lr", "log_every")
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
-    check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1, "--test-share must be between 0 and 1, --warmup from 0 to below 1")
+    check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
+          "--test-share must be between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
     train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)
@@ -123,8 +126,8 @@ def main(cfg):
         log.add(**metrics, grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
-            say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen {chosen_logprobs:.1f} "
-                "rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
+            say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
+                "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
     logprobs = all_logprobs(policy, test_texts, enc.eot_token, device, autocast)
     _, held_out = measure(logprobs, test_ref_logprobs, test_pairs, cfg)
     print("held out: loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f}".format(**held_out))

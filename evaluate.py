@@ -62,7 +62,7 @@ def mean_interval(x, resamples, random):
 
 
 def length_controlled(wins, longer, resamples, random):
-    """Win rate at equal length, with a 95 % bootstrap interval: logistic regression of the win on the length difference.
+    """Win rate at equal length, with a 95 % bootstrap interval: logistic regression of the win on the difference.
 
     wins (N,) in {0, 0.5, 1}; longer (N,) tokens that the policy's response is longer by. Fits P(win) = sigmoid(a +
     b * tanh(longer / std)) by Newton's method and reports sigmoid(a), the idea of Dubois et al. 2024 in two parameters.
@@ -111,8 +111,10 @@ def answer(model, ref, judges, prompts, enc, cfg, autocast):
     """Sample the model's responses and measure them: a dict with texts, and per response scores, kl and length (N,)."""
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     with autocast():
-        responses = sample_many(model, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature, random=random)
-        scores = {name: score_many(judge, [p + r for p, r in zip(prompts, responses)]) for name, judge in judges.items()}
+        responses = sample_many(model, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
+                                random=random)
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        scores = {name: score_many(judge, texts) for name, judge in judges.items()}
     ended = torch.tensor([float(ids[-1] == enc.eot_token) for ids in responses])
     return {"texts": [enc.decode(ids[:-1] if e else ids) for ids, e in zip(responses, ended)], "scores": scores,
             "kl": kl_to(ref, model, prompts, responses, enc.eot_token, cfg, autocast),
@@ -150,8 +152,8 @@ def learning_curves(folder, path):
     log = read_log(folder)
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5))
     for axis, (name, title) in zip(axes.flat, [
-            ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"), ("kl_coef", "KL coefficient"),
-            ("length", "response length, tokens"), ("end_rate", "share that reach end of text"),
+            ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"),
+            ("kl_coef", "KL coefficient"), ("length", "response length, tokens"), ("end_rate", "share that reach end of text"),
             ("entropy", "entropy, nats per token")]):
         axis.plot([line["episodes"] for line in log], [line[name] for line in log])
         axis.set(title=title, xlabel="episodes")
@@ -232,19 +234,20 @@ def report(results, prompts, base, answered):
     lines = [f"# Report: {', '.join(answered)} against sft", "",
              f"{results['prompts']} held-out prompts, temperature {results['config']['temperature']}, seed "
              f"{results['config']['seed']}; {results['hardware']}, torch {results['torch']}, {results['date']}.",
-             "Win rates are the judge's, against the SFT model's answer to the same prompt, ties counted half, with 95 % "
-             "bootstrap intervals. Scores: SFT samples have mean 0 and standard deviation 1.", "",
-             "| policy | win rate | at equal length | proxy | labeler | judge | KL, nats | length | ends | distinct-2 | perplexity |",
+             "Win rates are the judge's, against the SFT model's answer to the same prompt, ties counted half, with "
+             "95 % bootstrap intervals. Scores: SFT samples have mean 0 and standard deviation 1.", "",
+             "| policy | win rate | at equal length | proxy | labeler | judge | KL, nats | length | ends | distinct-2 | "
+             "perplexity |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["policies"].items():
-        lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | {row['proxy']:.2f} | "
-                     f"{row['labeler']:.2f} | {row['judge']:.2f} | {row['kl']:.2f} | {row['length']:.1f} | "
+        lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | "
+                     f"{row['proxy']:.2f} | {row['labeler']:.2f} | {row['judge']:.2f} | {row['kl']:.2f} | {row['length']:.1f} | "
                      f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
     lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
     if results["reward_models"]:
         lines += ["## Reward models on held-out human comparisons", "",
-                  "| comparisons | " + " | ".join(results["reward_models"]) + " | bag of words (of the labeler's half) | longer "
-                  "wins | one person |", "|---|" + "---|" * (len(results["reward_models"]) + 3)]
+                  "| comparisons | " + " | ".join(results["reward_models"]) +
+                  " | bag of words (of the labeler's half) | longer wins | one person |", "|---|" + "---|" * (len(results["reward_models"]) + 3)]
         for group, row in results["reward_models"]["labeler"].items():
             if "gap" in group:
                 continue  # by rating gap: in report_card.json of each reward model
@@ -253,16 +256,17 @@ def report(results, prompts, base, answered):
             people = f"{row['people']:.3f}" if "people" in row else ""
             lines.append(f"| {group} | {' | '.join(cells)} | {row['bag of words']['accuracy']:.3f} | "
                          f"{row['longer wins']['accuracy']:.3f} | {people} |")
-        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where neither ties (which "
-                  "flatters people: they tie on close pairs). Intervals: 95 %, jackknife over sentences.", ""]
+        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where neither "
+                  "ties (which flatters people: they tie on close pairs). Intervals: 95 %, jackknife over sentences.", ""]
     for name in answered:
         lines += [f"## {name}", ""]
         if (Path(results["config"]["out"]) / f"{name}_curves.png").is_file():
             lines += [f"![learning curves]({name}_curves.png)", "", "Learning curves of the run.", ""]
         if results["snapshots"].get(name):
             lines += [f"![scores against KL]({name}_kl.png)", "",
-                      f"Proxy, labeler and judge against KL over the run's snapshots ({results['config']['snapshot_count']} "
-                      "prompts each); where the proxy climbs and the judge does not, the proxy is being over-optimised.", ""]
+                      "Proxy, labeler and judge against KL over the run's snapshots "
+                      f"({results['config']['snapshot_count']} prompts each); where the proxy climbs and the judge does "
+                      "not, the proxy is being over-optimised.", ""]
         lines += [f"![score histograms]({name}_histograms.png)", "", "Scores before (sft) and after.", "",
                   "Samples with the largest, the middle and the smallest change of the judge's score:", "",
                   *sample_table(prompts, base, answered[name]), ""]
@@ -302,12 +306,13 @@ def main(cfg):
         policy = load_model(folder, device)
         answered[name] = answer(policy, ref, judges, prompts, enc, cfg, autocast)
         rows[name] = {**summarise(answered[name], base, cfg), "perplexity": perplexity(policy)}
-        print(f"{name}: win rate {rows[name]['win_rate_judge']:.3f} {rows[name]['win_rate_judge_interval']}, at equal length "
-              f"{rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, length {rows[name]['length']:.1f} "
+        print(f"{name}: win rate {rows[name]['win_rate_judge']:.3f} {rows[name]['win_rate_judge_interval']}, "
+              f"at equal length {rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, length {rows[name]['length']:.1f} "
               f"(sft {rows['sft']['length']:.1f})", flush=True)
         snapshots[name] = []
         for snapshot in progress(sorted(folder.glob("snapshots/*/config.json")), f"{name} snapshots"):
-            measured = answer(load_model(snapshot.parent, device), ref, judges, prompts[:cfg.snapshot_count], enc, cfg, autocast)
+            model = load_model(snapshot.parent, device)
+            measured = answer(model, ref, judges, prompts[:cfg.snapshot_count], enc, cfg, autocast)
             snapshots[name].append({"iteration": int(snapshot.parent.name), "kl": measured["kl"].mean().item(),
                                     **{judge: scores.mean().item() for judge, scores in measured["scores"].items()}})
         histograms(base, answered[name], name, stage.folder / f"{name}_histograms.png")
@@ -319,13 +324,15 @@ def main(cfg):
 
     stages = {path.parent.name: json.loads(path.read_text())
               for path in sorted(Path(cfg.sft).parent.glob("*/done.json"), key=lambda path: path.stat().st_mtime)}
-    cards = {name: json.loads(path.read_text()).get("human comparisons") for name, path in cards.items() if path.is_file()}
-    results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__, "prompts": len(prompts),
-               "config": asdict(cfg), "policies": rows, "snapshots": snapshots,
+    cards = {name: json.loads(path.read_text()).get("human comparisons")
+             for name, path in cards.items() if path.is_file()}
+    results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__,
+               "prompts": len(prompts), "config": asdict(cfg), "policies": rows, "snapshots": snapshots,
                "reward_models": cards if len(cards) == 3 and all(cards.values()) else {}, "stages": stages}
+    everyone = {"sft": base, **answered}.items()
     write_jsonl(stage.folder / "samples.jsonl",
-                [{"prompt": text, **{name: x["texts"][i] for name, x in {"sft": base, **answered}.items()},
-                  "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in {"sft": base, **answered}.items()}}
+                [{"prompt": text, **{name: x["texts"][i] for name, x in everyone},
+                  "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in everyone}}
                  for i, text in enumerate(texts)])
     write_json(stage.folder / "results.json", results)
     lines = report(results, texts, base, answered)

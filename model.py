@@ -94,7 +94,8 @@ class Trunk(nn.Module):
         """
         B, T = tokens.shape
         past = cache.length if cache is not None else 0
-        check(past + T <= self.config.block_size, f"{past + T} tokens do not fit in block size {self.config.block_size}")
+        check(past + T <= self.config.block_size,
+              f"{past + T} tokens do not fit in block size {self.config.block_size}")
         place = torch.arange(past, past + T, device=tokens.device)  # (T,) index in the padded row
         position, attend = place, None
         if pad is not None or past > 0 and T > 1:  # else the plain causal case, which needs no mask
@@ -314,8 +315,8 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0):
 
 def prompt_room(config, response_tokens):
     """How many prompt tokens, the first end of text included, fit before a response of this length."""
-    check(config.block_size - response_tokens >= 2, f"--response-tokens {response_tokens} leaves no room for a prompt in "
-          f"block size {config.block_size}")
+    check(config.block_size - response_tokens >= 2,
+          f"--response-tokens {response_tokens} leaves no room for a prompt in block size {config.block_size}")
     return config.block_size - response_tokens
 
 

@@ -30,7 +30,7 @@ class Config:
     sft: str = "out/tiny/sft"           # the policy starts here, and the reference stays here
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate: a model of its own, from the reward model; shared: a head on the policy
+    value: str = "separate"             # separate: another model, from the reward model; shared: a head on the policy
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -167,7 +167,8 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
 
     The rollout is a dict of tensors with one row per response, in order of response length, so that neighbouring rows
-    need little padding: tokens (B, T), pad (B,), and (B, R): mask, old_logprobs, ref_logprobs, values, advantages, returns.
+    need little padding: tokens (B, T), pad (B,), scores (B,), and (B, R): mask, old_logprobs, ref_logprobs, values,
+    advantages, returns.
     """
     device = next(policy.parameters()).device
     tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
@@ -232,7 +233,8 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                 with autocast():
                     _, logprobs, values = forward(policy, value, batch, cfg.temperature)
                 pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
-                v_loss, value_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
+                v_loss, value_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask,
+                                                         cfg.value_clip)
                 # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
                 ((pg_loss + cfg.value_coef * v_loss) * mask.sum() / counted).backward()
                 with torch.no_grad():
@@ -255,15 +257,15 @@ def show_sample(enc, rollout, iteration):
 
 
 def main(cfg):
-    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens", "temperature",
-                   "kl_target", "snapshots", "sample_every")
+    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
+                   "temperature", "kl_target", "snapshots", "sample_every")
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
     check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
+    below = cfg.episodes // cfg.minibatches * cfg.minibatches
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
-          f"{cfg.minibatches} (try --episodes {cfg.episodes // cfg.minibatches * cfg.minibatches or cfg.minibatches} or "
-          f"{(cfg.episodes // cfg.minibatches + 1) * cfg.minibatches})")
+          f"{cfg.minibatches} (try --episodes {below or cfg.minibatches} or {below + cfg.minibatches})")
     device, autocast = set_up(cfg)
 
     policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
@@ -274,7 +276,8 @@ def main(cfg):
         value = nn.Linear(policy.config.width, 1).to(device)
         nn.init.zeros_(value.weight)
         nn.init.zeros_(value.bias)
-    enc = load_tokenizer(cfg.sft)
+    vocab = Path(cfg.sft) / "vocab.tiktoken"
+    enc = load_tokenizer(vocab)
     check_same_vocab(cfg.sft, cfg.reward)
     room = prompt_room(policy.config, cfg.response_tokens)
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
@@ -294,7 +297,8 @@ def main(cfg):
         batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
 
         began = time.time()
-        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast, sampling)
+        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
+                                   sampling)
         tokens = float(metrics.pop("tokens"))
         rolled = time.time()
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
@@ -302,8 +306,8 @@ def main(cfg):
         done = time.time()
 
         log.add(**metrics)
-        line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef, lr=lr,
-                         rollout_tokens_per_second=round(tokens / (rolled - began)),
+        line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
+                         lr=lr, rollout_tokens_per_second=round(tokens / (rolled - began)),
                          update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
                          seconds=round(done - start, 1))
         controller.update(line["kl"], cfg.episodes)
@@ -314,9 +318,9 @@ def main(cfg):
                 "{seconds} s".format(of=cfg.iterations, **line))
             show_sample(enc, rollout, iteration)
         if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
-            save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, Path(cfg.sft) / "vocab.tiktoken",
+            save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab,
                             iteration=iteration + 1)
-    stage.save(policy, cfg, Path(cfg.sft) / "vocab.tiktoken", last_rollout={"kl": line["kl"], "score": line["score"]})
+    stage.save(policy, cfg, vocab, last_rollout={"kl": line["kl"], "score": line["score"]})
     stage.finish(last_rollout_kl=round(line["kl"], 3), last_rollout_score=round(line["score"], 3))
 
 

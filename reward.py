@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up, write_json)
-from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl, read_rankings)
+from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
+                  read_rankings)
 from model import load_model, load_trunk, prompt_room, sample_many, score_many
 
 
@@ -35,7 +36,7 @@ class Config:
     test: str = ""                           # held-out rankings; empty: --test-share of the training prompts
     test_share: float = 0.1                  # share of the prompts held out when --test is empty
     pairs: str = "data/reviews/pairs_test.jsonl"  # held-out human comparisons for the report; empty: none
-    sft: str = "out/tiny/sft"                # its samples get scores of mean 0 and standard deviation 1; empty: no one's
+    sft: str = "out/tiny/sft"                # its samples get scores of mean 0, standard deviation 1; empty: nobody's
     prompts: str = "data/reviews/prompts_label.jsonl"  # prompts for those samples
     samples: int = 512                       # how many samples
     response_tokens: int = 32                # longest sample
@@ -67,7 +68,7 @@ def ranking_loss(scores, mask):
     """scores (B, K) of a prompt's responses, best first; mask (B, K) 1.0 where a response exists: a scalar.
 
     Mean over the prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of one
-    prompt stay in one element of the batch, so a response is one forward pass and one vote, however many pairs it is in.
+    prompt stay in one element of the batch: a response is one forward pass and one vote, however many pairs it is in.
     """
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K), better - worse above the diagonal
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)  # (B, K, K)
@@ -136,7 +137,8 @@ def train(model, rankings, cfg, log, device, autocast):
         loss.backward()
         hits, pairs = pair_accuracy(scores.detach(), mask)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        log.add(loss=loss.item(), accuracy=hits / pairs, grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        norm = optimizer_step(optimizer, parameters, lr, cfg.grad_clip)
+        log.add(loss=loss.item(), accuracy=hits / pairs, grad_norm=norm)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
@@ -150,7 +152,8 @@ def normalise(model, policy, prompts, cfg, enc, device, autocast):
     prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], room) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
-        responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature, random=random)
+        responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
+                                random=random)
         scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
     check(scores.std() > 0, "the reward model gives every sample the same score: nothing to normalise")
     model.gain /= scores.std().item()
@@ -180,9 +183,10 @@ def share(margins, ends):
 
 
 def features(text, size=2**18):
-    """Words and pairs of neighbouring words, lower-cased, as hashed ids; each once. Used by the bag-of-words baseline."""
+    """Words and pairs of neighbouring words, lower-cased, as hashed ids, each once: for the bag of words."""
     words = re.findall(r"\w+|[^\w\s]", text.lower())
-    return sorted({zlib.crc32(gram.encode()) % size for gram in words + [" ".join(two) for two in zip(words, words[1:])]})
+    grams = words + [" ".join(two) for two in zip(words, words[1:])]
+    return sorted({zlib.crc32(gram.encode()) % size for gram in grams})
 
 
 def bag_of_words(rows, l2=3e-6, steps=200):
@@ -219,11 +223,12 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
     texts = sorted({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")})
     block, linear = model.config.block_size, bag_of_words(train_rows)
     with autocast():
-        scores = score_many(model, [encode_prompt(enc, "", block) + encode_response(enc, text, block - 1) for text in texts])
+        encoded = [encode_prompt(enc, "", block) + encode_response(enc, text, block - 1) for text in texts]
+        scores = score_many(model, encoded)
     by = {"reward model": scores, "bag of words": torch.tensor([linear(text) for text in texts]),
           "longer wins": torch.tensor([float(len(text)) for text in texts])}  # scores of the texts
     number = {text: i for i, text in enumerate(texts)}
-    ends = torch.tensor([[number[row["prompt"] + row["chosen"]], number[row["prompt"] + row["rejected"]]] for row in rows])
+    ends = torch.tensor([[number[row["prompt"] + row[side]] for side in ("chosen", "rejected")] for row in rows])
     groups = {}
     for i, row in enumerate(rows):
         name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
@@ -231,8 +236,10 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
         if "gap" in row and row.get("sample") == "random":
             low = [edge for edge in (0, 0.5, 1, 2, 3) if edge <= row["gap"]][-1]
             groups.setdefault(f"{row['domain']}, gap from {low:g}", []).append(i)
-    card = {name: {scorer: share(s[ends[ids, 0]] - s[ends[ids, 1]], ends[ids]) for scorer, s in by.items()} | {"chance": 0.5}
-            for name, ids in sorted(groups.items())}
+    card = {}
+    for name, ids in sorted(groups.items()):
+        better, worse = ends[ids].T
+        card[name] = {scorer: share(s[better] - s[worse], ends[ids]) for scorer, s in by.items()} | {"chance": 0.5}
     for domain, samples in agreement.items():
         for sample, people in samples.items():
             if f"{domain}, {sample}" in card:
@@ -242,7 +249,8 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
 
 def print_card(card):
     """The report card as a table."""
-    print(f"\n{'held-out human comparisons':28} {'pairs':>6} {'reward model':>24} {'bag of words':>13} {'longer':>7} {'one person':>11}")
+    print(f"\n{'held-out human comparisons':28} {'pairs':>6} {'reward model':>24} {'bag of words':>13} {'longer':>7} "
+          f"{'one person':>11}")
     for name, row in card.items():
         own, people = row["reward model"], row.get("people")
         print(f"{name:28} {own['pairs']:6} {own['accuracy']:8.3f} ({own['interval'][0]:.3f}-{own['interval'][1]:.3f})"
