@@ -153,7 +153,8 @@ def learning_curves(folder, path):
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5))
     for axis, (name, title) in zip(axes.flat, [
             ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"),
-            ("kl_coef", "KL coefficient"), ("length", "response length, tokens"), ("end_rate", "share that reach end of text"),
+            ("kl_coef", "KL coefficient"), ("length", "response length, tokens"),
+            ("end_rate", "share that reach end of text"),
             ("entropy", "entropy, nats per token")]):
         axis.plot([line["episodes"] for line in log], [line[name] for line in log])
         axis.set(title=title, xlabel="episodes")
@@ -236,18 +237,20 @@ def report(results, prompts, base, answered):
              f"{results['config']['seed']}; {results['hardware']}, torch {results['torch']}, {results['date']}.",
              "Win rates are the judge's, against the SFT model's answer to the same prompt, ties counted half, with "
              "95 % bootstrap intervals. Scores: SFT samples have mean 0 and standard deviation 1.", "",
-             "| policy | win rate | at equal length | proxy | labeler | judge | KL, nats | length | ends | distinct-2 | "
-             "perplexity |",
+             "| policy | win rate | at equal length | proxy | labeler | judge | KL, nats | length | ends | distinct-2 "
+             "| perplexity |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["policies"].items():
         lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | "
-                     f"{row['proxy']:.2f} | {row['labeler']:.2f} | {row['judge']:.2f} | {row['kl']:.2f} | {row['length']:.1f} | "
+                     f"{row['proxy']:.2f} | {row['labeler']:.2f} | {row['judge']:.2f} | "
+                     f"{row['kl']:.2f} | {row['length']:.1f} | "
                      f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
     lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
     if results["reward_models"]:
         lines += ["## Reward models on held-out human comparisons", "",
                   "| comparisons | " + " | ".join(results["reward_models"]) +
-                  " | bag of words (of the labeler's half) | longer wins | one person |", "|---|" + "---|" * (len(results["reward_models"]) + 3)]
+                  " | bag of words (of the labeler's half) | longer wins | one person |",
+                  "|---|" + "---|" * (len(results["reward_models"]) + 3)]
         for group, row in results["reward_models"]["labeler"].items():
             if "gap" in group:
                 continue  # by rating gap: in report_card.json of each reward model
@@ -256,8 +259,9 @@ def report(results, prompts, base, answered):
             people = f"{row['people']:.3f}" if "people" in row else ""
             lines.append(f"| {group} | {' | '.join(cells)} | {row['bag of words']['accuracy']:.3f} | "
                          f"{row['longer wins']['accuracy']:.3f} | {people} |")
-        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where neither "
-                  "ties (which flatters people: they tie on close pairs). Intervals: 95 %, jackknife over sentences.", ""]
+        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where "
+                  "neither ties (which flatters people: they tie on close pairs). Intervals: 95 %, jackknife over "
+                  "sentences.", ""]
     for name in answered:
         lines += [f"## {name}", ""]
         if (Path(results["config"]["out"]) / f"{name}_curves.png").is_file():
@@ -265,8 +269,8 @@ def report(results, prompts, base, answered):
         if results["snapshots"].get(name):
             lines += [f"![scores against KL]({name}_kl.png)", "",
                       "Proxy, labeler and judge against KL over the run's snapshots "
-                      f"({results['config']['snapshot_count']} prompts each); where the proxy climbs and the judge does "
-                      "not, the proxy is being over-optimised.", ""]
+                      f"({results['config']['snapshot_count']} prompts each); where the proxy climbs and the judge "
+                      "does not, the proxy is being over-optimised.", ""]
         lines += [f"![score histograms]({name}_histograms.png)", "", "Scores before (sft) and after.", "",
                   "Samples with the largest, the middle and the smallest change of the judge's score:", "",
                   *sample_table(prompts, base, answered[name]), ""]
@@ -307,8 +311,8 @@ def main(cfg):
         answered[name] = answer(policy, ref, judges, prompts, enc, cfg, autocast)
         rows[name] = {**summarise(answered[name], base, cfg), "perplexity": perplexity(policy)}
         print(f"{name}: win rate {rows[name]['win_rate_judge']:.3f} {rows[name]['win_rate_judge_interval']}, "
-              f"at equal length {rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, length {rows[name]['length']:.1f} "
-              f"(sft {rows['sft']['length']:.1f})", flush=True)
+              f"at equal length {rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, "
+              f"length {rows[name]['length']:.1f} (sft {rows['sft']['length']:.1f})", flush=True)
         snapshots[name] = []
         for snapshot in progress(sorted(folder.glob("snapshots/*/config.json")), f"{name} snapshots"):
             model = load_model(snapshot.parent, device)

@@ -24,7 +24,7 @@ from model import GPT, GPTConfig, load_model, token_logprobs
 class Config:
     out: str = "out/tiny/base"                      # folder for the checkpoint
     model: str = ""                                 # checkpoint to start from; empty: a new model of the size below
-    train: str = "data/reviews/corpus_train.jsonl"  # {"text"} to train on all tokens, {"prompt", "completion"} on the response
+    train: str = "data/reviews/corpus_train.jsonl"  # {"text"}: all tokens count; {"prompt", "completion"}: the response
     test: str = "data/reviews/corpus_valid.jsonl"   # the same, held out
     vocab: str = "data/reviews/vocab.tiktoken"      # tokenizer of a new model
     n_layer: int = 4                                # blocks of a new model
@@ -41,7 +41,7 @@ class Config:
     warmup: float = 0.05                            # share of the steps with a rising learning rate
     weight_decay: float = 0.1                       # AdamW
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
-    evals: int = 8                                  # how often the held-out loss is measured; the best checkpoint is kept
+    evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
     seed: int = 1                                   # initial weights, data order, dropout
     device: str = "auto"                            # auto, cpu, cuda, mps
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -56,7 +56,7 @@ PRESETS = {
 
 
 def packed_rows(enc, path, size, seed):
-    """Documents in shuffled order, each begun by end of text, cut into rows of size + 1 ids; all but the first count."""
+    """Documents in shuffled order, each begun by end of text, cut into rows of size + 1 ids, the first given."""
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
     stream = []
     for i in torch.randperm(len(texts), generator=generator(seed)).tolist():
@@ -78,7 +78,7 @@ def response_rows(enc, path, block_size):
 def row_logprobs(model, rows, pad_id, device, autocast):
     """Log-probability in nats of each row (ids, first), summed over its counted tokens ids[first:]: (B,)."""
     P = min(first for _, first in rows)  # the head runs from here on only
-    tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); padding on the right is seen by no real token
+    tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); no real token sees padding on the right
     firsts = torch.tensor([first for _, first in rows])
     mask = real * (torch.arange(tokens.size(1)) >= firsts[:, None])  # (B, T)
     tokens, mask = tokens.to(device), mask.to(device)
@@ -121,7 +121,8 @@ def main(cfg):
     per_epoch = math.ceil(len(train) / cfg.batch_size)
     steps = max(1, round(cfg.epochs * per_epoch))
     steps = min(steps, cfg.max_steps or steps)
-    print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, {steps} steps")
+    print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, "
+          f"{steps} steps")
 
     log, best, seen, start, order = Log(stage.folder), math.inf, 0, time.time(), []
     model.train()

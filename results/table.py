@@ -11,15 +11,18 @@ def cell(row, name):
 
 
 runs = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
-print("| seed | win rate of PPO | at equal length | proxy | labeler | judge | KL, nats | length, SFT to PPO | ends | perplexity, SFT to PPO |")
+print("| seed | win rate of PPO | at equal length | proxy | labeler | judge | KL, nats | length, SFT to PPO | ends | "
+      "perplexity, SFT to PPO |")
 print("|---|---|---|---|---|---|---|---|---|---|")
 for run in runs:
     sft, ppo = run["policies"]["sft"], run["policies"]["ppo"]
-    print(f"| {run['config']['seed']} | {cell(ppo, 'win_rate_judge')} | {cell(ppo, 'length_controlled')} | {ppo['proxy']:.2f} | "
-          f"{ppo['labeler']:.2f} | {ppo['judge']:.2f} | {ppo['kl']:.2f} | {sft['length']:.1f} to {ppo['length']:.1f} | "
+    print(f"| {run['config']['seed']} | {cell(ppo, 'win_rate_judge')} | {cell(ppo, 'length_controlled')} | "
+          f"{ppo['proxy']:.2f} | {ppo['labeler']:.2f} | {ppo['judge']:.2f} | {ppo['kl']:.2f} | "
+          f"{sft['length']:.1f} to {ppo['length']:.1f} | "
           f"{ppo['end_rate']:.3f} | {sft['perplexity']:.0f} to {ppo['perplexity']:.0f} |")
 
-print("\n| movie reviews, held out | seed | labeler | judge | reward model | bag of words, labeler's half, judge's half | one person |")
+print("\n| movie reviews, held out | seed | labeler | judge | reward model | "
+      "bag of words, labeler's half, judge's half | one person |")
 print("|---|---|---|---|---|---|---|")
 for group in ("movie, random", "movie, same_sign"):
     for run in runs:

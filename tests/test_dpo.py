@@ -17,12 +17,14 @@ from model import load_model, token_logprobs
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_is_the_closed_form(dtype, smoothing):
     """A flipped sign, beta on one side only, or smoothing that mixes up the two labels."""
-    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5, dtype=dtype,
+                                                             generator=torch.Generator().manual_seed(0))
     losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, smoothing)
     for i in range(5):
         margin = 0.3 * ((chosen[i] - ref_chosen[i]) - (rejected[i] - ref_rejected[i])).item()
         win = 1 / (1 + math.exp(-margin))
-        assert losses[i].item() == pytest.approx(-(1 - smoothing) * math.log(win) - smoothing * math.log(1 - win), rel=1e-5)
+        assert losses[i].item() == pytest.approx(-(1 - smoothing) * math.log(win) - smoothing * math.log(1 - win),
+                                                 rel=1e-5)
         assert (good[i] - bad[i]).item() == pytest.approx(margin, rel=1e-4, abs=1e-6)
     assert losses.dtype == good.dtype == dtype and losses.shape == good.shape == bad.shape == (5,)
 
@@ -39,7 +41,8 @@ def test_gradient_raises_chosen_and_lowers_rejected():
     logprobs = torch.zeros(4, 3, requires_grad=True)
     losses, good, bad = dpo_loss(*logprobs, beta=0.1)
     losses.sum().backward()
-    assert torch.allclose(logprobs.grad[0], torch.tensor(-0.05)) and torch.allclose(logprobs.grad[1], torch.tensor(0.05))
+    assert (torch.allclose(logprobs.grad[0], torch.tensor(-0.05))
+            and torch.allclose(logprobs.grad[1], torch.tensor(0.05)))
     assert not good.requires_grad and not bad.requires_grad
 
 
@@ -57,12 +60,12 @@ def test_log_probabilities_are_the_responses_alone(checkpoints):
 
 
 def config(checkpoints, folder, **changes):
-    return dpo.Config(**{"out": str(folder), "model": checkpoints.sft, "train": checkpoints.rankings, "epochs": 20, "lr": 3e-3,
-                         "batch_size": 8, "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
+    return dpo.Config(**{"out": str(folder), "model": checkpoints.sft, "train": checkpoints.rankings, "epochs": 20,
+                         "lr": 3e-3, "batch_size": 8, "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
 
 
 def test_a_run_learns_the_order(checkpoints, tmp_path):
-    """A reference that moves with the policy, the two halves of a batch swapped, or a checkpoint that PPO cannot read."""
+    """A reference that moves with the policy, the halves of a batch swapped, or a checkpoint that PPO cannot read."""
     dpo.main(config(checkpoints, tmp_path))
     lines = log_of(tmp_path)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["margin"] == pytest.approx(0, abs=1e-5)

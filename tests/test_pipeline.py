@@ -95,7 +95,8 @@ def test_the_win_rate_can_be_a_gate(finished):
     out = finished[0] / "the output"
     flags = [f"--{name}={out / name}" for name in ("sft", "reward", "labeler", "judge")]
     data = finished[0] / "the data"
-    result = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--preset", "smoke", *flags, f"--policies={out / 'ppo'}",
+    result = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--preset", "smoke", *flags,
+                             f"--policies={out / 'ppo'}",
                              f"--prompts={data / 'prompts_eval.jsonl'}", f"--text={data / 'corpus_test.jsonl'}",
                              f"--out={finished[0] / 'gate'}", "--min-win-rate", "1.01"], capture_output=True, text=True)
     assert result.returncode == 1 and "below --min-win-rate" in result.stderr

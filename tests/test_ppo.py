@@ -531,7 +531,8 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
     assert expected <= set(lines[0]) and all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[1]["kl_k3"] > 0 and [line["iteration"] for line in lines] == [1, 2, 3]
     assert sorted(folder.name for folder in (tmp_path / "snapshots").iterdir()) == ["00001", "00002", "00003"]
-    assert json.loads((tmp_path / "done.json").read_text())["last_rollout_kl"] == pytest.approx(lines[-1]["kl"], abs=1e-3)
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done["last_rollout_kl"] == pytest.approx(lines[-1]["kl"], abs=1e-3)
     tiny_run(checkpoints, tmp_path / "next", sft=str(tmp_path), iterations=1)
 
 
@@ -568,7 +569,7 @@ def test_difference_between_sampler_and_training_is_logged(four_models, monkeypa
     monkeypatch.setattr(ppo, "sample", drifting)
     drifted, metrics = rollout_of(*four_models, PROMPTS, ppo_config())
     assert metrics["sampler_difference"] == pytest.approx(0.25, abs=1e-5)
-    assert torch.equal(exact["old_logprobs"], drifted["old_logprobs"])  # those that PPO uses come from the training pass
+    assert torch.equal(exact["old_logprobs"], drifted["old_logprobs"])  # those PPO uses come from the training pass
 
 
 def test_bf16_run(checkpoints, tmp_path):

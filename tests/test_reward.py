@@ -144,8 +144,9 @@ def test_training_learns_and_normalises(checkpoints, tmp_path, monkeypatch):
         normalise(model, policy, prompts, cfg, enc, device, autocast)
         normalised.append((model, enc))
     monkeypatch.setattr(reward, "normalise", watched)
-    rows = [{"prompt": f"the film {i}", "responses": [f" good {i % 7}", " plain", " bad bad"][:2 + i % 2]} for i in range(120)]
-    data.write_jsonl(tmp_path / "rankings.jsonl", rows)  # 30 held out: enough for the accuracy on them to mean something
+    rows = [{"prompt": f"the film {i}", "responses": [f" good {i % 7}", " plain", " bad bad"][:2 + i % 2]}
+            for i in range(120)]
+    data.write_jsonl(tmp_path / "rankings.jsonl", rows)  # 30 held out: enough for their accuracy to mean something
     cfg = config(checkpoints, tmp_path, train=str(tmp_path / "rankings.jsonl"), epochs=8)
     reward.main(cfg)
     assert json.loads((tmp_path / "report_card.json").read_text())["held-out rankings"]["accuracy"] > 0.8
