@@ -56,7 +56,7 @@ PRESETS = {
 
 
 def packed_rows(enc, path, size, seed):
-    """Documents in shuffled order, each begun by end of text, cut into rows of size + 1 ids, the first given."""
+    """Shuffled documents, each begun by end of text, cut into rows of size + 1 ids; all but the first count."""
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
     stream = []
     for i in torch.randperm(len(texts), generator=generator(seed)).tolist():
