@@ -50,7 +50,7 @@ class Config:
 PRESETS = {
     "tiny-base": {"batch_size": 16, "lr": 1.5e-3, "epochs": 3.0, "dropout": 0.0, "evals": 4},
     "tiny-sft": {"lr": 3e-4, "epochs": 2.0, "evals": 2},
-    "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 40, "evals": 1},
+    "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 25, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
 }
 
