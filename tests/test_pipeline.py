@@ -74,6 +74,19 @@ def test_only_the_missing_stages_run(finished):
     assert result.returncode == 0 and result.stdout.count("finished already") == 8
 
 
+def test_what_follows_a_rerun_stage_runs_again(finished):
+    """A report on a policy that has been trained anew since."""
+    (finished[0] / "the output" / "ppo" / "done.json").unlink()
+    result = train_all(finished[0])
+    assert result.returncode == 0 and result.stdout.count("finished already") == 7
+
+
+def test_another_seed_needs_another_folder(finished):
+    """SEED=2 that shows the report of seed 1."""
+    result = train_all(finished[0], SEED="2")
+    assert result.returncode == 2 and "has seed 1, not 2" in result.stderr
+
+
 def test_unknown_preset(tmp_path):
     """A typing error that silently runs the default preset."""
     result = train_all(tmp_path, preset="tinny")
