@@ -112,7 +112,10 @@ def load_tokenizer(where):
 
 def check_same_vocab(*folders):
     """UserError unless these checkpoint folders have the same vocabulary: the ids of one model go into the others."""
-    first, *others = [Path(folder) / "vocab.tiktoken" for folder in folders]
+    first, *others = paths = [Path(folder) / "vocab.tiktoken" for folder in folders]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path.parent}: no checkpoint here ({path.name} is missing; has its stage been run?)")
     for path in others:
         if path.read_bytes() != first.read_bytes():
             raise UserError(f"{path} and {first} differ: these models do not share a vocabulary")

@@ -313,3 +313,15 @@ def test_write_atomic_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match="No space left"):
         common.write_atomic(path, full)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_models_of_one_run_share_a_vocabulary(tmp_path):
+    """Ids of one vocabulary scored by a model of another, or a traceback for a folder that is not there."""
+    for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.tiktoken").write_text(content)
+    data.check_same_vocab(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(UserError, match="do not share a vocabulary"):
+        data.check_same_vocab(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        data.check_same_vocab(tmp_path / "a", tmp_path / "nowhere")
