@@ -6,12 +6,17 @@ Shapes: B rows, T positions, C width, V vocabulary, H heads, D = C / H. See data
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError, check, progress, read_checkpoint
 from data import pad_prompts, pad_responses
+
+
+EVERY = np.s_[:, :]  # every position of (B, T)
 
 
 @dataclass
@@ -22,12 +27,32 @@ class GPTConfig:
     n_head: int = 4
     width: int = 192        # C
     dropout: float = 0.0
+    gelu: str = "none"      # F.gelu's approximate: "none" is exact; "tanh" is GPT-2's, on a CPU three times slower
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "width"):
             check(getattr(self, name) > 0, f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
         check(self.width % self.n_head == 0, f"--width {self.width} is not divisible by --n-head {self.n_head}")
         check(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be at least 0 and below 1")
+        check(self.gelu in ("none", "tanh"), f"gelu is {self.gelu!r}: it must be none or tanh")
+
+
+def attention(q, k, v, bias):
+    """Scaled dot-product attention: q (B, H, t, D), k and v (B, H, T, D): (B, H, t, D).
+
+    bias (B or 1, 1, t, T) is added to the attention scores: 0 where a query may look, -inf where it may not. None:
+    plain causal attention, where a query that comes alone is the newest token and may look at everything.
+    """
+    t, T = q.size(2), k.size(2)
+    if q.is_cuda:  # the same in one kernel; on a CPU its backward is slower than this, and in bf16 its forward too
+        bias = bias if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1)
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3)  # (B, H, t, T)
+    if bias is None and t > 1:
+        bias = torch.full((t, T), -math.inf).triu(1)
+    if bias is not None:
+        scores = scores + bias.to(q.dtype)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v  # never in bf16
 
 
 class Attention(nn.Module):
@@ -39,19 +64,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x, attend, cache):
+    def forward(self, x, bias, cache, at):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
                    for part in self.qkv(x).split(C, dim=2))
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, H, tokens so far, D)
-        # No mask given: causal. A query that comes alone may see everything before it, so it needs no mask either.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        y = attention(q, k, v, bias).transpose(1, 2)  # (B, T, H, D)
+        return self.proj(y[at].flatten(-2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention, then x + MLP."""
+    """Pre-norm transformer block: x + attention, then x + MLP. x (B, T, C); only the positions `at` come out."""
 
     def __init__(self, config):
         super().__init__()
@@ -60,11 +84,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
+        self.gelu = config.gelu
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend, cache):
-        x = x + self.dropout(self.attention(self.norm1(x), attend, cache))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+    def forward(self, x, bias, cache, at):
+        x = x[at] + self.dropout(self.attention(self.norm1(x), bias, cache, at))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)), approximate=self.gelu)))
 
 
 class Trunk(nn.Module):
@@ -78,6 +103,7 @@ class Trunk(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.width)
+        self.recompute = False  # True: the backward pass computes a block again, and only its input is kept in memory
         # GPT-2's initialisation: std 0.02, smaller where a layer adds to the residual stream (2 per block).
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -86,28 +112,35 @@ class Trunk(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, tokens, pad=None, cache=None):
+    def forward(self, tokens, pad=None, cache=None, at=EVERY):
         """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
 
         Positions count from the first real token, which attends to nothing before it. With a cache, tokens are the
-        ones after those already in the cache, and pad must be the same at every call.
+        ones after those already in the cache, and pad must be the same at every call. at: an index of (B, T), the
+        positions whose hidden states are wanted (np.s_[:, P - 1:], or one position per row); what the last block would
+        compute for the others only is left out, and so is their place in the result.
         """
-        B, T = tokens.shape
+        T = tokens.size(1)
         past = cache.length if cache is not None else 0
         check(past + T <= self.config.block_size,
               f"{past + T} tokens do not fit in block size {self.config.block_size}")
         place = torch.arange(past, past + T, device=tokens.device)  # (T,) index in the padded row
-        position, attend = place, None
-        if pad is not None or past > 0 and T > 1:  # else the plain causal case, which needs no mask
+        position, bias = place, None
+        if pad is not None or past > 0 and T > 1:  # else the plain causal case
             pad = torch.zeros(1, dtype=torch.long, device=tokens.device) if pad is None else pad
             position = (place - pad[:, None]).clamp(min=0)  # (B, T)
             key = torch.arange(past + T, device=tokens.device)
-            attend = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, past + T)
+            seen = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, past + T)
             # A padding query would attend to nothing, and softmax over nothing is NaN: let it see itself.
-            attend = (attend | (key == place[:, None]))[:, None]  # (B, 1, T, past + T)
+            seen = seen | (key == place[:, None])
+            bias = torch.zeros(seen.shape, device=tokens.device).masked_fill(~seen, -math.inf)[:, None]
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(position))
         for block in self.blocks:
-            x = block(x, attend, cache)
+            wanted = at if block is self.blocks[-1] else EVERY
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, cache, wanted, use_reentrant=False)
+            else:
+                x = block(x, bias, cache, wanted)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -133,7 +166,7 @@ class GPT(nn.Module):
 
     def response_logits(self, tokens, pad, P):
         """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""
-        return self.logits(self.trunk(tokens[:, :-1], pad)[:, P - 1:])
+        return self.logits(self.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:]))
 
 
 class ScalarModel(nn.Module):
@@ -153,14 +186,13 @@ class ScalarModel(nn.Module):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
-    def forward(self, tokens, pad=None):
-        """tokens (B, T), pad (B,) or None: one number per position (B, T)."""
-        return self.read(self.trunk(tokens, pad))
+    def forward(self, tokens, pad=None, at=EVERY):
+        """tokens (B, T), pad (B,) or None: one number per position (B, T), or of those positions only."""
+        return self.read(self.trunk(tokens, pad, at=at))
 
     def score(self, tokens, pad, last):
         """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
-        hidden = self.trunk(tokens, pad)[torch.arange(len(tokens), device=tokens.device), last]  # (B, C)
-        return self.read(hidden)
+        return self.read(self.trunk(tokens, pad, at=(torch.arange(len(tokens), device=tokens.device), last)))
 
     def read(self, hidden):
         """hidden (..., C): (...). Never in bf16, whose 8 bits would make different scores equal."""
@@ -204,6 +236,9 @@ def entropy(logits, temperature=1.0):
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
+LEAVE = 0.8  # rows that have ended leave the batch when at most this share still runs: it costs a copy of the cache
+
+
 class KVCache:
     """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
 
@@ -214,11 +249,17 @@ class KVCache:
         """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
         B, H, t, D = k.shape
         if layer not in self.layers:
-            self.layers[layer] = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
+            # On a CPU the keys lie transposed in memory, the way in which their product with a query reads them.
+            keys = k.new_empty(B, H, self.size, D) if k.is_cuda else k.new_empty(B, H, D, self.size).transpose(2, 3)
+            self.layers[layer] = keys, v.new_empty(B, H, self.size, D)
         keys, values = self.layers[layer]
         keys[:, :, self.length:self.length + t] = k
         values[:, :, self.length:self.length + t] = v
         return keys[:, :, :self.length + t], values[:, :, :self.length + t]
+
+    def keep(self, rows):
+        """Forget all but these rows."""
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
 
 @torch.no_grad()
@@ -233,35 +274,48 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
           f"{P} prompt and {max_tokens} response tokens do not fit in block size {model.config.block_size}")
-    cache = KVCache(P + max_tokens)
-    running = torch.ones(B, dtype=torch.bool, device=tokens.device)
-    lengths = torch.zeros(B, dtype=torch.long, device=tokens.device)
-    responses, logprobs, new = [], [], tokens
-    for _ in range(max_tokens):
-        hidden = model.trunk(new, pad, cache)[:, -1]  # (B, C)
-        logits = model.logits(hidden).float() / (temperature or 1.0)  # (B, V)
-        next_token = logits.argmax(-1) if temperature == 0 else draw(logits, top_k, top_p, random)  # (B,)
-        next_token = torch.where(running, next_token, end)
-        responses.append(next_token)
-        logprobs.append(logits.log_softmax(-1).gather(1, next_token[:, None]).squeeze(1))
-        lengths += running
+    device = tokens.device
+    responses = torch.full((B, max_tokens), end, device=device)
+    logprobs = torch.zeros(B, max_tokens, device=device)
+    cache, new = KVCache(P + max_tokens), tokens
+    rows = torch.arange(B, device=device)  # the rows still in the batch
+    running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
+    for t in range(max_tokens):
+        hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
+        probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
+        luck = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
+        next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, luck)  # (rows,)
+        responses[rows, t] = next_token
+        logprobs[rows, t] = probs.gather(1, next_token[:, None]).squeeze(1).log()
         running = running & (next_token != end)
-        if not running.any():
-            break
+        if device.type == "cpu" or t % 8 == 7:  # a GPU would have to wait for the answer, so it is asked less often
+            left = running.nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            if len(left) <= LEAVE * len(rows):  # the rows that have ended leave the batch
+                rows, running, next_token = rows[left], running[left], next_token[left]
+                pad = None if pad is None else pad[left]
+                cache.keep(left)
         new = next_token[:, None]
-    return torch.stack(responses, dim=1), lengths, torch.stack(logprobs, dim=1)
+    before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch goes on after its end: cut
+    lengths = (before.sum(1) + 1).clamp(max=max_tokens)
+    R = lengths.max()
+    return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
 
 
-def draw(logits, top_k=0, top_p=1.0, random=None):
-    """Draw one token per row of logits (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,)."""
-    if 0 < top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
+def draw(probs, top_k, top_p, luck):
+    """Draw one token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,).
+
+    luck (B, 1): uniform numbers from 0 to below 1. The token is the one whose part of the cumulative sum they fall in.
+    """
+    if 0 < top_k < probs.size(-1):
+        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
     if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all the likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, index, before >= top_p), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=random).squeeze(-1)
+        ordered, index = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
+        probs = probs.masked_fill(beyond.scatter(1, index, beyond), 0)
+    reached = probs.cumsum(-1)  # (B, V)
+    return torch.searchsorted(reached, luck * reached[:, -1:], right=True).squeeze(1)
 
 
 def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
@@ -302,7 +356,7 @@ def score_many(model, texts, batch_size=256):
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def load_model(folder, device="cpu", kind="lm", dropout=0.0):
+def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
     state, config = read_checkpoint(folder, [kind])
     model = (GPT if kind == "lm" else ScalarModel)(GPTConfig(**{**config["model"], "dropout": dropout}))
@@ -310,6 +364,7 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0):
         model.load_state_dict(state)
     except RuntimeError:
         raise UserError(f"{folder}: model.pt does not fit config.json (a mixed folder? run its stage again)") from None
+    model.trunk.recompute = recompute
     return model.to(device).eval()
 
 
@@ -320,9 +375,10 @@ def prompt_room(config, response_tokens):
     return config.block_size - response_tokens
 
 
-def load_trunk(folder, device="cpu", dropout=0.0):
+def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
     """A scalar model with a fresh head on the trunk of the language model in folder."""
     state, config = read_checkpoint(folder, ["lm"])
     model = ScalarModel(GPTConfig(**{**config["model"], "dropout": dropout}))
     model.load_state_dict(state, strict=False)  # gain, bias and head keep their fresh values
+    model.trunk.recompute = recompute
     return model.to(device).eval()

@@ -7,6 +7,7 @@ import torch
 
 import common
 import data
+import model as model_module
 import ppo
 from model import GPT, GPTConfig, ScalarModel
 
@@ -83,3 +84,18 @@ def checkpoints(tmp_path_factory):
 def log_of(folder):
     """The lines of a stage's log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def script(monkeypatch, *rows):
+    """Make the sampler draw these ids, one list per row; a row that has ended draws 9 until it leaves the batch."""
+    step, left = iter(range(100)), list(range(len(rows)))
+
+    def draw(*_):
+        t = next(step)
+        return torch.tensor([rows[i][t] if t < len(rows[i]) else 9 for i in left])
+
+    def keep(cache, kept, plain=model_module.KVCache.keep):
+        left[:] = [left[i] for i in kept.tolist()]
+        plain(cache, kept)
+    monkeypatch.setattr(model_module, "draw", draw)
+    monkeypatch.setattr(model_module.KVCache, "keep", keep)

@@ -3,15 +3,17 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model as model_module
 from common import UserError
-from conftest import END, random_model
+from conftest import END, random_model, script
 from data import pad_prompts
-from model import (GPT, GPTConfig, KVCache, ScalarModel, draw, entropy, load_trunk, sample, sample_many, score_many,
-                   token_logprobs)
+from model import (GPT, GPTConfig, KVCache, ScalarModel, attention, draw, entropy, load_trunk, sample, sample_many,
+                   score_many, token_logprobs)
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with end of text in the middle
 
@@ -19,8 +21,11 @@ PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and 
 # ---- the architecture ------------------------------------------------------------------------------------------------
 
 
-def gpt2_by_hand(weights, tokens, n_layer, n_head):
-    """GPT-2 for one unpadded text, position by position and head by head: logits (T, V). Written from the papers."""
+def gpt2_by_hand(weights, tokens, n_layer, n_head, exact):
+    """GPT-2 for one unpadded text, position by position and head by head: logits (T, V). Written from the papers.
+
+    exact: the activation is x times the normal distribution function, and not GPT-2's approximation of it.
+    """
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
         return x * weights[name + ".weight"] + weights[name + ".bias"]
@@ -29,6 +34,8 @@ def gpt2_by_hand(weights, tokens, n_layer, n_head):
         return x @ weights[name + ".weight"].T + weights[name + ".bias"]
 
     def gelu(x):
+        if exact:
+            return x * (1 + torch.erf(x / math.sqrt(2))) / 2
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
     x = weights["trunk.token_embedding.weight"][tokens] + weights["trunk.position_embedding.weight"][:len(tokens)]
@@ -47,13 +54,14 @@ def gpt2_by_hand(weights, tokens, n_layer, n_head):
     return norm(x, "trunk.norm") @ weights["trunk.token_embedding.weight"].T
 
 
-def test_architecture_is_gpt2():
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+def test_architecture_is_gpt2(gelu):
     """A wrong mask, scale, norm, activation or residual, or a head that is not tied to the embedding."""
-    model = random_model(n_layer=3, n_head=4).double()
+    model = random_model(n_layer=3, n_head=4, gelu=gelu).double()
     tokens, pad = pad_prompts(PROMPTS, END)
     weights = model.state_dict()
     for row, (prompt, skip) in enumerate(zip(PROMPTS, pad.tolist())):
-        expected = gpt2_by_hand(weights, prompt, 3, 4)
+        expected = gpt2_by_hand(weights, prompt, 3, 4, exact=gelu == "none")
         assert torch.allclose(model(torch.tensor([prompt]))[0], expected, rtol=0, atol=1e-10)
         assert torch.allclose(model(tokens, pad)[row, skip:], expected, rtol=0, atol=1e-10)
 
@@ -185,7 +193,7 @@ def test_entropy():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_cached_sampling_equals_the_full_forward(temperature):
     """A cache that shifts positions or loses a key: the sampler's log-probabilities are those of one full pass."""
-    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 4, END)
+    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
     responses, lengths, logprobs = sample(model, tokens, pad, 20, END, temperature,
                                           random=torch.Generator().manual_seed(0))
     assert len(set(lengths.tolist())) >= 3  # some rows end early
@@ -205,14 +213,55 @@ def test_cache_takes_tokens_in_any_portions(pad):
     assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
 
 
-def script(monkeypatch, *rows):
-    """Make the sampler draw these ids, one list per row; a row that has ended draws 9."""
-    step = iter(range(100))
+@pytest.mark.parametrize("padded", [True, False])
+def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
+    """A row that gets a neighbour's cache, padding, luck or place in the result when another row leaves the batch."""
+    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
+    pad = pad if padded else None
 
-    def scripted(logits, *_):
-        t = next(step)
-        return torch.tensor([row[t] if t < len(row) else 9 for row in rows])
-    monkeypatch.setattr(model_module, "draw", scripted)
+    def drawn():
+        return sample(model, tokens, pad, 20, END, 0.7, random=torch.Generator().manual_seed(0))
+    sizes, keep = [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
+    leaving = drawn()
+    assert len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
+    alone = [sample(model, tokens[i:i + 1], None if pad is None else pad[i:i + 1], 20, END, 0)[0] for i in range(4)]
+    together = sample(model, tokens[:4], None if pad is None else pad[:4], 20, END, 0)
+    assert all(torch.equal(together[0][i, :together[1][i]], row[0, :together[1][i]]) for i, row in enumerate(alone))
+    monkeypatch.setattr(model_module, "LEAVE", -1.0)  # nobody ever leaves
+    staying = drawn()
+    assert torch.equal(leaving[0], staying[0]) and torch.equal(leaving[1], staying[1])
+    for row, length in enumerate(staying[1].tolist()):
+        assert torch.allclose(leaving[2][row, :length], staying[2][row, :length], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_reading_some_positions_equals_reading_all(padded):
+    """A last block that leaves out a position which others attend to, in the result or in any gradient."""
+    (tokens, pad), model = pad_prompts(PROMPTS, END), random_model(n_layer=3).double()
+    pad = pad if padded else None
+    some = (torch.arange(4), torch.tensor([4, 4, 3, 4]))
+    for at in (np.s_[:, 2:], np.s_[:, -1], some):
+        gradients = []
+        for hidden in (model.trunk(tokens, pad)[at], model.trunk(tokens, pad, at=at)):
+            gradients.append([*torch.autograd.grad(hidden.sin().sum(), list(model.parameters())), hidden])
+        for plain, fast in zip(*gradients):
+            assert torch.allclose(plain, fast, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_equals_the_library(dtype, tolerance):
+    """Attention written out against PyTorch's: the scale, the mask, a single query, and the softmax's precision."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8).to(dtype)
+    bias = torch.zeros(2, 1, 7, 7).masked_fill(torch.rand(2, 1, 7, 7) < 0.5, -math.inf)
+    bias.diagonal(dim1=2, dim2=3).zero_()
+    exact = [x.double() for x in (q, k, v)]
+    for got, expected in [
+            (attention(q, k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)),
+            (attention(q, k, v, bias), F.scaled_dot_product_attention(*exact, bias.double())),
+            (attention(q[:, :, -1:], k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)[:, :, -1:])]:
+        assert got.dtype == dtype and torch.allclose(got.double(), expected, rtol=0, atol=tolerance)
 
 
 def test_rows_end_where_they_end(monkeypatch):
@@ -250,9 +299,10 @@ def test_sample_many_keeps_order_and_equals_one_at_a_time():
 def test_top_k_and_top_p(top_k, top_p, expected):
     """Truncation that keeps one token too many or too few, or that is applied in the wrong order."""
     order = [2, 0, 3, 1]  # ids are not sorted by probability
-    logits = torch.empty(4)
-    logits[order] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log() + 5
-    drawn = draw(logits.expand(20_000, 4), top_k, top_p, torch.Generator().manual_seed(0))
+    probs = torch.empty(4)
+    probs[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    luck = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    drawn = draw(probs.expand(20_000, 4), top_k, top_p, luck)
     shares = torch.bincount(drawn, minlength=4)[order] / 20_000
     assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
     assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
