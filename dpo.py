@@ -37,6 +37,7 @@ class Config:
     lr: float = 1e-4                              # peak learning rate, linear to 0
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
+    recompute: bool = False                       # activation checkpointing: less memory, a third slower
     log_every: int = 20                           # steps per log line
     seed: int = 1                                 # split, order
     device: str = "auto"                          # auto, cpu, cuda, mps
@@ -100,7 +101,7 @@ def main(cfg):
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)
-    policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
+    policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
     train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)
     texts, pairs = make_pairs(enc, train_rows, policy.config.block_size)
     test_texts, test_pairs = make_pairs(enc, test_rows, policy.config.block_size)

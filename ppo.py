@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,6 +41,7 @@ class Config:
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
+    recompute: bool = False             # activation checkpointing: less memory, a third slower
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
     value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops
     value_coef: float = 0.1             # weight of the value loss
@@ -143,7 +145,7 @@ class AdaptiveKL:
 def select(rollout, rows):
     """Some rows of a rollout (a dict of tensors), its response columns cut to the longest response among them."""
     part = {name: x[rows] for name, x in rollout.items()}
-    cut = part["mask"].size(1) - int(part["mask"].sum(1).max())  # columns that are padding in all of these rows
+    cut = part["mask"].size(1) - int(part["lengths"].max())  # columns that are padding in all of these rows
     return {name: x[:, :x.size(1) - cut] if x.dim() == 2 else x for name, x in part.items()}
 
 
@@ -154,12 +156,12 @@ def forward(policy, value, batch, temperature):
     """
     tokens, pad = batch["tokens"], batch["pad"]
     P = tokens.size(1) - batch["mask"].size(1)
-    hidden = policy.trunk(tokens[:, :-1], pad)[:, P - 1:]  # (B, R, C)
+    hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
     if isinstance(value, nn.Linear):  # shared: a head on the policy's hidden states
         return logits, logprobs, full_precision(value, hidden)
-    return logits, logprobs, value(tokens[:, :-1], pad)[:, P - 1:]
+    return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
 
 
 @torch.no_grad()
@@ -167,8 +169,8 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
 
     The rollout is a dict of tensors with one row per response, in order of response length, so that neighbouring rows
-    need little padding: tokens (B, T), pad (B,), scores (B,), and (B, R): mask, old_logprobs, ref_logprobs, values,
-    advantages, returns.
+    need little padding: tokens (B, T), pad (B,), lengths (B,) on the CPU, scores (B,), and (B, R): mask, old_logprobs,
+    ref_logprobs, values, advantages, returns.
     """
     device = next(policy.parameters()).device
     tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
@@ -178,7 +180,8 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     order = lengths.argsort(stable=True)
     tokens, pad, lengths = torch.cat([tokens, responses], dim=1)[order], pad[order], lengths[order]
     mask = length_mask(lengths, responses.size(1))
-    rollout = {"tokens": tokens, "pad": pad, "mask": mask, "sampler_logprobs": sampler_logprobs[order]}
+    rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),
+               "sampler_logprobs": sampler_logprobs[order]}
     P = tokens.size(1) - mask.size(1)
     last = P + lengths - 1  # the last real token, end of text included, is where the reward model reads
 
@@ -215,8 +218,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "end_rate": ended.float().mean(), "distinct": len(torch.unique(responses, dim=0)) / len(responses),
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
-        "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8),
-        "tokens": mask.sum()}
+        "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8)}
 
 
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
@@ -225,24 +227,23 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(cfg.episodes, generator=random)
         for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
-            rows = rows.sort().values.to(rollout["mask"].device)  # by length again: which rows matters, not their order
-            counted = rollout["mask"][rows].sum()
+            rows = rows.sort().values  # by length again: which rows are in a minibatch matters, not their order
+            counted = rollout["lengths"][rows].sum().item()  # tokens
             for part in rows.split(cfg.microbatch):
                 batch = select(rollout, part)
-                mask, old_logprobs = batch["mask"], batch["old_logprobs"]
+                mask, old_logprobs, tokens = batch["mask"], batch["old_logprobs"], batch["lengths"].sum().item()
                 with autocast():
                     _, logprobs, values = forward(policy, value, batch, cfg.temperature)
                 pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
-                v_loss, value_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask,
-                                                         cfg.value_clip)
+                v_loss, v_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
                 # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
-                ((pg_loss + cfg.value_coef * v_loss) * mask.sum() / counted).backward()
+                ((pg_loss + cfg.value_coef * v_loss) * (tokens / counted)).backward()
                 with torch.no_grad():
                     moved = (logprobs - old_logprobs) * mask
                     if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
                         log.add(first_ratio_error=(moved.exp() - 1).abs().max())
-                    log.add(mask.sum(), policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
-                            value_clip_fraction=value_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
+                    log.add(tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
+                            value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
 
 
@@ -268,10 +269,10 @@ def main(cfg):
           f"{cfg.minibatches} (try --episodes {below or cfg.minibatches} or {below + cfg.minibatches})")
     device, autocast = set_up(cfg)
 
-    policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
+    policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     reward = load_model(cfg.reward, device, kind="reward")
     if cfg.value == "separate":
-        value = load_model(cfg.reward, device, kind="reward")
+        value = load_model(cfg.reward, device, kind="reward", recompute=cfg.recompute)
     else:
         value = nn.Linear(policy.config.width, 1).to(device)
         nn.init.zeros_(value.weight)
@@ -299,8 +300,7 @@ def main(cfg):
         began = time.time()
         rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
                                    sampling)
-        tokens = float(metrics.pop("tokens"))
-        rolled = time.time()
+        tokens, rolled = rollout["lengths"].sum().item(), time.time()
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
         done = time.time()

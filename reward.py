@@ -48,6 +48,7 @@ class Config:
     warmup: float = 0.05                     # share of the steps with a rising learning rate
     weight_decay: float = 0.1                # AdamW
     grad_clip: float = 1.0                   # global norm of the gradient; 0: none
+    recompute: bool = False                  # activation checkpointing: less memory, a third slower
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
     seed: int = 1                            # fresh head, order, dropout, split
@@ -138,7 +139,7 @@ def train(model, rankings, cfg, log, device, autocast):
         hits, pairs = pair_accuracy(scores.detach(), mask)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
         norm = optimizer_step(optimizer, parameters, lr, cfg.grad_clip)
-        log.add(loss=loss.item(), accuracy=hits / pairs, grad_norm=norm)
+        log.add(loss=loss, accuracy=hits / pairs, grad_norm=norm)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
@@ -263,7 +264,7 @@ def main(cfg):
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)
-    model = load_trunk(cfg.model, device, dropout=cfg.dropout)
+    model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
     enc = load_tokenizer(cfg.model)
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
     if cfg.test:

@@ -41,6 +41,7 @@ class Config:
     warmup: float = 0.05                            # share of the steps with a rising learning rate
     weight_decay: float = 0.1                       # AdamW
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
+    recompute: bool = False                         # activation checkpointing: less memory, a third slower
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
     seed: int = 1                                   # initial weights, data order, dropout
     device: str = "auto"                            # auto, cpu, cuda, mps
@@ -104,7 +105,7 @@ def main(cfg):
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
     enc = load_tokenizer(vocab)
     if cfg.model:
-        model = load_model(cfg.model, device, dropout=cfg.dropout)
+        model = load_model(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
     check(cfg.pack <= model.config.block_size, f"--pack {cfg.pack} is more than block size {model.config.block_size}")
@@ -136,7 +137,7 @@ def main(cfg):
             # Divided by the whole batch's count: how it is split into microbatches changes nothing.
             loss = -row_logprobs(model, part, enc.eot_token, device, autocast).sum() / counted
             loss.backward()
-            log.add(loss=loss.item() * len(parts))
+            log.add(loss=loss.detach() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
         log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))

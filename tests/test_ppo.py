@@ -14,7 +14,7 @@ import common
 import model as model_module
 import ppo
 from common import UserError
-from conftest import END, log_of, ppo_config, ragged_mask, random_model, rollout_of
+from conftest import END, log_of, ppo_config, ragged_mask, random_model, rollout_of, script
 from data import pad_prompts
 from model import ScalarModel, token_logprobs
 from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
@@ -216,6 +216,7 @@ def test_rollout_against_one_response_at_a_time(four_models):
             assert not rollout[name][row, length:].any(), name
             seen.setdefault(name, []).extend(numbers)
         assert rollout["scores"][row].item() == pytest.approx(score, abs=1e-4)
+        assert rollout["lengths"][row].item() == length
         rewards_of.append(sum(rewards))
         all_advantages += advantages
     assert sorted(texts) == sorted(PROMPTS) and lengths == sorted(lengths) and len(set(lengths)) > 1
@@ -228,7 +229,7 @@ def test_rollout_against_one_response_at_a_time(four_models):
     returns, sampled = torch.tensor(seen["returns"]), rollout["tokens"][:, -R:]
     expected = {"score": rollout["scores"].mean(), "score_std": rollout["scores"].std(), "rewards": sum(rewards_of) / 8,
                 "kl": sum(log_ratio) / 8, "kl_k3": sum(math.exp(-x) - 1 + x for x in log_ratio) / 8,
-                "entropy": sum(seen["entropy"]) / count, "length": count / 8, "tokens": count,
+                "entropy": sum(seen["entropy"]) / count, "length": count / 8,
                 "end_rate": sum(sampled[row, n - 1] == END for row, n in enumerate(lengths)) / 8,
                 "distinct": len({tuple(row) for row in sampled.tolist()}) / 8,
                 "explained_variance": 1 - sum(x * x for x in error) / count / returns.var(unbiased=False)}
@@ -315,12 +316,7 @@ def test_ppo_samples_from_the_full_softmax(four_models):
 
 def scripted_rollout(monkeypatch, models, responses, **changes):
     """A rollout in which the sampler draws these responses (after its end a row would draw 9)."""
-    step = iter(range(100))
-
-    def scripted(logits, *_):
-        t = next(step)
-        return torch.tensor([row[t] if t < len(row) else 9 for row in responses])
-    monkeypatch.setattr(model_module, "draw", scripted)
+    script(monkeypatch, *responses)
     return rollout_of(*models, PROMPTS[:len(responses)], ppo_config(response_tokens=4, microbatch=8, **changes))
 
 
@@ -365,7 +361,8 @@ def test_select_keeps_prompt_and_response(P, longest):
     """Columns told apart by their number alone: with P + longest == R the tokens were cut twice."""
     R, rows = 8, slice(1, 3)
     tokens, mask = torch.arange(4 * (P + R)).view(4, P + R), ragged_mask([8, longest, 1, 8], R)
-    part = ppo.select({"tokens": tokens, "mask": mask, "values": mask * 2, "pad": torch.arange(4)}, rows)
+    part = ppo.select({"tokens": tokens, "mask": mask, "values": mask * 2, "pad": torch.arange(4),
+                       "lengths": torch.tensor([8, longest, 1, 8])}, rows)
     assert torch.equal(part["tokens"], tokens[1:3, :P + longest])
     assert torch.equal(part["mask"], mask[1:3, :longest]) and torch.equal(part["values"], 2 * mask[1:3, :longest])
     assert part["pad"].tolist() == [1, 2]
@@ -392,7 +389,7 @@ class Collected(common.Log):
         self.sums, self.counts = {}, {}
 
     def means(self):
-        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+        return {name: float(self.sums[name] / self.counts[name]) for name in self.sums}
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 5])
@@ -589,8 +586,8 @@ def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, value):
         real = (place >= pad[:, None]) & (place <= last[:, None])
         return sign * ((tokens < liked) & real).sum(1).float()
 
-    def load(folder, device, kind="lm"):
-        model = model_module.load_model(folder, device, kind)
+    def load(folder, device, kind="lm", **how):
+        model = model_module.load_model(folder, device, kind, **how)
         if kind == "reward":
             model.score = scripted
         return model
