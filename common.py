@@ -9,6 +9,7 @@ Nothing in this file knows about RLHF. What a checkpoint folder holds:
     done.json       written last: seconds and peak memory; a stage without it is not finished
 """
 import argparse
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -114,6 +115,7 @@ def set_up(cfg, quiet=False):
         else:
             fast = torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
+    keep_freed_memory()
     if not quiet:
         print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "
               + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items() if value != ""), flush=True)
@@ -122,6 +124,17 @@ def set_up(cfg, quiet=False):
         return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     return device, autocast
+
+
+def keep_freed_memory():
+    """Have the C library keep freed memory for the next tensor, where it is glibc and can be told.
+
+    By default large blocks go back to the system at once, which clears every page before it hands them out again: a
+    fifth of the time of base training on a CPU. The peak of memory stays where it was.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def generator(*key):

@@ -21,7 +21,8 @@ import torch
 
 from common import Stage, check, check_positive, generator, progress, run, set_up, write_atomic, write_json
 from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
-from model import load_model, prompt_room, sample_many, score_many, token_logprobs
+from model import load_model, prompt_room, score_many, token_logprobs
+from sampling import sample_many
 from sft import held_out_loss, packed_rows
 
 matplotlib.use("Agg")  # files, no window

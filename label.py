@@ -29,8 +29,9 @@ import torch
 
 from common import Stage, UserError, check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
-from model import load_model, prompt_room, sample_many, score_many
+from model import load_model, prompt_room, score_many
 from reward import encode_rankings
+from sampling import sample_many
 from terminal import HELP, append, ask, parse_order, read_answers, show, visible
 
 

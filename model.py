@@ -1,4 +1,4 @@
-"""GPT-2's architecture, written out: attention, block, forward pass, sampling with a KV cache, and the scalar head.
+"""GPT-2's architecture, written out: attention, block, forward pass, the scalar head, log-probabilities of tokens.
 
 The same trunk serves four models: policy and reference (a language model), reward and value (a scalar head).
 Shapes: B rows, T positions, C width, V vocabulary, H heads, D = C / H. See data.py for the layout of a batch.
@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, check, progress, read_checkpoint
-from data import pad_prompts, pad_responses
+from common import UserError, check, read_checkpoint
+from data import pad_responses
 
 
 EVERY = np.s_[:, :]  # every position of (B, T)
@@ -231,109 +231,6 @@ def entropy(logits, temperature=1.0):
     """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
     logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1)
-
-
-# ---- sampling ------------------------------------------------------------------------------------------------------
-
-
-LEAVE = 0.8  # rows that have ended leave the batch when at most this share still runs: it costs a copy of the cache
-
-
-class KVCache:
-    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
-
-    def __init__(self, size):
-        self.size, self.length, self.layers = size, 0, {}
-
-    def append(self, layer, k, v):
-        """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
-        B, H, t, D = k.shape
-        if layer not in self.layers:
-            # On a CPU the keys lie transposed in memory, the way in which their product with a query reads them.
-            keys = k.new_empty(B, H, self.size, D) if k.is_cuda else k.new_empty(B, H, D, self.size).transpose(2, 3)
-            self.layers[layer] = keys, v.new_empty(B, H, self.size, D)
-        keys, values = self.layers[layer]
-        keys[:, :, self.length:self.length + t] = k
-        values[:, :, self.length:self.length + t] = v
-        return keys[:, :, :self.length + t], values[:, :, :self.length + t]
-
-    def keep(self, rows):
-        """Forget all but these rows."""
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
-
-
-@torch.no_grad()
-def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
-    """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
-
-    Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id, which counts in its
-    length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
-    R is the longest row, as the loop stops when every row has ended. temperature 0 is greedy. top_k 0 and top_p 1.0
-    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature.
-    """
-    B, P = tokens.shape
-    check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
-          f"{P} prompt and {max_tokens} response tokens do not fit in block size {model.config.block_size}")
-    device = tokens.device
-    responses = torch.full((B, max_tokens), end, device=device)
-    logprobs = torch.zeros(B, max_tokens, device=device)
-    cache, new = KVCache(P + max_tokens), tokens
-    rows = torch.arange(B, device=device)  # the rows still in the batch
-    running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
-    for t in range(max_tokens):
-        hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
-        probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
-        luck = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
-        next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, luck)  # (rows,)
-        responses[rows, t] = next_token
-        logprobs[rows, t] = probs.gather(1, next_token[:, None]).squeeze(1).log()
-        running = running & (next_token != end)
-        if device.type == "cpu" or t % 8 == 7:  # a GPU would have to wait for the answer, so it is asked less often
-            left = running.nonzero().squeeze(1)
-            if len(left) == 0:
-                break
-            if len(left) <= LEAVE * len(rows):  # the rows that have ended leave the batch
-                rows, running, next_token = rows[left], running[left], next_token[left]
-                pad = None if pad is None else pad[left]
-                cache.keep(left)
-        new = next_token[:, None]
-    before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch goes on after its end: cut
-    lengths = (before.sum(1) + 1).clamp(max=max_tokens)
-    R = lengths.max()
-    return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
-
-
-def draw(probs, top_k, top_p, luck):
-    """Draw one token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,).
-
-    luck (B, 1): uniform numbers from 0 to below 1. The token is the one whose part of the cumulative sum they fall in.
-    """
-    if 0 < top_k < probs.size(-1):
-        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        ordered, index = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
-        probs = probs.masked_fill(beyond.scatter(1, index, beyond), 0)
-    reached = probs.cumsum(-1)  # (B, V)
-    return torch.searchsorted(reached, luck * reached[:, -1:], right=True).squeeze(1)
-
-
-def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
-    """Sample one response to each of a list of prompts (lists of ids), batched by similar length. how: as in sample.
-
-    Returns a list of lists of ids in the order of the prompts; a response that ended has `end` as its last id.
-    """
-    device = next(model.parameters()).device
-    responses = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in progress(range(0, len(order), batch_size), "sampling"):
-        rows = order[start:start + batch_size]
-        tokens, pad = pad_prompts([prompts[i] for i in rows], end)
-        pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
-        drawn, lengths, _ = sample(model, tokens.to(device), pad, max_tokens, end, **how)
-        for i, ids, length in zip(rows, drawn.tolist(), lengths.tolist()):
-            responses[i] = ids[:length]
-    return responses
 
 
 @torch.no_grad()

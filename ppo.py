@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
-from model import entropy, full_precision, load_model, prompt_room, sample, token_logprobs
+from model import entropy, full_precision, load_model, prompt_room, token_logprobs
+from sampling import sample
 
 
 @dataclass
@@ -159,7 +159,7 @@ def forward(policy, value, batch, temperature):
     hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
-    if isinstance(value, nn.Linear):  # shared: a head on the policy's hidden states
+    if isinstance(value, torch.nn.Linear):  # shared: a head on the policy's hidden states
         return logits, logprobs, full_precision(value, hidden)
     return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
 
@@ -274,9 +274,9 @@ def main(cfg):
     if cfg.value == "separate":
         value = load_model(cfg.reward, device, kind="reward", recompute=cfg.recompute)
     else:
-        value = nn.Linear(policy.config.width, 1).to(device)
-        nn.init.zeros_(value.weight)
-        nn.init.zeros_(value.bias)
+        value = torch.nn.Linear(policy.config.width, 1).to(device)
+        torch.nn.init.zeros_(value.weight)
+        torch.nn.init.zeros_(value.bias)
     vocab = Path(cfg.sft) / "vocab.tiktoken"
     enc = load_tokenizer(vocab)
     check_same_vocab(cfg.sft, cfg.reward)

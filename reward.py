@@ -25,7 +25,8 @@ from common import (Log, Stage, adamw, check, check_positive, generator, learnin
                     say, set_up, write_json)
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
                   read_rankings)
-from model import load_model, load_trunk, prompt_room, sample_many, score_many
+from model import load_model, load_trunk, prompt_room, score_many
+from sampling import sample_many
 
 
 @dataclass

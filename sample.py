@@ -12,7 +12,8 @@ import torch
 
 from common import check, check_positive, run, set_up
 from data import check_same_vocab, encode_prompt, load_tokenizer
-from model import load_model, prompt_room, sample_many, score_many
+from model import load_model, prompt_room, score_many
+from sampling import sample_many
 from terminal import visible
 
 

@@ -7,8 +7,8 @@ import torch
 
 import common
 import data
-import model as model_module
 import ppo
+import sampling
 from model import GPT, GPTConfig, ScalarModel
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
@@ -94,8 +94,8 @@ def script(monkeypatch, *rows):
         t = next(step)
         return torch.tensor([rows[i][t] if t < len(rows[i]) else 9 for i in left])
 
-    def keep(cache, kept, plain=model_module.KVCache.keep):
+    def keep(cache, kept, plain=sampling.KVCache.keep):
         left[:] = [left[i] for i in kept.tolist()]
         plain(cache, kept)
-    monkeypatch.setattr(model_module, "draw", draw)
-    monkeypatch.setattr(model_module.KVCache, "keep", keep)
+    monkeypatch.setattr(sampling, "draw", draw)
+    monkeypatch.setattr(sampling.KVCache, "keep", keep)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
+import sampling
 from common import UserError
 from conftest import END, random_model, script
 from data import pad_prompts
-from model import (GPT, GPTConfig, KVCache, ScalarModel, attention, draw, entropy, load_trunk, sample, sample_many,
-                   score_many, token_logprobs)
+from model import GPT, GPTConfig, ScalarModel, attention, entropy, load_trunk, score_many, token_logprobs
+from sampling import KVCache, draw, sample, sample_many
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with end of text in the middle
 
@@ -228,7 +229,7 @@ def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
     alone = [sample(model, tokens[i:i + 1], None if pad is None else pad[i:i + 1], 20, END, 0)[0] for i in range(4)]
     together = sample(model, tokens[:4], None if pad is None else pad[:4], 20, END, 0)
     assert all(torch.equal(together[0][i, :together[1][i]], row[0, :together[1][i]]) for i, row in enumerate(alone))
-    monkeypatch.setattr(model_module, "LEAVE", -1.0)  # nobody ever leaves
+    monkeypatch.setattr(sampling, "LEAVE", -1.0)  # nobody ever leaves
     staying = drawn()
     assert torch.equal(leaving[0], staying[0]) and torch.equal(leaving[1], staying[1])
     for row, length in enumerate(staying[1].tolist()):

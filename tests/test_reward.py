@@ -10,8 +10,9 @@ import data
 import reward
 from common import UserError
 from conftest import END, ragged_mask, random_model
-from model import ScalarModel, load_model, sample_many, score_many
+from model import ScalarModel, load_model, score_many
 from reward import normalise, pair_accuracy, ranking_loss, score_rankings, share
+from sampling import sample_many
 
 LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
