@@ -121,19 +121,18 @@ class Trunk(nn.Module):
         compute for the others only is left out, and so is their place in the result.
         """
         T = tokens.size(1)
-        past = cache.length if cache is not None else 0
-        check(past + T <= self.config.block_size,
-              f"{past + T} tokens do not fit in block size {self.config.block_size}")
-        place = torch.arange(past, past + T, device=tokens.device)  # (T,) index in the padded row
+        past, seen = (cache.length, cache.seen(T)) if cache is not None else (0, T)
+        check(seen <= self.config.block_size, f"{seen} tokens do not fit in block size {self.config.block_size}")
+        place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
         position, bias = place, None
-        if pad is not None or past > 0 and T > 1:  # else the plain causal case
+        if pad is not None or seen > T and (T > 1 or cache.fixed):  # else the plain causal case
             pad = torch.zeros(1, dtype=torch.long, device=tokens.device) if pad is None else pad
             position = (place - pad[:, None]).clamp(min=0)  # (B, T)
-            key = torch.arange(past + T, device=tokens.device)
-            seen = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, past + T)
+            key = torch.arange(seen, device=tokens.device)
+            may = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, keys)
             # A padding query would attend to nothing, and softmax over nothing is NaN: let it see itself.
-            seen = seen | (key == place[:, None])
-            bias = torch.zeros(seen.shape, device=tokens.device).masked_fill(~seen, -math.inf)[:, None]
+            may = may | (key == place[:, None])
+            bias = torch.zeros(may.shape, device=tokens.device).masked_fill(~may, -math.inf)[:, None]
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(position))
         for block in self.blocks:
             wanted = at if block is self.blocks[-1] else EVERY

@@ -39,6 +39,7 @@ class Config:
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
     response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
+    graph: bool = False                 # on CUDA: record one step of the sampler as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     recompute: bool = False             # activation checkpointing: less memory, a third slower
@@ -176,7 +177,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
     with autocast():
         responses, lengths, sampler_logprobs = sample(policy, tokens, pad, cfg.response_tokens, end,
-                                                      cfg.temperature, random=random)
+                                                      cfg.temperature, random=random, graph=cfg.graph)
     order = lengths.argsort(stable=True)
     tokens, pad, lengths = torch.cat([tokens, responses], dim=1)[order], pad[order], lengths[order]
     mask = length_mask(lengths, responses.size(1))
@@ -282,8 +283,7 @@ def main(cfg):
     check_same_vocab(cfg.sft, cfg.reward)
     room = prompt_room(policy.config, cfg.response_tokens)
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
-    check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill a rollout of --episodes "
-          f"{cfg.episodes}")
+    check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     stage = Stage(cfg.out)
     shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.

@@ -10,19 +10,31 @@ LEAVE = 0.8  # rows that have ended leave the batch when at most this share stil
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
+    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer.
 
-    def __init__(self, size):
-        self.size, self.length, self.layers = size, 0, {}
+    fixed: attention reads all of that memory, also what is not filled yet (masked), and the length is a tensor. So no
+    shape ever changes, and a step can be recorded.
+    """
+
+    def __init__(self, size, fixed=False, device=None):
+        self.size, self.fixed, self.layers = size, fixed, {}
+        self.length = torch.zeros((), dtype=torch.long, device=device) if fixed else 0
+
+    def seen(self, T):
+        """How many keys attention reads when T more tokens come."""
+        return self.size if self.fixed else self.length + T
 
     def append(self, layer, k, v):
         """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
         B, H, t, D = k.shape
         if layer not in self.layers:
             # On a CPU the keys lie transposed in memory, the way in which their product with a query reads them.
-            keys = k.new_empty(B, H, self.size, D) if k.is_cuda else k.new_empty(B, H, D, self.size).transpose(2, 3)
-            self.layers[layer] = keys, v.new_empty(B, H, self.size, D)
+            keys = k.new_zeros(B, H, self.size, D) if k.is_cuda else k.new_zeros(B, H, D, self.size).transpose(2, 3)
+            self.layers[layer] = keys, v.new_zeros(B, H, self.size, D)
         keys, values = self.layers[layer]
+        if self.fixed:
+            place = self.length + torch.arange(t, device=k.device)
+            return keys.index_copy_(2, place, k), values.index_copy_(2, place, v)
         keys[:, :, self.length:self.length + t] = k
         values[:, :, self.length:self.length + t] = v
         return keys[:, :, :self.length + t], values[:, :, :self.length + t]
@@ -33,13 +45,14 @@ class KVCache:
 
 
 @torch.no_grad()
-def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
+def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None, graph=False):
     """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
 
     Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id, which counts in its
     length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
     R is the longest row, as the loop stops when every row has ended. temperature 0 is greedy. top_k 0 and top_p 1.0
-    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature.
+    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature. graph: on
+    CUDA, record one step and replay it.
     """
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
@@ -47,12 +60,19 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
     device = tokens.device
     responses = torch.full((B, max_tokens), end, device=device)
     logprobs = torch.zeros(B, max_tokens, device=device)
-    cache, new = KVCache(P + max_tokens), tokens
+    cache, new, recorded = KVCache(P + max_tokens, fixed=graph, device=device), tokens, None
     rows = torch.arange(B, device=device)  # the rows still in the batch
     running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
-    for t in range(max_tokens):
+
+    def step(new):
+        """Probabilities of the next token after the new ones (rows, t): (rows, V)."""
         hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
-        probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
+        return (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)
+
+    for t in range(max_tokens):
+        if graph and t > 0 and recorded is None:
+            recorded = record(step, cache, new)
+        probs = (recorded or step)(new)  # (rows, V)
         luck = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
         next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, luck)  # (rows,)
         responses[rows, t] = next_token
@@ -66,11 +86,37 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
                 rows, running, next_token = rows[left], running[left], next_token[left]
                 pad = None if pad is None else pad[left]
                 cache.keep(left)
+                recorded = None
         new = next_token[:, None]
     before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch goes on after its end: cut
     lengths = (before.sum(1) + 1).clamp(max=max_tokens)
     R = lengths.max()
     return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
+
+
+def record(step, cache, new):
+    """step as a CUDA graph, whose some hundred kernels start with one call; step itself where that changes a bit."""
+    if not new.is_cuda:
+        return step
+    start, tokens, graph = cache.length.clone(), new.clone(), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what the libraries set up on a first call must not be recorded
+        for _ in range(2):
+            cache.length.copy_(start)
+            expected = step(tokens)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        probs = step(tokens)
+
+    def replay(new):
+        tokens.copy_(new)
+        graph.replay()
+        return probs
+    cache.length.copy_(start)
+    same = torch.equal(replay(new), expected)
+    cache.length.copy_(start)
+    return replay if same else step
 
 
 def draw(probs, top_k, top_p, luck):
