@@ -8,9 +8,10 @@ Clock: on a CPU with one thread it is the CPU time of this process, which a neig
 otherwise it is the time on the wall, and the machine must be idle. One warm-up, then --repeats timed runs: the median
 counts. A peer does the same work on the same shapes in the same process, after ours, with its own defaults.
 
-Floor: the operations that the work needs (see flop) at the speed of the best matrix product measured at the
+Floor: the operations that this code runs (see flop) at the speed of the best matrix product measured at the
 start; fraction: floor / median. Sampling on a GPU has a second floor, reading weights and cache at the speed of a copy.
 """
+import ctypes
 import dataclasses
 import gc
 import json
@@ -41,12 +42,12 @@ class Config:
     only: str = ""           # figures, comma between them: limits,train,sample,ppo,reward,dpo; empty: these. Or scaling
     against: str = ""        # a peer to run too: transformers (train, sample) or trl (ppo, reward, dpo)
     value: str = "separate"  # value model of ppo: separate, or shared (the peer's is separate in any case)
-    gelu: str = "tanh"       # ours and the peer's: tanh is GPT-2's approximation, none is exact
+    gelu: str = "none"       # ours and the peer's: none is exact, as in our models; tanh is GPT-2's approximation
+    graph: bool = False      # our sampler on CUDA: with a step recorded as a CUDA graph
     threads: int = 1         # CPU threads
     dtype: str = "float32"   # float32, bfloat16 (autocast; the weights stay float32)
     device: str = "auto"     # auto, cpu, cuda
     repeats: int = 5         # timed runs per figure, after one warm-up
-    figure: str = ""         # of scaling: draw it into this PNG file
     out: str = ""            # append the JSON lines to this file; empty: only print them
     seed: int = 1            # weights, tokens
 
@@ -114,6 +115,7 @@ class Bench:
             return None
         if reset:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that was kept would count
             return Path("/proc/self/clear_refs").write_text("5")  # the code for VmHWM
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 2**10
 
@@ -135,7 +137,7 @@ class Bench:
         (seconds, memory), cfg = measured, self.cfg
         median = statistics.median(seconds)
         floor = max(work / self.flops, byte / self.bandwidth) if work else None
-        line = {"figure": figure, "what": what, "size": cfg.size, "value": None, "gelu": cfg.gelu,
+        line = {"figure": figure, "what": what, "size": cfg.size, "value": None, "gelu": cfg.gelu, "graph": cfg.graph,
                 "device": self.device, "dtype": cfg.dtype, "threads": torch.get_num_threads(),
                 "clock": self.clock_name, "repeats": len(seconds), "seconds": median, "seconds_min": min(seconds),
                 "seconds_max": max(seconds), "rate": amount / median, "unit": unit, "flop": work or None,
@@ -164,12 +166,15 @@ class Bench:
 
 def limits(bench):
     """The speed of a large matrix product and of a copy; every floor rests on the best runs of these."""
-    a, b = torch.randn(2, 2048, 2048, device=bench.device).to(getattr(torch, bench.cfg.dtype))
+    size, times = (8192, 20) if bench.cuda else (2048, 1)  # a GPU needs more work than it takes to start it
+    a, b = torch.randn(2, size, size, device=bench.device).to(getattr(torch, bench.cfg.dtype))
     source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=bench.device)
-    product, copy = bench.time(lambda: a @ b, 10), bench.time(lambda: target.copy_(source), 10)
-    bench.flops, bench.bandwidth = 2 * 2048**3 / min(product[0]), 2 * 2**28 / min(copy[0])
-    bench.record("matrix product", "2048 x 2048 x 2048", product, 2 * 2048**3 / 1e9, "GFLOP/s")
-    bench.record("copy", "256 MB, read and written", copy, 2 * 2**28 / 1e9, "GB/s")
+    product = bench.time(lambda: [a @ b for _ in range(times)], 10)
+    copy = bench.time(lambda: [target.copy_(source) for _ in range(times)], 10)
+    work, byte = times * 2 * size**3, times * 2 * 2**28
+    bench.flops, bench.bandwidth = work / min(product[0]), byte / min(copy[0])
+    bench.record("matrix product", f"{size} x {size} x {size}", product, work / 1e9, "GFLOP/s")
+    bench.record("copy", "256 MB, read and written", copy, byte / 1e9, "GB/s")
 
 
 def stepper(model, loss_of):
@@ -200,7 +205,7 @@ def sampling(bench):
 
     def draw():
         with bench.autocast():
-            sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random)
+            sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random, graph=bench.cfg.graph)
     # Numbers that must be read: at each step all weights, and keys and values of the tokens so far.
     read = R * sum(p.numel() for p in model.parameters()) + B * sum(range(P, P + R)) * 2 * config.n_layer * config.width
     byte = read * (2 if bench.cfg.dtype == "bfloat16" else 4) if bench.cuda else 0
@@ -214,8 +219,8 @@ def time_ppo(bench, config, B, P, R):
     work: {part: operations}. The parts are rollout (sampling), scoring (the rest of collect) and update.
     """
     shared = bench.cfg.value == "shared"
-    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=64, response_tokens=R, temperature=TEMPERATURE,
-                     value=bench.cfg.value)
+    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), response_tokens=R,
+                     temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
     policy, ref, reward = (kind(config).to(bench.device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
     value = (nn.Linear(config.width, 1) if shared else ScalarModel(config).eval()).to(bench.device)
@@ -273,30 +278,6 @@ def scaling(bench):
             _, seconds, memory, work = time_ppo(bench, config, B, P, R)
             bench.record(f"{name} {size}", f"one iteration, {B} rows, {P} + {R} tokens, width {width}",
                          (seconds, memory), B, "episodes/s", sum(work.values()), value=bench.cfg.value)
-    if bench.cfg.figure:
-        draw_scaling(bench)
-
-
-def draw_scaling(bench):
-    """Time per episode and its floor, one panel per quantity."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, len(SCALES), figsize=(13, 3.4), sharey=True)
-    for (name, sizes), panel in zip(SCALES.items(), panels):
-        lines = [bench.records[f"{name} {size}"] for size in sizes]
-        for field, label, style in (("seconds", "measured", "o-"), ("floor_seconds", "floor", "--")):
-            panel.loglog(sizes, [1e3 * line[field] / (line["rate"] * line["seconds"]) for line in lines], style,
-                         label=label)
-        panel.set_xticks(sizes, sizes)
-        panel.minorticks_off()
-        panel.set_xlabel({"batch": "prompts per iteration", "width": "width"}.get(name, f"{name} tokens"))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms per episode")
-    panels[0].legend()
-    figure.suptitle("PPO, {size}, {dtype}, value {value}, {threads} threads".format(**vars(bench.cfg)), fontsize=10)
-    figure.tight_layout()
-    figure.savefig(bench.cfg.figure, dpi=110)
 
 
 def reward_step(bench):
@@ -339,8 +320,7 @@ def main(cfg):
     chosen = cfg.only.split(",") if cfg.only else [name for name in FIGURES if name != "scaling"]  # which takes minutes
     for name in chosen:
         check(name in FIGURES, f"--only {name!r}: the figures are {', '.join(FIGURES)}")
-    for path in filter(None, (cfg.out, cfg.figure)):
-        check(Path(path).parent.is_dir(), f"{path}: its folder does not exist")
+    check(Path(cfg.out).parent.is_dir(), f"--out {cfg.out}: its folder does not exist")
     torch.set_num_threads(cfg.threads)
     bench = Bench(cfg)
     peers = {}

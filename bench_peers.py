@@ -55,10 +55,12 @@ def peer_sample(bench, _):
     B, P, R = bench.shapes["sample"]
     model, tokens = peer_model(bench).eval(), torch.tensor(bench.tokens(B, P), device=bench.device)
 
+    model.generation_config.eos_token_id = None  # every response has its full length
+
     def generate():
         with torch.no_grad(), bench.autocast():
             model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, temperature=TEMPERATURE,
-                           top_k=0, top_p=1.0, min_new_tokens=R, max_new_tokens=R)
+                           top_k=0, top_p=1.0, max_new_tokens=R)
     return bench.time(generate)
 
 
@@ -83,7 +85,7 @@ def peer_trl(bench, figure):
         data = {"input_ids": bench.tokens(B, P)}
         how = {"per_device_train_batch_size": B, "num_mini_batches": 4, "num_ppo_epochs": 4, "response_length": R,
                "total_episodes": B * steps, "temperature": TEMPERATURE, "stop_token": "eos",
-               "num_sample_generations": 0}
+               "num_sample_generations": 0, "local_rollout_forward_batch_size": B}
     elif figure == "reward":
         data = {side: bench.tokens(PAIRS * steps, TEXT) for side in ("chosen_ids", "rejected_ids")}
     else:  # takes words only, and adds an end to a response without one

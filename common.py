@@ -133,8 +133,9 @@ def keep_freed_memory():
     fifth of the time of base training on a CPU. The peak of memory stays where it was.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, in bytes
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        # M_MMAP_THRESHOLD in bytes, of which older versions take no more than 32 MB; then M_TRIM_THRESHOLD.
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**30)
 
 
 def generator(*key):

@@ -105,9 +105,10 @@ def main(cfg):
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
     enc = load_tokenizer(vocab)
     if cfg.model:
-        model = load_model(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
+        model = load_model(cfg.model, device, dropout=cfg.dropout)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
+    model.trunk.recompute = cfg.recompute
     check(cfg.pack <= model.config.block_size, f"--pack {cfg.pack} is more than block size {model.config.block_size}")
     check(cfg.max_steps >= 0 and 0 <= cfg.warmup < 1, "--max-steps must be 0 or more, --warmup from 0 to below 1")
     packed = "text" in read_jsonl(cfg.train, {})[0]

@@ -4,9 +4,10 @@
 
 Computed, not measured: the bytes below, counted from what the backward pass keeps, and a tenth of the memory left free.
 Bytes per parameter: 4 for a frozen model, 16 for a trained one (weight, gradient, two moments of AdamW, all float32),
-and 2 for the bf16 copy of the weights that autocast keeps until the backward pass. Per token and block of width C: 38 C
-(4 C for each of two residual streams, the rest in bf16); with --recompute 4 C, and 38 C for one block. Per
-position whose logits are read: 16 V (bf16 and float32 logits, log-softmax, and its gradients).
+and 2 for the bf16 copy of the weights that autocast keeps until the backward pass. Per token and block of width C: 36 C
+(two float32 residual streams 8 C; in bf16 two norms 4 C, query, key and value 6 C, attention 2 C, GELU's input and
+output 16 C); with --recompute 4 C, and 36 C for one block. Per position whose logits are read: 16 V (bf16 and float32
+logits, log-softmax, and its gradients).
 """
 SIZES = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280), "XL": (48, 1600)}  # GPT-2: layers, width C
 V, BLOCK = 50257, 1024
@@ -25,7 +26,7 @@ def rows_that_fit(memory, n_layer, C, trained, frozen, T, read, recompute):
     """Rows of a microbatch that fit into this many bytes; 0: the models alone do not, or not one row does."""
     N = parameters(n_layer, C)
     models = N * (18 * trained + 4 * frozen)
-    block = 38 * C * T
+    block = 36 * C * T
     row = trained * (n_layer * 4 * C * T + block if recompute else n_layer * block) + read * 16 * V
     return max(0, int((0.9 * memory - models) // row))
 

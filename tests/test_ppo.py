@@ -497,6 +497,17 @@ def tiny_run(checkpoints, folder, **changes):
     return log_of(folder)
 
 
+def test_recompute_reaches_policy_and_value(checkpoints, tmp_path, monkeypatch):
+    """A flag that one of the two trained models forgets, or that reaches one of the frozen ones."""
+    trunks = {}
+    monkeypatch.setattr(ppo, "load_model", lambda *args, **how: trunks.setdefault(
+        len(trunks), model_module.load_model(*args, **how)))
+    lines = tiny_run(checkpoints, tmp_path / "a", recompute=True)
+    assert [model.trunk.recompute for model in trunks.values()] == [True, False, False, True]
+    plain = tiny_run(checkpoints, tmp_path / "b")
+    assert [line["score"] for line in lines] == [line["score"] for line in plain]
+
+
 @pytest.mark.parametrize("value", ["separate", "shared"])
 def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value):
     """Old and new log-probabilities of different passes (dropout, padding, cache): ratio not 1, KL not 0."""

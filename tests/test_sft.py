@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import model as model_module
 import sft
 from common import UserError
 from conftest import END, SENTENCES, log_of, random_model
@@ -93,6 +94,18 @@ def trained(checkpoints, folder, rows, **changes):
                            "pack": 16, "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu",
                            "dtype": "float32", **changes}))
     return log_of(folder)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_recompute_reaches_the_model(checkpoints, tmp_path, monkeypatch, fresh):
+    """A flag that one of the two ways to get a model forgets."""
+    calls = []
+    monkeypatch.setattr(model_module, "checkpoint", lambda block, *args, **_: calls.append(block) or block(*args))
+    how = {"model": "" if fresh else checkpoints.sft, "epochs": 1.0}
+    trained(checkpoints, tmp_path, TEXTS, **how)
+    assert not calls
+    trained(checkpoints, tmp_path, TEXTS, **how, recompute=True)
+    assert calls
 
 
 TEXTS = [{"text": sentence} for sentence in SENTENCES * 4]

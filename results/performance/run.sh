@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures everything in docs/performance.md, on an idle machine, in about half an hour:
 #   PYTHON=/path/to/python bash results/performance/run.sh        (with trl==1.12.0 installed, for the peers)
-# Leaves one JSON line per figure in bench.jsonl, the same as tables in bench.txt, and scaling.png.
+# Leaves one JSON line per figure in bench.jsonl, the same as tables in bench.txt, then table.md and scaling.png.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3} folder=results/performance
@@ -20,4 +20,5 @@ for dtype in float32 bfloat16; do
   bench --dtype $dtype --threads 2 --only train,sample --against transformers
 done
 bench --threads 2 --only ppo --against trl
-bench --dtype bfloat16 --gelu none --only scaling --repeats 2 --figure $folder/scaling.png
+bench --dtype bfloat16 --gelu none --only scaling --repeats 2
+"$PYTHON" $folder/table.py > $folder/table.md
