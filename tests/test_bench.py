@@ -20,7 +20,7 @@ def counted(work):
 @pytest.mark.parametrize("T, first", [(12, 0), (12, 7), (1, 0)])
 def test_flop_counts_what_runs(T, first):
     """A floor that forgets attention, the head or what the last block leaves out: a wrong fraction."""
-    model, tokens = random_model(n_layer=3), torch.zeros(2, T, dtype=torch.long)
+    model, tokens = random_model(n_layer=3).double(), torch.zeros(2, T, dtype=torch.long)  # no fused kernel to count
 
     def forward():
         return model.logits(model.trunk(tokens, at=np.s_[:, first:])).sum()
@@ -33,7 +33,8 @@ def test_flop_counts_what_runs(T, first):
 
 def test_flop_counts_scores_and_samples():
     """A reward model's floor that counts positions nobody reads; a sampler's that counts a prompt twice."""
-    scorer, model, tokens = random_model(ScalarModel), random_model(), torch.zeros(2, 9, dtype=torch.long)
+    scorer, model = random_model(ScalarModel).double(), random_model().double()
+    tokens = torch.zeros(2, 9, dtype=torch.long)
     with torch.no_grad():
         head = 2 * 2 * scorer.config.width  # the one product that flop() leaves out
         ran = counted(lambda: scorer.score(tokens, None, torch.tensor([4, 8])))
