@@ -64,6 +64,10 @@ def test_every_figure_runs(monkeypatch, tmp_path, capsys):
 def test_every_peer_runs(monkeypatch, capsys, library, figures):
     """A comparison that no longer fits what it compares with; only where that is installed."""
     pytest.importorskip(library)
+    import bench_peers
+    for name, value in {"PAIRS": 2, "PROMPT": 3, "TEXT": 8}.items():
+        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(bench_peers, name, value)
     monkeypatch.setitem(bench.SIZES, "tiny", (64, 32, 2, 2, 16))
     monkeypatch.setitem(bench.SHAPES, "tiny", {"train": (2, 8), "sample": (4, 4, 4), "ppo": (4, 4, 4)})
     bench.main(bench.Config(only=figures, against=library, device="cpu", repeats=2))
