@@ -122,7 +122,7 @@ class Trunk(nn.Module):
         compute for the others only is left out, and so is their place in the result.
         """
         T = tokens.size(1)
-        past, seen = (cache.length, cache.seen(T)) if cache is not None else (0, T)
+        past, seen = (cache.length, cache.seen(T)) if cache is not None else (0, T)  # tokens before, keys to look at
         check(seen <= self.config.block_size, f"{seen} tokens do not fit in block size {self.config.block_size}")
         place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
         position, bias = place, None

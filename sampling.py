@@ -1,5 +1,4 @@
 """Sampling responses: one pass over the prompts, then one token at a time, with a cache of keys and values."""
-
 import numpy as np
 import torch
 
