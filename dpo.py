@@ -37,7 +37,7 @@ class Config:
     lr: float = 1e-4                              # peak learning rate, linear to 0
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
-    recompute: bool = False                       # activation checkpointing: less memory, a third slower
+    recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
     log_every: int = 20                           # steps per log line
     seed: int = 1                                 # split, order
     device: str = "auto"                          # auto, cpu, cuda, mps

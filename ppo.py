@@ -42,7 +42,7 @@ class Config:
     graph: bool = False                 # on CUDA: record one step of the sampler as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
-    recompute: bool = False             # activation checkpointing: less memory, a third slower
+    recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
     value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops
     value_coef: float = 0.1             # weight of the value loss

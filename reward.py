@@ -49,7 +49,7 @@ class Config:
     warmup: float = 0.05                     # share of the steps with a rising learning rate
     weight_decay: float = 0.1                # AdamW
     grad_clip: float = 1.0                   # global norm of the gradient; 0: none
-    recompute: bool = False                  # activation checkpointing: less memory, a third slower
+    recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
     seed: int = 1                            # fresh head, order, dropout, split

@@ -41,7 +41,7 @@ class Config:
     warmup: float = 0.05                            # share of the steps with a rising learning rate
     weight_decay: float = 0.1                       # AdamW
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
-    recompute: bool = False                         # activation checkpointing: less memory, a third slower
+    recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
     seed: int = 1                                   # initial weights, data order, dropout
     device: str = "auto"                            # auto, cpu, cuda, mps
