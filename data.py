@@ -1,7 +1,9 @@
 """Text in, tensors out: the tokenizer, JSONL files, padding, and which tokens count.
 
-    python data.py                          prepare the built-in human ratings under data/reviews (see reviews.py)
-    python data.py --archive FILE.tar.gz    the same from a source package already on disk, without a network
+    python data.py                      prepare the built-in human ratings under data/reviews (see reviews.py)
+    python data.py hh                   Anthropic's helpful and harmless dialogues under data/hh (see hh.py)
+    python data.py own FILE ...         check and convert files of your own (see own.py, which names the layouts)
+    python data.py --help, hh --help, own --help    the flags of each
 
 Layout of a batch, the same in every script (B rows, P prompt tokens, R response tokens, T = P + R):
 
@@ -14,8 +16,11 @@ is empty, and the model knows that a text starts here. Masks and positions come 
 padding uses the end-of-text id too, and a text may hold any id.
 """
 import base64
+import hashlib
 import json
+import math
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +35,10 @@ END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
 # Merges never cross these borders, so text cut before a space keeps the tokens that it has in the whole.
 PATTERN = r"""'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # with GPT-2's merges
+GPT2_VOCAB = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # sha256 of their vocab.tiktoken
+# How a dialogue is written as one text, as in Anthropic's HH: a prompt is turns that end with REPLY.
+TURN, REPLY = "\n\nHuman:", "\n\nAssistant:"
 
 
 @dataclass
@@ -98,8 +107,8 @@ def load_tokenizer(where):
     path = path / "vocab.tiktoken" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no tokenizer here (python data.py makes data/reviews/vocab.tiktoken)")
-    ranks = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    ranks, content = {}, path.read_bytes()
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -107,7 +116,8 @@ def load_tokenizer(where):
             raise UserError(f"{path}:{number}: expected base64 and a rank (damaged; make it again)") from None
     if len(ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: not a complete vocabulary (the file is damaged; make it again)")
-    return tiktoken.Encoding("plainrlhf", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    pattern = GPT2_PATTERN if hashlib.sha256(content).hexdigest() == GPT2_VOCAB else PATTERN
+    return tiktoken.Encoding("plainrlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
 def check_same_vocab(*folders):
@@ -139,72 +149,108 @@ def write_jsonl(path, rows):
 def read_jsonl(path, fields):
     """Rows of a JSONL file, each checked to be an object with these fields: {"prompt": str, "responses": list, ...}.
 
-    Raises UserError "file:line: field: problem" that counts all bad lines and shows the first five. Blank lines are
-    skipped, CRLF and a byte-order mark are accepted. A list means a list of two or more different strings.
+    A list means a list of two or more different texts. For the rest see read_rows.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start} (save it as UTF-8, uncompressed)") from None
+    return read_rows(path, lambda row: checked(row, fields), f"an object with {', '.join(fields)}")
+
+
+def read_rows(path, accept, expected, array=False):
+    """[accept(row) for each JSON object of a JSONL file]; accept raises ValueError("field: problem") for a bad one.
+
+    Raises UserError "file:line: field: problem" that counts all bad lines and shows the first five. Blank lines are
+    skipped, CRLF and a byte-order mark are accepted. expected: what a row should be, in words. array: the file may also
+    be one JSON array of the rows.
+    """
+    lines = list(enumerate(read_text(path).split("\n"), start=1))
+    if array and lines[0][1].lstrip().startswith("["):
+        try:
+            rows = parse("\n".join(line for _, line in lines))
+            lines = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+        except ValueError:
+            pass  # not one array: its lines say what is wrong
     rows, bad = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+    for number, line in lines:
+        if not isinstance(line, str) or line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-                problem = _problem(row, fields)
-            except (ValueError, RecursionError) as error:
-                problem = f"not JSON: {error} (one object per line)"
-            if problem:
-                bad.append(f"{path}:{number}: {problem}")
-            else:
-                rows.append(row)
+                row = parse(line) if isinstance(line, str) else line
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected {expected}, found {type(row).__name__}")
+                rows.append(accept(row))
+            except ValueError as error:
+                bad.append(f"{path}:{number}: {error}")
     if bad:
         raise UserError("; ".join(bad[:5]) + (f" (and {len(bad) - 5} more bad lines)" if len(bad) > 5 else ""))
     if not rows:
-        raise UserError(f"{path}: empty (expected one JSON object per line with {', '.join(fields)})")
+        raise UserError(f"{path}: empty (expected on every line: {expected})")
     return rows
 
 
-def _problem(row, fields):
-    """What is wrong with one row, or None."""
-    if not isinstance(row, dict):
-        return f"expected an object with {', '.join(fields)}, found {type(row).__name__}"
+def read_text(path):
+    """The content of a UTF-8 text file; UserError that says what it is instead."""
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder, not a file" if path.is_dir() else "not a plain file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for start, what in {b"\x1f\x8b": "compressed by gzip (unpack it: gunzip -k)", b"PK": "a zip archive (unpack it)",
+                        b"PAR1": "a Parquet file (save it as JSON lines)", b"<": "HTML or XML (a failed download?)",
+                        b"version https://git-lfs": "a Git LFS pointer, not the file itself (git lfs pull)",
+                        b"\xff\xfe": "UTF-16 (save it as UTF-8)", b"\xfe\xff": "UTF-16 (save it as UTF-8)"}.items():
+        if content.startswith(start):
+            raise UserError(f"{path}: {what}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start} (save it as UTF-8)") from None
+
+
+def parse(line):
+    """json.loads, but a ValueError for a key that stands twice and for numbers that are none."""
+    def number(text):
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return value
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+    try:
+        return json.loads(line, object_pairs_hook=unique, parse_constant=number, parse_float=number)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error} (one object per line)") from None
+
+
+def checked(row, fields):
+    """The row, if it has these fields; else ValueError that names the field."""
     for name, kind in fields.items():
         if name not in row:
-            return f"{name}: missing (found: {', '.join(map(str, row)) or 'nothing'})"
+            raise ValueError(f"{name}: missing (found: {', '.join(map(str, row)) or 'nothing'})")
         value = row[name]
         if not isinstance(value, kind):
-            return f"{name}: expected {kind.__name__}, found {type(value).__name__}"
-        texts = value if kind is list else [value] if kind is str else []
-        if kind is list and len(texts) < 2:
-            return f"{name}: {len(texts)} of them (a ranking needs two or more)"
-        for text in texts:
-            if not isinstance(text, str):
-                return f"{name}: expected text, found {type(text).__name__}"
-            if not text.strip() and name != "prompt":
-                return f"{name}: empty"
-            if re.search("[\ud800-\udfff\0]", text):
-                return f"{name}: holds a NUL or half a surrogate pair"
-        if kind is list and len(set(texts)) < len(texts):
-            return f"{name}: the same text twice"
+            raise ValueError(f"{name}: expected {kind.__name__}, found {type(value).__name__}")
+        if kind is list and len(value) < 2:
+            raise ValueError(f"{name}: {len(value)} of them (a ranking needs two or more)")
+        for text in value if kind is list else [value] if kind is str else []:
+            check_text(text, name)
+        if kind is list and len(set(value)) < len(value):
+            raise ValueError(f"{name}: the same text twice")
     if "chosen" in fields and row["chosen"] == row["rejected"]:
-        return "chosen: the same as rejected"
-    return None
+        raise ValueError("chosen: the same as rejected")
+    return row
 
 
-def _no_duplicates(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
+def check_text(text, name):
+    """ValueError unless this is a text that a model can be trained on; only a prompt may be empty."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, found {type(text).__name__}")
+    if not text.strip() and name != "prompt":
+        raise ValueError(f"{name}: empty")
+    if re.search("[\ud800-\udfff\0]", text):
+        raise ValueError(f"{name}: holds a NUL or half a surrogate pair")
 
 
 def read_rankings(path):
@@ -222,8 +268,15 @@ def read_rankings(path):
 
 
 def encode_prompt(enc, prompt, limit):
-    """End of text, then the prompt's tokens; a prompt of more than limit tokens loses its beginning."""
-    return [enc.eot_token] + enc.encode_ordinary(prompt)[-(limit - 1):] if limit > 1 else [enc.eot_token]
+    """End of text, then the prompt's tokens; a prompt of more than limit tokens loses its beginning.
+
+    A dialogue loses whole turns, as long as it has any to lose: what is left begins with TURN.
+    """
+    ids = enc.encode_ordinary(prompt)
+    while len(ids) >= limit and TURN in prompt[1:]:
+        prompt = prompt[prompt.index(TURN, 1):]
+        ids = enc.encode_ordinary(prompt)
+    return [enc.eot_token] + ids[len(ids) - min(len(ids), limit - 1):]
 
 
 def encode_response(enc, response, limit):
@@ -263,10 +316,19 @@ def batches(lengths, size, *seed):
     return [made[i] for i in torch.randperm(len(made), generator=random).tolist()]
 
 
-def main(cfg):
+def prepare_reviews(cfg):
     import reviews  # only preparing the data needs it
     reviews.prepare(cfg.out, cfg.archive, cfg.vocab_size, cfg.seed)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    if sys.argv[1:2] == ["hh"]:
+        import hh
+        sys.argv[:2] = ["data.py hh"]  # the flags that follow are its own
+        run(hh.main, hh.Config)
+    elif sys.argv[1:2] == ["own"]:
+        import own
+        sys.argv[:2] = ["data.py own"]
+        run(own.main, own.Config)
+    else:
+        run(prepare_reviews, Config)

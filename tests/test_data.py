@@ -1,5 +1,6 @@
 """The tokenizer against a slow one, files as people really have them, padding, batches, and the command line."""
 import gzip
+import os
 import random
 from collections import Counter
 
@@ -169,10 +170,12 @@ def test_bad_lines_are_named(tmp_path, content, fields, problem):
     pytest.param(b"", "empty", id="empty"),
     pytest.param(b"\n \n\n", "empty", id="blank lines only"),
     pytest.param('{"prompt": "café"}\n'.encode("latin-1"), "not UTF-8 text at byte 15", id="latin-1"),
-    pytest.param('{"prompt": "café"}\n'.encode("utf-16"), "not UTF-8", id="UTF-16"),
+    pytest.param('{"prompt": "café"}\n'.encode("utf-16"), "UTF-16", id="UTF-16"),
     pytest.param('{"prompt": "cafe"}\n'.encode("utf-16-le"), "not JSON", id="UTF-16 without a mark"),
-    pytest.param(gzip.compress(GOOD), "not UTF-8", id="gzip"),
-    pytest.param(b"PAR1\x15\x04\x15\xff\xfe", "not UTF-8", id="parquet"),
+    pytest.param(gzip.compress(GOOD), "compressed by gzip", id="gzip"),
+    pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", id="LFS pointer"),
+    pytest.param(b"<!DOCTYPE html>\n<html>", "HTML", id="HTML"),
+    pytest.param(b"PAR1\x15\x04\x15\xff\xfe", "a Parquet file", id="parquet"),
 ])
 def test_bad_files_are_named(tmp_path, content, problem):
     """A decoding error as a traceback, for a file that is no JSONL at all."""
@@ -181,9 +184,11 @@ def test_bad_files_are_named(tmp_path, content, problem):
 
 
 def test_no_file(tmp_path):
-    """A directory or a missing file as a traceback."""
-    for path in (tmp_path, tmp_path / "nowhere.jsonl"):
-        with pytest.raises(UserError, match=f"{path.name}: no such file"):
+    """A directory or a missing file as a traceback, or a pipe that is waited for without end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path, problem in ((tmp_path, "a folder"), (tmp_path / "nowhere.jsonl", "no such file"),
+                          (tmp_path / "pipe.jsonl", "not a plain file")):
+        with pytest.raises(UserError, match=f"{path.name}: {problem}"):
             read_jsonl(path, COMPLETION)
 
 
