@@ -61,6 +61,14 @@ def _boolean(text):
     return text.lower() == "true"
 
 
+def words_for(*flags):
+    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT."""
+    words = []
+    while sys.argv[1:] and not sys.argv[1].startswith("-") and len(words) < len(flags):
+        words.append(sys.argv.pop(1))
+    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, words)]
+
+
 def check(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:

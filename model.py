@@ -36,6 +36,11 @@ class GPTConfig:
         check(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be at least 0 and below 1")
         check(self.gelu in ("none", "tanh"), f"gelu is {self.gelu!r}: it must be none or tanh")
 
+    @property
+    def rows(self):
+        """Rows of the token embedding: V, and unused ones up to a multiple of 64, which matrix products like."""
+        return math.ceil(self.vocab_size / 64) * 64
+
 
 def attention(q, k, v, bias):
     """Scaled dot-product attention: q (B, H, t, D), k and v (B, H, T, D): (B, H, t, D).
@@ -99,7 +104,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.token_embedding = nn.Embedding(config.rows, config.width)
         self.position_embedding = nn.Embedding(config.block_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -156,13 +161,25 @@ class GPT(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
 
+    @classmethod
+    def from_gpt2(cls, where, block_size=0):
+        """GPT-2 in eval mode: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once), or a folder or file in
+        Hugging Face's format on disk. block_size: keep this many positions only; 0: all. UserError as in read_gpt2.
+        """
+        from gpt2 import read_gpt2  # which needs this file
+        config, state = read_gpt2(where, block_size)
+        model = cls(config)
+        model.trunk.load_state_dict(state)
+        return model.eval()
+
     def forward(self, tokens, pad=None):
         """tokens (B, T), pad (B,) or None: logits (B, T, V). The logits at t predict the token at t + 1."""
         return self.logits(self.trunk(tokens, pad))
 
     def logits(self, hidden):
         """hidden (..., C): logits (..., V)."""
-        return F.linear(hidden, self.trunk.token_embedding.weight)
+        logits = F.linear(hidden, self.trunk.token_embedding.weight)  # (..., rows)
+        return logits if self.config.rows == self.config.vocab_size else logits[..., :self.config.vocab_size]
 
     def response_logits(self, tokens, pad, P):
         """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from budget import announce, ppo_budget
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from model import entropy, full_precision, load_model, prompt_room, token_logprobs
-from sampling import sample
+from sampling import sample_prompts
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Config:
     epochs: int = 4                     # passes over a rollout
     minibatches: int = 1                # optimizer steps per pass
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
+    sample_batch: int = 256             # rows that are sampled together, of similar prompt length
     response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
     graph: bool = False                 # on CUDA: record one step of the sampler as a CUDA graph and replay it
@@ -144,10 +146,16 @@ class AdaptiveKL:
 
 
 def select(rollout, rows):
-    """Some rows of a rollout (a dict of tensors), its response columns cut to the longest response among them."""
+    """Some rows of a rollout (a dict of tensors), without the columns that are padding in all of them."""
     part = {name: x[rows] for name, x in rollout.items()}
-    cut = part["mask"].size(1) - int(part["lengths"].max())  # columns that are padding in all of these rows
-    return {name: x[:, :x.size(1) - cut] if x.dim() == 2 else x for name, x in part.items()}
+    left, right = int(part["pad"].min()), part["mask"].size(1) - int(part["lengths"].max())
+    part = {name: x[:, :x.size(1) - right] if x.dim() == 2 else x for name, x in part.items()}
+    return {**part, "tokens": part["tokens"][:, left:], "pad": part["pad"] - left}
+
+
+def prompt_columns(batch):
+    """P, how many columns of a batch's tokens (B, P + R) hold prompts."""
+    return batch["tokens"].size(1) - batch["mask"].size(1)
 
 
 def forward(policy, value, batch, temperature):
@@ -155,8 +163,7 @@ def forward(policy, value, batch, temperature):
 
     The logits at P-1+t predict response token t, and the value there is that of the state before it.
     """
-    tokens, pad = batch["tokens"], batch["pad"]
-    P = tokens.size(1) - batch["mask"].size(1)
+    tokens, pad, P = batch["tokens"], batch["pad"].to(batch["tokens"].device), prompt_columns(batch)
     hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
@@ -169,22 +176,21 @@ def forward(policy, value, batch, temperature):
 def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, random):
     """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
 
-    The rollout is a dict of tensors with one row per response, in order of response length, so that neighbouring rows
-    need little padding: tokens (B, T), pad (B,), lengths (B,) on the CPU, scores (B,), and (B, R): mask, old_logprobs,
-    ref_logprobs, values, advantages, returns.
+    The rollout is a dict of tensors with one row per response, in order of length, prompt and response, so that
+    neighbouring rows need little padding: tokens (B, T); pad (B,) and lengths (B,), of responses, both on the CPU;
+    scores (B,); and (B, R): mask, old_logprobs, ref_logprobs, values, advantages, returns.
     """
     device = next(policy.parameters()).device
-    tokens, pad = (x.to(device) for x in pad_prompts(prompts, end))
+    tokens, pad = pad_prompts(prompts, end)
     with autocast():
-        responses, lengths, sampler_logprobs = sample(policy, tokens, pad, cfg.response_tokens, end,
-                                                      cfg.temperature, random=random, graph=cfg.graph)
-    order = lengths.argsort(stable=True)
-    tokens, pad, lengths = torch.cat([tokens, responses], dim=1)[order], pad[order], lengths[order]
+        responses, lengths, sampler_logprobs = sample_prompts(
+            policy, prompts, cfg.response_tokens, end, cfg.sample_batch, temperature=cfg.temperature, random=random,
+            graph=cfg.graph)
+    order = (lengths.cpu() - pad).argsort(stable=True)
+    tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
     mask = length_mask(lengths, responses.size(1))
     rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),
                "sampler_logprobs": sampler_logprobs[order]}
-    P = tokens.size(1) - mask.size(1)
-    last = P + lengths - 1  # the last real token, end of text included, is where the reward model reads
 
     # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
     names = ("old_logprobs", "ref_logprobs", "values", "entropy")
@@ -193,15 +199,17 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     for start in range(0, len(mask), cfg.microbatch):
         rows = slice(start, start + cfg.microbatch)
         batch = select(rollout, rows)
+        tokens, pad, P = batch["tokens"], batch["pad"].to(device), prompt_columns(batch)
         with autocast():
             logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
-            ref_logits = ref.response_logits(batch["tokens"], batch["pad"], P)
-            scores[rows] = reward.score(batch["tokens"], batch["pad"], last[rows])
-        ref_logprobs = token_logprobs(ref_logits, batch["tokens"][:, P - 1:], cfg.temperature)
+            ref_logits = ref.response_logits(tokens, pad, P)
+            # The reward model reads at the last real token, end of text included.
+            scores[rows] = reward.score(tokens, pad, P + lengths[rows] - 1)
+        ref_logprobs = token_logprobs(ref_logits, tokens[:, P - 1:], cfg.temperature)
         for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
             rollout[name][rows, :x.size(1)] = x * batch["mask"]
 
-    ended = tokens.gather(1, last[:, None]).squeeze(1) == end
+    ended = responses[order].gather(1, lengths[:, None] - 1).squeeze(1) == end
     judged = scores if math.isnan(cfg.no_end_score) else torch.where(ended, scores, cfg.no_end_score)
     rewards = shape_rewards(judged, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
     if cfg.whiten_rewards:
@@ -252,15 +260,15 @@ def show_sample(enc, rollout, iteration):
     """Print one response with its score and KL: looking at samples finds most faults of RLHF."""
     i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
     R = rollout["mask"].size(1)
-    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["mask"][i].sum())
+    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
     prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
     say(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}")
 
 
 def main(cfg):
-    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
-                   "temperature", "kl_target", "snapshots", "sample_every")
+    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "sample_batch",
+                   "response_tokens", "temperature", "kl_target", "snapshots", "sample_every")
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
@@ -284,6 +292,7 @@ def main(cfg):
     room = prompt_room(policy.config, cfg.response_tokens)
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
+    announce(*ppo_budget(policy.config, cfg, prompts), device, autocast)
     stage = Stage(cfg.out)
     shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.

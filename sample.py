@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import check, check_positive, run, set_up
+from common import check, check_positive, run, set_up, words_for
 from data import check_same_vocab, encode_prompt, load_tokenizer
 from model import load_model, prompt_room, score_many
 from sampling import sample_many
@@ -69,9 +69,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    words = []  # the checkpoint and the prompt may stand without a flag
-    while len(sys.argv) > 1 and not sys.argv[1].startswith("-") and len(words) < 2:
-        words.append(sys.argv.pop(1))
-    for flag, word in zip(("--model", "--prompt"), words):
-        sys.argv += [f"{flag}={word}"]
+    words_for("model", "prompt")
     run(main, Config)

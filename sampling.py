@@ -136,19 +136,32 @@ def draw(probs, top_k, top_p, luck):
     return torch.searchsorted(reached, luck * reached[:, -1:], right=True).squeeze(1)
 
 
-def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
-    """Sample one response to each of a list of prompts (lists of ids), batched by similar length. how: as in sample.
+def sample_prompts(model, prompts, max_tokens, end, batch_size=256, **how):
+    """Sample one response to each of a list of prompts (lists of ids): responses (B, R), lengths (B,), logprobs (B, R).
 
-    Returns a list of lists of ids in the order of the prompts; a response that ended has `end` as its last id.
+    Prompts of similar length share a batch: what a batch is padded to, every step of every row pays for. how and
+    results: as in sample.
     """
     device = next(model.parameters()).device
-    responses = [None] * len(prompts)
+    responses = torch.full((len(prompts), max_tokens), end, device=device)
+    logprobs = torch.zeros(len(prompts), max_tokens, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in progress(range(0, len(order), batch_size), "sampling"):
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, "sampling") if len(starts) > 4 else starts:
         rows = order[start:start + batch_size]
         tokens, pad = pad_prompts([prompts[i] for i in rows], end)
         pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
-        drawn, lengths, _ = sample(model, tokens.to(device), pad, max_tokens, end, **how)
-        for i, ids, length in zip(rows, drawn.tolist(), lengths.tolist()):
-            responses[i] = ids[:length]
-    return responses
+        drawn, n, drawn_logprobs = sample(model, tokens.to(device), pad, max_tokens, end, **how)
+        R = drawn.size(1)
+        responses[rows, :R], logprobs[rows, :R], lengths[rows] = drawn, drawn_logprobs, n
+    R = int(lengths.max())
+    return responses[:, :R], lengths, logprobs[:, :R]
+
+
+def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
+    """The responses of sample_prompts as lists of ids; one that ended has `end` as its last id."""
+    if not prompts:
+        return []
+    responses, lengths, _ = sample_prompts(model, prompts, max_tokens, end, batch_size, **how)
+    return [ids[:n] for ids, n in zip(responses.tolist(), lengths.tolist())]

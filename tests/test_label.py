@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
         lm.trunk.norm.weight.zero_()
         lm.trunk.norm.bias.zero_()
         lm.trunk.norm.bias[0] = 1.0
-        lm.trunk.token_embedding.weight[:, 0] = hidden_bias
+        lm.trunk.token_embedding.weight[:enc.n_vocab, 0] = hidden_bias
     save_checkpoint(folder / "lm", lm, RankConfig(), folder / "vocab.tiktoken")
     save_checkpoint(folder / "reward", reward, RankConfig(), folder / "vocab.tiktoken")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])

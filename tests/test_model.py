@@ -52,7 +52,7 @@ def gpt2_by_hand(weights, tokens, n_layer, n_head, exact):
                 attended[t, part] = weight @ v[:t + 1, part]
         x = x + linear(attended, name + "attention.proj")
         x = x + linear(gelu(linear(norm(x, name + "norm2"), name + "up")), name + "down")
-    return norm(x, "trunk.norm") @ weights["trunk.token_embedding.weight"].T
+    return norm(x, "trunk.norm") @ weights["trunk.token_embedding.weight"][:11].T  # what follows is unused
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])

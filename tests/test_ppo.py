@@ -219,7 +219,8 @@ def test_rollout_against_one_response_at_a_time(four_models):
         assert rollout["lengths"][row].item() == length
         rewards_of.append(sum(rewards))
         all_advantages += advantages
-    assert sorted(texts) == sorted(PROMPTS) and lengths == sorted(lengths) and len(set(lengths)) > 1
+    totals = [len(prompt) + length for prompt, length in zip(texts, lengths)]  # neighbours need little padding
+    assert sorted(texts) == sorted(PROMPTS) and totals == sorted(totals) and len(set(lengths)) > 1
     flat, count = torch.tensor(all_advantages), sum(lengths)
     white = (flat - flat.mean()) / flat.std(unbiased=False)
     assert real(rollout["advantages"], lengths) == pytest.approx(white.tolist(), abs=1e-3)
@@ -242,7 +243,7 @@ def test_padding_changes_no_number(four_models, monkeypatch):
     """Means diluted by padding: a calmer policy than the real one. More padding on both sides must change nothing."""
     cfg = ppo_config(whiten_rewards=True)
     rollout, metrics = rollout_of(*four_models, PROMPTS, cfg)
-    plain_sample, plain_pad = ppo.sample, ppo.pad_prompts
+    plain_sample, plain_pad = ppo.sample_prompts, ppo.pad_prompts
 
     def padded_sample(*args, **how):
         responses, lengths, logprobs = plain_sample(*args, **how)
@@ -252,7 +253,7 @@ def test_padding_changes_no_number(four_models, monkeypatch):
     def padded_prompts(prompts, pad_id):
         tokens, pad = plain_pad(prompts, pad_id)
         return nn.functional.pad(tokens, (4, 0), value=pad_id), pad + 4
-    monkeypatch.setattr(ppo, "sample", padded_sample)
+    monkeypatch.setattr(ppo, "sample_prompts", padded_sample)
     monkeypatch.setattr(ppo, "pad_prompts", padded_prompts)
     wide, wide_metrics = rollout_of(*four_models, PROMPTS, cfg)
     R = rollout["mask"].size(1)
@@ -286,8 +287,8 @@ def test_kl_estimators_by_enumeration(monkeypatch):
     responses = [[END], [other, END], [other, other]]  # all there are, of at most two tokens
     exact = k1 = k3 = total = 0.0
     for response in responses:
-        monkeypatch.setattr(ppo, "sample", lambda *_, **__: (torch.tensor([response]), torch.tensor([len(response)]),
-                                                             torch.zeros(1, len(response))))
+        drawn = torch.tensor([response]), torch.tensor([len(response)]), torch.zeros(1, len(response))
+        monkeypatch.setattr(ppo, "sample_prompts", lambda *_, **__: drawn)
         text = torch.tensor([[END, other] + response])
         log_p, log_q = (token_logprobs(model(text), text, 0.7)[0, 1:].sum().item() for model in (policy, ref))
         with pytest.warns(UserWarning, match="degrees of freedom"):  # the standard deviation of one score
@@ -317,7 +318,8 @@ def test_ppo_samples_from_the_full_softmax(four_models):
 def scripted_rollout(monkeypatch, models, responses, **changes):
     """A rollout in which the sampler draws these responses (after its end a row would draw 9)."""
     script(monkeypatch, *responses)
-    return rollout_of(*models, PROMPTS[:len(responses)], ppo_config(response_tokens=4, microbatch=8, **changes))
+    prompts = [[END, 1 + row] for row in range(len(responses))]  # of equal length: the order stays
+    return rollout_of(*models, prompts, ppo_config(response_tokens=4, microbatch=8, **changes))
 
 
 def test_end_of_text_that_is_also_the_padding(four_models, monkeypatch):
@@ -328,8 +330,8 @@ def test_end_of_text_that_is_also_the_padding(four_models, monkeypatch):
     assert rollout["tokens"][:, -4:].tolist() == [[END] * 4, [4, END, END, END], [5, 6, 7, END], [8, 8, 8, 8]]
     assert metrics["end_rate"] == 0.75 and metrics["length"] == 11 / 4
     reward = four_models[2]
-    for row, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-        expected = reward(torch.tensor([prompt + response]))[0, -1]  # end of text included
+    for row, response in enumerate(responses):
+        expected = reward(torch.tensor([[END, 1 + row] + response]))[0, -1]  # end of text included
         assert rollout["scores"][row].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -363,9 +365,9 @@ def test_select_keeps_prompt_and_response(P, longest):
     tokens, mask = torch.arange(4 * (P + R)).view(4, P + R), ragged_mask([8, longest, 1, 8], R)
     part = ppo.select({"tokens": tokens, "mask": mask, "values": mask * 2, "pad": torch.arange(4),
                        "lengths": torch.tensor([8, longest, 1, 8])}, rows)
-    assert torch.equal(part["tokens"], tokens[1:3, :P + longest])
+    assert torch.equal(part["tokens"], tokens[1:3, 1:P + longest])  # column 0 is padding in both rows
     assert torch.equal(part["mask"], mask[1:3, :longest]) and torch.equal(part["values"], 2 * mask[1:3, :longest])
-    assert part["pad"].tolist() == [1, 2]
+    assert part["pad"].tolist() == [0, 1]
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------
@@ -568,13 +570,13 @@ def test_controller_and_learning_rate_in_a_run(checkpoints, tmp_path):
 
 def test_difference_between_sampler_and_training_is_logged(four_models, monkeypatch):
     """In bfloat16 the sampler and the training pass differ, which nobody sees unless it is logged."""
-    plain_sample = ppo.sample
+    plain_sample = ppo.sample_prompts
 
     def drifting(*args, **how):
         responses, lengths, logprobs = plain_sample(*args, **how)
         return responses, lengths, logprobs - 0.25
     exact, _ = rollout_of(*four_models, PROMPTS, ppo_config())
-    monkeypatch.setattr(ppo, "sample", drifting)
+    monkeypatch.setattr(ppo, "sample_prompts", drifting)
     drifted, metrics = rollout_of(*four_models, PROMPTS, ppo_config())
     assert metrics["sampler_difference"] == pytest.approx(0.25, abs=1e-5)
     assert torch.equal(exact["old_logprobs"], drifted["old_logprobs"])  # those PPO uses come from the training pass
