@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import ppo
+from budget import flop, sample_flop
 from common import Log, adamw, check, check_positive, generator, optimizer_step, run, set_up
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel
@@ -62,24 +63,6 @@ SCALES = {"batch": (16, 32, 64, 128, 256), "prompt": (4, 16, 32, 64, 96), "respo
 PAIRS, PROMPT, TEXT = 32, 16, 48  # reward and dpo: pairs behind a step, tokens of a prompt, tokens of a whole text
 TEMPERATURE, LR = 0.7, 1e-5
 NEVER = -1  # an end id that cannot be drawn: every response has its full length
-
-
-def flop(config, T, read, head=False, past=0):
-    """Operations of a forward pass on one row: T tokens after `past` cached ones, `read` positions wanted.
-
-    Two per multiply-add of the matrix products, nothing else. Per layer and token, C the width: 6 C^2 for query, key
-    and value, 4 C per key for attention (all keys, the masked ones too), 18 C^2 for projection and MLP, which the last
-    layer computes at the wanted positions only; the language-model head, if any, runs there too. (A scalar head is too
-    small to count.) A backward pass costs twice the forward pass.
-    """
-    C = config.width
-    trunk = config.n_layer * T * (6 * C + 4 * (past + T)) * C + ((config.n_layer - 1) * T + read) * 18 * C * C
-    return trunk + (2 * read * C * config.vocab_size if head else 0)
-
-
-def sample_flop(config, P, R):
-    """One row: a prompt of P tokens, then R - 1 single tokens; the last drawn token is never read."""
-    return flop(config, P, 1, True) + sum(flop(config, 1, 1, True, past) for past in range(P, P + R - 1))
 
 
 class Bench:
@@ -219,15 +202,15 @@ def time_ppo(bench, config, B, P, R):
     work: {part: operations}. The parts are rollout (sampling), scoring (the rest of collect) and update.
     """
     shared = bench.cfg.value == "shared"
-    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), response_tokens=R,
-                     temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
+    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), sample_batch=B,
+                     response_tokens=R, temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
     policy, ref, reward = (kind(config).to(bench.device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
     value = (nn.Linear(config.width, 1) if shared else ScalarModel(config).eval()).to(bench.device)
     optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0, eps=1e-5)
     random, prompts = torch.Generator(bench.device).manual_seed(1), bench.tokens(B, P)
     spans = {"rollout": [], "scoring": [], "update": []}  # seconds of every iteration
-    untimed = ppo.sample
+    untimed = ppo.sample_prompts
 
     def timed_sample(*args, **how):
         start = bench.clock()
@@ -244,11 +227,11 @@ def time_ppo(bench, config, B, P, R):
         spans["update"].append(bench.clock() - collected)
 
     with tempfile.TemporaryDirectory() as folder:
-        log, ppo.sample = Log(folder), timed_sample
+        log, ppo.sample_prompts = Log(folder), timed_sample
         try:
             seconds, memory = bench.time(iteration)
         finally:
-            ppo.sample = untimed
+            ppo.sample_prompts = untimed
     lm, score = flop(config, P + R - 1, R, True), flop(config, P + R, 1)
     values = 0 if shared else flop(config, P + R - 1, R)
     work = {"rollout": B * sample_flop(config, P, R), "scoring": B * (2 * lm + values + score),

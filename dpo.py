@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from budget import announce, dpo_budget
 from common import (Log, Stage, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up)
 from data import batches, encode_prompt, encode_response, load_tokenizer, read_rankings
 from model import load_model
@@ -34,6 +35,7 @@ class Config:
     label_smoothing: float = 0.0                  # share of the labels believed to be the wrong way round
     epochs: int = 1                               # passes over the pairs
     batch_size: int = 32                          # pairs behind one optimizer step
+    microbatch: int = 32                          # pairs behind one backward; smaller: less memory, the same result
     lr: float = 1e-4                              # peak learning rate, linear to 0
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
@@ -73,10 +75,10 @@ def make_pairs(enc, rows, block_size):
 
 
 @torch.no_grad()
-def all_logprobs(model, texts, end, device, autocast):
-    """Log-probability of every response, (N,): each text once, however many pairs it is in."""
+def all_logprobs(model, texts, end, device, autocast, size=64):
+    """Log-probability of every response, (N,), size texts at a time: each text once, however many pairs it is in."""
     logprobs = torch.empty(len(texts), device=device)
-    for batch in batches([len(ids) for ids, _ in texts], 64, 0):
+    for batch in batches([len(ids) for ids, _ in texts], size, 0):
         logprobs[batch] = row_logprobs(model, [texts[i] for i in batch], end, device, autocast)
     return logprobs
 
@@ -96,7 +98,7 @@ def measure(logprobs, ref_logprobs, pairs, cfg):
 
 
 def main(cfg):
-    check_positive(cfg, "beta", "epochs", "batch_size", "lr", "log_every")
+    check_positive(cfg, "beta", "epochs", "batch_size", "microbatch", "lr", "log_every")
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
@@ -105,31 +107,35 @@ def main(cfg):
     train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)
     texts, pairs = make_pairs(enc, train_rows, policy.config.block_size)
     test_texts, test_pairs = make_pairs(enc, test_rows, policy.config.block_size)
-    stage = Stage(cfg.out)
-    # The policy is still the SFT model: its log-probabilities now are the reference's for good.
-    ref_logprobs = all_logprobs(policy, texts, enc.eot_token, device, autocast)
-    test_ref_logprobs = all_logprobs(policy, test_texts, enc.eot_token, device, autocast)
     parameters = list(policy.parameters())
     optimizer = adamw(parameters, cfg.lr, weight_decay=0.0)
     lengths = [len(texts[i][0]) + len(texts[j][0]) for i, j in pairs]
     steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)
     print(f"{len(pairs):,} pairs to train on, {len(test_pairs):,} held out, {steps} steps")
+    announce(*dpo_budget(policy.config, cfg, texts, pairs), device, autocast)
 
+    stage = Stage(cfg.out)
+    # The policy is still the SFT model: its log-probabilities now are the reference's for good.
+    size, end = 2 * cfg.microbatch, enc.eot_token
+    ref_logprobs = all_logprobs(policy, texts, end, device, autocast, size)
+    test_ref_logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
     log, start = Log(stage.folder), time.time()
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     for step, batch in enumerate(progress(order, "dpo")):
-        chosen, rejected = zip(*[pairs[i] for i in batch])
-        numbers = torch.tensor(chosen + rejected)  # the chosen half, then the rejected half
-        logprobs = row_logprobs(policy, [texts[i] for i in numbers], enc.eot_token, device, autocast)  # (2 B,)
-        loss, metrics = measure(logprobs, ref_logprobs[numbers], [(i, len(batch) + i) for i in range(len(batch))], cfg)
-        loss.backward()
+        for begin in range(0, len(batch), cfg.microbatch):
+            chosen, rejected = zip(*[pairs[i] for i in batch[begin:begin + cfg.microbatch]])
+            B, numbers = len(chosen), torch.tensor(chosen + rejected)  # the chosen half, then the rejected half
+            logprobs = row_logprobs(policy, [texts[i] for i in numbers], end, device, autocast)  # (2 B,)
+            loss, metrics = measure(logprobs, ref_logprobs[numbers], [(i, B + i) for i in range(B)], cfg)
+            (loss * (B / len(batch))).backward()  # how a batch is split changes nothing
+            log.add(B, **metrics)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        log.add(**metrics, grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
             say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
                 "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
-    logprobs = all_logprobs(policy, test_texts, enc.eot_token, device, autocast)
+    logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
     _, held_out = measure(logprobs, test_ref_logprobs, test_pairs, cfg)
     print("held out: loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f}".format(**held_out))
     stage.save(policy, cfg, Path(cfg.model) / "vocab.tiktoken", held_out=held_out)

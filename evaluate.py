@@ -95,9 +95,9 @@ def distinct_2(responses):
 def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
     """log p(policy) - log p(ref) of each response, summed over its tokens: (N,) nats, k1."""
     device, kl = next(policy.parameters()).device, torch.empty(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(responses[i]))
-    for start in range(0, len(order), 64):
-        rows = order[start:start + 64]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    for start in range(0, len(order), 32):
+        rows = order[start:start + 32]
         left, pad = pad_prompts([prompts[i] for i in rows], end)
         right, mask = pad_responses([responses[i] for i in rows], end)
         tokens, pad, P = torch.cat([left, right], dim=1).to(device), pad.to(device), left.size(1)

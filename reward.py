@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from budget import announce, reward_budget
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up, write_json)
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
@@ -45,6 +46,7 @@ class Config:
     limit: int = 0                           # train on this many rankings only; 0: all
     epochs: int = 1                          # passes over the rankings
     batch_size: int = 16                     # rankings behind one optimizer step
+    microbatch: int = 32                     # rankings behind one backward; smaller: less memory, the same result
     lr: float = 3e-4                         # peak learning rate, linear to 0
     warmup: float = 0.05                     # share of the steps with a rising learning rate
     weight_decay: float = 0.1                # AdamW
@@ -133,14 +135,18 @@ def train(model, rankings, cfg, log, device, autocast):
     start = time.time()
     model.train()
     for step, batch in enumerate(progress(order, "train")):
-        with autocast():
-            scores, mask = score_rankings(model, [rankings[i] for i in batch], device)
-        loss = ranking_loss(scores, mask)
-        loss.backward()
-        hits, pairs = pair_accuracy(scores.detach(), mask)
+        batch = sorted(batch, key=lambda i: max(map(len, rankings[i])))  # little padding, if it is split
+        for start in range(0, len(batch), cfg.microbatch):
+            part = [rankings[i] for i in batch[start:start + cfg.microbatch]]
+            with autocast():
+                scores, mask = score_rankings(model, part, device)
+            loss = ranking_loss(scores, mask)
+            # A mean over rankings, weighted by their number: how a batch is split changes nothing.
+            (loss * (len(part) / len(batch))).backward()
+            hits, pairs = pair_accuracy(scores.detach(), mask)
+            log.add(len(part), loss=loss, accuracy=hits / pairs)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        norm = optimizer_step(optimizer, parameters, lr, cfg.grad_clip)
-        log.add(loss=loss, accuracy=hits / pairs, grad_norm=norm)
+        log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
@@ -261,7 +267,7 @@ def print_card(card):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "log_every", "samples", "response_tokens", "temperature")
+    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "log_every", "samples", "response_tokens", "temperature")
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)
@@ -283,6 +289,7 @@ def main(cfg):
         prompt_room(policy.config, cfg.response_tokens)
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
+    announce(*reward_budget(model.config, cfg, rankings), device, autocast)
     stage = Stage(cfg.out)
 
     train(model, rankings, cfg, Log(stage.folder), device, autocast)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from budget import announce, sft_budget
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up)
 from data import batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl
@@ -89,11 +90,11 @@ def row_logprobs(model, rows, pad_id, device, autocast):
 
 
 @torch.no_grad()
-def held_out_loss(model, rows, pad_id, device, autocast):
-    """Mean loss over all counted tokens of rows, nats per token, dropout off."""
+def held_out_loss(model, rows, pad_id, device, autocast, size=32):
+    """Mean loss over all counted tokens of rows, nats per token, dropout off; size rows at a time."""
     training, total = model.training, 0.0
     model.eval()
-    for batch in batches([len(ids) for ids, _ in rows], 32, 0):
+    for batch in batches([len(ids) for ids, _ in rows], size, 0):
         total -= row_logprobs(model, [rows[i] for i in batch], pad_id, device, autocast).sum().item()
     model.train(training)
     return total / sum(len(ids) - first for ids, first in rows)
@@ -125,6 +126,7 @@ def main(cfg):
     steps = min(steps, cfg.max_steps or steps)
     print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, "
           f"{steps} steps")
+    announce(*sft_budget(model.config, cfg, train, steps / per_epoch), device, autocast)
 
     log, best, seen, start, order = Log(stage.folder), math.inf, 0, time.time(), []
     model.train()
@@ -143,7 +145,7 @@ def main(cfg):
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
         log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
-            test_loss = held_out_loss(model, test, enc.eot_token, device, autocast)
+            test_loss = held_out_loss(model, test, enc.eot_token, device, autocast, cfg.microbatch)
             seconds = time.time() - start
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), test_loss=test_loss, lr=lr,
                              tokens_per_second=round(seen / seconds), seconds=round(seconds, 1))

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import budget
 from conftest import random_model
 from model import ScalarModel
 from sampling import KVCache, sample
@@ -24,7 +25,7 @@ def test_flop_counts_what_runs(T, first):
 
     def forward():
         return model.logits(model.trunk(tokens, at=np.s_[:, first:])).sum()
-    expected = 2 * bench.flop(model.config, T, T - first, head=True)
+    expected = 2 * budget.flop(model.config, T, T - first, head=True)
     with torch.no_grad():
         assert counted(forward) == expected
     # The first product's input is not a product: its gradient is needed (embeddings), so backward is twice forward.
@@ -38,11 +39,11 @@ def test_flop_counts_scores_and_samples():
     with torch.no_grad():
         head = 2 * 2 * scorer.config.width  # the one product that flop() leaves out
         ran = counted(lambda: scorer.score(tokens, None, torch.tensor([4, 8])))
-        assert ran == 2 * bench.flop(scorer.config, 9, 1) + head
-        assert counted(lambda: sample(model, tokens, None, 5, bench.NEVER)) == 2 * bench.sample_flop(model.config, 9, 5)
+        assert ran == 2 * budget.flop(scorer.config, 9, 1) + head
+        assert counted(lambda: sample(model, tokens, None, 5, bench.NEVER)) == 2 * budget.sample_flop(model.config, 9, 5)
         cache = KVCache(12)
         model.trunk(tokens, cache=cache)
-        assert counted(lambda: model.trunk(tokens[:, :1], cache=cache)) == 2 * bench.flop(model.config, 1, 1, past=9)
+        assert counted(lambda: model.trunk(tokens[:, :1], cache=cache)) == 2 * budget.flop(model.config, 1, 1, past=9)
 
 
 def test_every_figure_runs(monkeypatch, tmp_path, capsys):
