@@ -16,11 +16,13 @@ is empty, and the model knows that a text starts here. Masks and positions come 
 padding uses the end-of-text id too, and a text may hold any id.
 """
 import base64
+import gzip
 import hashlib
 import json
 import math
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ import regex  # comes with tiktoken, which needs it
 import tiktoken
 import torch
 
-from common import UserError, generator, run, write_atomic
+from common import UserError, generator, run, words_for, write_atomic
 
 END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
@@ -186,13 +188,17 @@ def read_rows(path, accept, expected, array=False):
 
 
 def read_text(path):
-    """The content of a UTF-8 text file; UserError that says what it is instead."""
+    """The content of a UTF-8 text file, unpacked if its name ends in .gz; UserError that says what it is instead."""
     path = Path(path)
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not a plain file" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}")
     try:
         content = path.read_bytes()
+        if path.suffix == ".gz" and content.startswith(b"\x1f\x8b"):  # a browser may have unpacked it
+            content = gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged: {error} (fetch it again)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     for start, what in {b"\x1f\x8b": "compressed by gzip (unpack it: gunzip -k)", b"PK": "a zip archive (unpack it)",
@@ -329,6 +335,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["own"]:
         import own
         sys.argv[:2] = ["data.py own"]
+        words_for("files", several=True)
         run(own.main, own.Config)
     else:
         run(prepare_reviews, Config)

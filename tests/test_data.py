@@ -10,6 +10,12 @@ import torch
 
 import common
 import data
+import dpo
+import evaluate
+import export
+import gpt2
+import hh
+import own
 import ppo
 import reward
 import sft
@@ -107,6 +113,27 @@ def test_encode_prompt_and_response(enc):
     assert enc.decode(encode_response(enc, "xyz", 4)) == "xyz" + END
     assert enc.decode(encode_response(enc, "xyz", 3)) == "xyz"
     assert encode_response(enc, END, 99).count(269) == 1  # only the real end
+
+
+DIALOGUE = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four\n\nHuman: five\n\nAssistant:"
+
+
+@pytest.mark.parametrize("turns", [0, 2, 4])
+def test_a_long_dialogue_loses_whole_turns(enc, turns):
+    """A prompt that begins in the middle of somebody's words; one token of room too much or too little."""
+    start = DIALOGUE.split("\n\nHuman:", 1)[1].split("\n\nHuman:")[turns // 2:]
+    kept = "".join("\n\nHuman:" + part for part in start)
+    size = 1 + len(enc.encode_ordinary(kept))
+    longer = 1 + len(enc.encode_ordinary(DIALOGUE)) if turns == 0 else size + 3
+    assert enc.decode(encode_prompt(enc, DIALOGUE, size)) == END + kept
+    assert enc.decode(encode_prompt(enc, DIALOGUE, longer)) == END + kept
+    assert encode_prompt(enc, DIALOGUE, size - 1) != encode_prompt(enc, DIALOGUE, size)
+
+
+def test_a_turn_that_is_too_long_loses_its_beginning(enc):
+    """A prompt without any words because its only turn does not fit, or without its last word, the reply's mark."""
+    ids = encode_prompt(enc, "\n\nHuman: " + "word " * 50 + "\n\nAssistant:", 20)
+    assert len(ids) == 20 and enc.decode(ids).endswith("word \n\nAssistant:")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -262,7 +289,8 @@ def test_generator_depends_on_the_whole_key():
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-SCRIPTS = pytest.mark.parametrize("script", [data, sft, reward, ppo], ids=lambda script: script.__name__)
+SCRIPTS = pytest.mark.parametrize("script", [data, gpt2, hh, own, sft, reward, ppo, dpo, evaluate, export],
+                                  ids=lambda script: script.__name__)
 
 
 def test_default_preset_flag():
