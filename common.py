@@ -61,11 +61,15 @@ def _boolean(text):
     return text.lower() == "true"
 
 
-def words_for(*flags):
-    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT."""
+def words_for(*flags, several=False):
+    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT.
+
+    several: any number of words stand for the one flag, with commas between them.
+    """
     words = []
-    while sys.argv[1:] and not sys.argv[1].startswith("-") and len(words) < len(flags):
+    while sys.argv[1:] and not sys.argv[1].startswith("-") and (several or len(words) < len(flags)):
         words.append(sys.argv.pop(1))
+    words = [",".join(words)] if several and words else words
     sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, words)]
 
 
