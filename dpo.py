@@ -63,14 +63,18 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
 
 
 def make_pairs(enc, rows, block_size):
-    """All pairs of each ranking: a list of texts (ids, length of prompt), and pairs of their numbers, better first."""
+    """All pairs of each ranking: a list of texts (ids, length of prompt), and pairs of their numbers, better first.
+
+    Two texts that are equal once cut to the block size make no pair.
+    """
     texts, pairs = [], []
     for row in rows:
         prompt = encode_prompt(enc, row["prompt"], block_size // 2)
         numbers = range(len(texts), len(texts) + len(row["responses"]))
         texts += [(prompt + encode_response(enc, text, block_size - len(prompt)), len(prompt))
                   for text in row["responses"]]
-        pairs += itertools.combinations(numbers, 2)
+        pairs += [(i, j) for i, j in itertools.combinations(numbers, 2) if texts[i] != texts[j]]
+    check(pairs, "no pair to compare: the responses are equal within the block size")
     return texts, pairs
 
 

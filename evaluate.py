@@ -3,8 +3,9 @@
     python evaluate.py --sft out/tiny/sft --policies out/tiny/ppo --out out/tiny/evaluate
 
 Every policy answers the same prompts at the same temperature. Three reward models score the answers: the reward model
-that PPO optimised (proxy), the labeler that it was learned from (gold, in the words of Gao et al. 2022), and the judge,
-which learned from other ratings, of other sentences, and which nothing was trained on. Win rates are the judge's.
+that PPO optimised (proxy), the labeler that it was learned from (gold, in the words of Gao et al. 2022; none where it
+learned from people themselves), and the judge, which learned from other ratings, of other sentences, and which nothing
+was trained on. Win rates are the judge's.
 
 Writes results.json, report.md and figures. Papers: Stiennon et al. 2020 (win rates, over-optimisation); Gao et al. 2022
 (proxy and gold against KL); Dubois et al. 2024 (length control).
@@ -35,7 +36,7 @@ class Config:
     sft: str = "out/tiny/sft"                # the model to beat, and the reference for KL
     policies: str = "out/tiny/ppo"           # policies to compare with it: folder,folder
     reward: str = "out/tiny/reward"          # the proxy
-    labeler: str = "out/tiny/labeler"        # the gold reward model
+    labeler: str = "out/tiny/labeler"        # the gold reward model; empty: there is none
     judge: str = "out/tiny/judge"            # the independent examiner
     prompts: str = "data/reviews/prompts_eval.jsonl"  # held-out prompts
     text: str = "data/reviews/corpus_test.jsonl"  # held-out text for perplexity
@@ -50,7 +51,8 @@ class Config:
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast)
 
 
-PRESETS = {"tiny": {}, "smoke": {"count": 32, "snapshot_count": 16, "response_tokens": 16, "bootstrap": 100}}
+PRESETS = {"tiny": {}, "smoke": {"count": 32, "snapshot_count": 16, "response_tokens": 16, "bootstrap": 100},
+           "gpt2": {"response_tokens": 24}, "hh": {"count": 500, "snapshot_count": 128, "response_tokens": 128}}
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -164,10 +166,11 @@ def learning_curves(folder, path):
 
 
 def over_optimisation(snapshots, path):
-    """Scores of the three reward models against KL, over a policy's snapshots; the SFT model is the point at KL 0."""
+    """Scores of the reward models against KL, over a policy's snapshots; the SFT model is the point at KL 0."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    for name, style in [("proxy", "o-"), ("labeler", "s-"), ("judge", "^-")]:
-        axis.plot([row["kl"] for row in snapshots], [row[name] for row in snapshots], style, label=name)
+    for name, style in {"proxy": "o-", "labeler": "s-", "judge": "^-"}.items():
+        if name in snapshots[0]:
+            axis.plot([row["kl"] for row in snapshots], [row[name] for row in snapshots], style, label=name)
     axis.set(xlabel="KL to the SFT model, nats per response", ylabel="mean score (SFT samples: mean 0, std 1)")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -175,9 +178,9 @@ def over_optimisation(snapshots, path):
 
 
 def histograms(base, answers, name, path):
-    """Scores of the three reward models before and after."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True)
-    for axis, judge in zip(axes, ("proxy", "labeler", "judge")):
+    """Scores of the reward models before and after."""
+    figure, axes = plt.subplots(1, len(base["scores"]), figsize=(11, 3.2), sharey=True)
+    for axis, judge in zip(axes, base["scores"]):
         both = torch.cat([base["scores"][judge], answers["scores"][judge]])
         bins = torch.linspace(both.min().item(), both.max().item(), 31).tolist()
         axis.hist(base["scores"][judge].tolist(), bins, alpha=0.6, label="sft")
@@ -243,16 +246,17 @@ def report(results, prompts, base, answered):
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["policies"].items():
         lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | "
-                     f"{row['proxy']:.2f} | {row['labeler']:.2f} | {row['judge']:.2f} | "
+                     f"{row['proxy']:.2f} | {row.get('labeler', math.nan):.2f} | {row['judge']:.2f} | "
                      f"{row['kl']:.2f} | {row['length']:.1f} | "
                      f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
     lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
     if results["reward_models"]:
+        teacher = "labeler" if "labeler" in results["reward_models"] else "proxy"  # learned from people
         lines += ["## Reward models on held-out human comparisons", "",
                   "| comparisons | " + " | ".join(results["reward_models"]) +
-                  " | bag of words (of the labeler's half) | longer wins | one person |",
+                  f" | bag of words (of the {teacher}'s half) | longer wins | one person |",
                   "|---|" + "---|" * (len(results["reward_models"]) + 3)]
-        for group, row in results["reward_models"]["labeler"].items():
+        for group, row in results["reward_models"][teacher].items():
             if "gap" in group:
                 continue  # by rating gap: in report_card.json of each reward model
             cells = [card[group]["reward model"] for card in results["reward_models"].values()]
@@ -291,7 +295,7 @@ def main(cfg):
           f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
     device, autocast = set_up(cfg)
     ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
-    judges = {"proxy": cfg.reward, "labeler": cfg.labeler, "judge": cfg.judge}
+    judges = {"proxy": cfg.reward, **({"labeler": cfg.labeler} if cfg.labeler else {}), "judge": cfg.judge}
     cards = {name: folder / "report_card.json" for name, folder in ((n, Path(f)) for n, f in judges.items())}
     check_same_vocab(cfg.sft, *judges.values(), *folders.values())
     judges = {name: load_model(folder, device, kind="reward") for name, folder in judges.items()}
@@ -333,7 +337,7 @@ def main(cfg):
              for name, path in cards.items() if path.is_file()}
     results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__,
                "prompts": len(prompts), "config": asdict(cfg), "policies": rows, "snapshots": snapshots,
-               "reward_models": cards if len(cards) == 3 and all(cards.values()) else {}, "stages": stages}
+               "reward_models": cards if len(cards) == len(judges) and all(cards.values()) else {}, "stages": stages}
     everyone = {"sft": base, **answered}.items()
     write_jsonl(stage.folder / "samples.jsonl",
                 [{"prompt": text, **{name: x["texts"][i] for name, x in everyone},

@@ -63,7 +63,8 @@ class RankConfig:
 
 
 PRESETS = {"tiny": {},  # of sample; the smoke model has hardly met an end of text
-           "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_cut": True}}
+           "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_cut": True},
+           "gpt2": {"response_tokens": 24}}
 
 
 # ---- sample --------------------------------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ class Config:
 PRESETS = {
     "tiny": {},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
+    # Ziegler et al. 2019's sentiment task, which runs a million episodes: ten times as many.
+    "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
+             "kl_horizon": 10000.0},
+    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes.
+    "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "sample_batch": 64, "response_tokens": 128, "lr": 8e-6,
+           "kl_coef": 0.05, "kl_horizon": 10000.0},
 }
 
 

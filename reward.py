@@ -59,12 +59,17 @@ class Config:
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
+# Ziegler et al. 2019's code for GPT-2 124M: 5e-5, batches of 32, one epoch, normalised on 256 samples.
+GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "samples": 256}
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
     "tiny-people": {"batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
     "tiny": {"epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
+    "gpt2-people": {**GPT2, "response_tokens": 24},
+    "gpt2": {**GPT2, "response_tokens": 24},
+    "hh": {**GPT2, "microbatch": 16, "response_tokens": 128},  # from people's pairs: no labeler in between
 }
 
 
@@ -104,6 +109,16 @@ def encode_rankings(enc, rows, block_size):
         prompt = encode_prompt(enc, row["prompt"], block_size // 2)
         encoded.append([prompt + encode_response(enc, text, block_size - len(prompt)) for text in row["responses"]])
     return encoded
+
+
+def different(rankings):
+    """The rankings without texts that are equal to a better one, as two may be once cut to the block size."""
+    kept = [[list(text) for text in dict.fromkeys(map(tuple, texts))] for texts in rankings]
+    kept = [texts for texts in kept if len(texts) > 1]
+    if len(kept) < len(rankings):
+        print(f"{len(rankings) - len(kept):,} rankings left out: their texts are equal within the block size")
+    check(kept, "no ranking is left: the texts are equal within the block size")
+    return kept
 
 
 def score_rankings(model, rankings, device):
@@ -228,15 +243,14 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
     rows: {"prompt", "chosen", "rejected"}, grouped by "domain" and "sample" where they are given; train_rows: rankings,
     for the bag of words; agreement: {domain: {sample: [one person against the others' mean, ...]}}, as data.py has it.
     """
-    texts = sorted({row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")})
-    block, linear = model.config.block_size, bag_of_words(train_rows)
+    texts = sorted({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
+    linear, single = bag_of_words(train_rows), [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
     with autocast():
-        encoded = [encode_prompt(enc, "", block) + encode_response(enc, text, block - 1) for text in texts]
-        scores = score_many(model, encoded)
-    by = {"reward model": scores, "bag of words": torch.tensor([linear(text) for text in texts]),
-          "longer wins": torch.tensor([float(len(text)) for text in texts])}  # scores of the texts
+        scores = score_many(model, [ids for ids, in encode_rankings(enc, single, model.config.block_size)])
+    by = {"reward model": scores, "bag of words": torch.tensor([linear(prompt + text) for prompt, text in texts]),
+          "longer wins": torch.tensor([float(len(text)) for _, text in texts])}  # scores of the texts
     number = {text: i for i, text in enumerate(texts)}
-    ends = torch.tensor([[number[row["prompt"] + row[side]] for side in ("chosen", "rejected")] for row in rows])
+    ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
     groups = {}
     for i, row in enumerate(rows):
         name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
@@ -279,7 +293,7 @@ def main(cfg):
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)
     rows = rows[:cfg.limit or len(rows)]
-    rankings, test = (encode_rankings(enc, part, model.config.block_size) for part in (rows, test_rows))
+    rankings, test = (different(encode_rankings(enc, part, model.config.block_size)) for part in (rows, test_rows))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
     agreement = json.loads(summary.read_text()).get("agreement", {}) if human and summary.is_file() else {}

@@ -49,11 +49,15 @@ class Config:
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
+# Radford et al. 2018 (GPT, 117M), section 4.1: fine-tuning at 6.25e-5 in batches of 32, dropout 0.1.
+GPT2 = {"lr": 6.25e-5, "weight_decay": 0.01, "warmup": 0.02, "evals": 4}
 PRESETS = {
     "tiny-base": {"batch_size": 16, "lr": 1.5e-3, "epochs": 3.0, "dropout": 0.0, "evals": 4},
     "tiny-sft": {"lr": 3e-4, "epochs": 2.0, "evals": 2},
     "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 25, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
+    "gpt2-sft": {**GPT2, "epochs": 3.0},
+    "hh-sft": {**GPT2, "microbatch": 16},
 }
 
 

@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
-# The whole of RLHF, from people's ratings to a report:   bash train_all.sh [preset]
-#   tiny   (the default) minutes on a laptop's CPU or on a GPU
+# The whole of RLHF, from people's judgements to a report:   bash train_all.sh [preset]
+#   tiny   (the default) a model trained from nothing, in minutes on a laptop's CPU or on a GPU
 #   smoke  under a minute: does every stage run?
+#   gpt2   GPT-2 on the same ratings of sentences, for one GPU of 24 GB
+#   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared answers to the same prompt, so the reward
+#          model learns from them and nobody has to stand in. --init gpt2-medium, or any flag of gpt2.py, may follow.
 # A finished stage is not run again, unless one before it was. SEED=2 is another seed; OUT and DATA are other folders
-# (a DATA of your own is used as it is: the files that the stages below name).
+# (a DATA of your own is used as it is: the files that the stages below name). PRESET=smoke bash train_all.sh hh runs the
+# stages of hh with the few steps of smoke.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
-case $preset in tiny|smoke) ;; *) echo "error: no preset '$preset' (tiny, smoke)" >&2; exit 2 ;; esac
+[ $# = 0 ] || shift
+case $preset in
+  tiny|smoke) [ $# = 0 ] || { echo "error: $preset takes no flags, found: $*" >&2; exit 2; } ;;
+  gpt2|hh) ;;
+  *) echo "error: no preset '$preset' (tiny, smoke, gpt2, hh)" >&2; exit 2 ;;
+esac
 . ./setup.sh
-OUT=${OUT:-out/$preset} SEED=${SEED:-1} rerun=""
+OUT=${OUT:-out/$preset} SEED=${SEED:-1} PRESET=${PRESET:-$preset} rerun=""
 mkdir -p "$OUT"
 [ -f "$OUT/seed" ] || echo "$SEED" > "$OUT/seed"
 [ "$(cat "$OUT/seed")" = "$SEED" ] || { echo "error: $OUT has seed $(cat "$OUT/seed"), not $SEED: set OUT to another folder" >&2; exit 2; }
@@ -23,20 +32,33 @@ stage() {  # stage NAME SCRIPT [FLAGS]: run it unless $OUT/NAME/done.json says t
 }
 
 if [ -z "${DATA:-}" ]; then
-  DATA=data/reviews
-  [ -f $DATA/summary.json ] || { echo "== data"; "$PYTHON" data.py --out $DATA; }
+  case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac
+  [ -f $DATA/summary.json ] || { echo "== data"; "$PYTHON" data.py $kind --out $DATA; }
 fi
-stage base     sft.py --preset $preset-base --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken"
-stage sft      sft.py --preset $preset-sft --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
-for half in labeler judge; do
-  stage $half  reward.py --preset $preset-people --model "$OUT/base" --train "$DATA/rankings_$half.jsonl" --test "$DATA/rankings_test.jsonl" \
-                         --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
-done
-stage samples  label.py sample --preset $preset --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
-stage label    label.py rank --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
-stage reward   reward.py --preset $preset --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --pairs "$DATA/pairs_test.jsonl" \
-                         --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
-stage ppo      ppo.py --preset $preset --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-stage evaluate evaluate.py --preset $preset --sft "$OUT/sft" --policies "$OUT/ppo" --reward "$OUT/reward" --labeler "$OUT/labeler" \
+case $preset in
+  gpt2) stage base gpt2.py --block-size 128 "$@" ;;
+  hh)   stage base gpt2.py --block-size 512 "$@" ;;
+  *)    stage base sft.py --preset $PRESET-base --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
+esac
+stage sft      sft.py --preset $PRESET-sft --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
+if [ $preset = hh ]; then
+  labeler=""
+  stage judge  reward.py --preset $PRESET --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
+                         --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
+  stage reward reward.py --preset $PRESET --model "$OUT/sft" --train "$DATA/pairs_reward.jsonl" --test "$DATA/pairs_test.jsonl" \
+                         --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
+else
+  labeler=$OUT/labeler
+  for half in labeler judge; do
+    stage $half  reward.py --preset $PRESET-people --model "$OUT/base" --train "$DATA/rankings_$half.jsonl" --test "$DATA/rankings_test.jsonl" \
+                           --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
+  done
+  stage samples  label.py sample --preset $PRESET --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
+  stage label    label.py rank --labeler "$labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
+  stage reward   reward.py --preset $PRESET --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --pairs "$DATA/pairs_test.jsonl" \
+                           --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
+fi
+stage ppo      ppo.py --preset $PRESET --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
+stage evaluate evaluate.py --preset $PRESET --sft "$OUT/sft" --policies "$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
                          --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --text "$DATA/corpus_test.jsonl"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

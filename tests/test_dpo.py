@@ -75,6 +75,24 @@ def test_a_run_learns_the_order(checkpoints, tmp_path):
     load_model(tmp_path)
 
 
+def test_microbatches_change_no_run(checkpoints, tmp_path):
+    """A mean per microbatch, which makes the result depend on the memory of the machine."""
+    dpo.main(config(checkpoints, tmp_path / "a", epochs=2))
+    dpo.main(config(checkpoints, tmp_path / "b", epochs=2, microbatch=3))
+    for whole, split in zip(log_of(tmp_path / "a"), log_of(tmp_path / "b"), strict=True):
+        same = {"seconds": 0, **({"accuracy": 0} if whole["step"] == 1 else {})}  # at first all margins are 0 or nearly
+        assert {**split, **same} == pytest.approx({**whole, **same}, abs=1e-3)
+
+
+def test_responses_that_are_equal_once_cut_are_no_pair(checkpoints):
+    """A pair whose chosen and rejected text are the same: a margin that is 0 for ever."""
+    enc = data.load_tokenizer(checkpoints.vocab)
+    rows = [{"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}]
+    assert dpo.make_pairs(enc, rows, 16)[1] == [(0, 1), (1, 2)]
+    with pytest.raises(UserError, match="no pair to compare"):
+        dpo.make_pairs(enc, [{"prompt": "the", "responses": rows[0]["responses"][::2]}], 16)
+
+
 @pytest.mark.parametrize("flags, message", [({"beta": 0.0}, "--beta"), ({"label_smoothing": 0.5}, "--label-smoothing"),
                                             ({"test_share": 1.0}, "--test-share"), ({"train": "x"}, "no such file")])
 def test_bad_flags(checkpoints, tmp_path, flags, message):

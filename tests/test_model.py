@@ -350,8 +350,29 @@ def test_sample_many_keeps_order_and_equals_one_at_a_time():
     together = sample_many(model, PROMPTS, 10, END, batch_size=3, temperature=0)
     alone = [sample_many(model, [prompt], 10, END, temperature=0)[0] for prompt in PROMPTS]
     assert together == alone
+    assert sample_many(model, [], 10, END) == []
     drawn = sample_many(model, PROMPTS * 8, 10, END, random=torch.Generator().manual_seed(0))
     assert all(END not in ids[:-1] and (ids[-1] == END or len(ids) == 10) for ids in drawn)
+
+
+def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
+    """A prompt of 5 tokens that pays, at every step, for the padding of one of 500."""
+    seen, plain = [], sampling.sample
+
+    def watched(model, tokens, pad, *args, **how):
+        seen.append(tokens.numel() - (0 if pad is None else int(pad.sum())))
+        assert pad is None or tokens.size(1) - int(pad.max()) >= tokens.size(1) // 2
+        return plain(model, tokens, pad, *args, **how)
+    monkeypatch.setattr(sampling, "sample", watched)
+    prompts = [[1 + i % 9] * n for i, n in enumerate([1, 20, 2, 18, 1, 22, 2, 19])]
+    responses, lengths, logprobs = sampling.sample_prompts(random_model(), prompts, 6, END, batch_size=4)
+    assert sum(seen) == sum(map(len, prompts)) and len(seen) == 2
+    # Log-probabilities belong to their responses, whatever the order of sampling.
+    model = random_model()
+    for prompt, response, n, logprob in zip(prompts, responses, lengths, logprobs):
+        text = torch.tensor([prompt + response[:n].tolist()])
+        expected = token_logprobs(model(text), text)[0, len(prompt) - 1:]
+        assert torch.allclose(logprob[:n], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k, top_p, expected", [

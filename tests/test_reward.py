@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,48 @@ def config(checkpoints, folder, **changes):
                             "prompts": checkpoints.prompts, "train": checkpoints.rankings, "test_share": 0.25,
                             "samples": 40, "response_tokens": 8, "batch_size": 4, "epochs": 30, "lr": 1e-2,
                             "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 5])
+def test_microbatches_change_no_gradient(monkeypatch, autocast_off, microbatch):
+    """A mean per microbatch, which makes the result depend on the memory of the machine."""
+    rankings = [[[i % 7 + 1] * (j + 2) + [i % 3, END] for j in range(2 + i % 3)] for i in range(8)]
+    seen, model = {}, random_model(ScalarModel)
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+
+    def step(optimizer, parameters, lr, grad_clip):
+        seen[cfg.microbatch] = [parameter.grad.clone() for parameter in parameters]
+        optimizer.zero_grad()
+        return 0.0
+    monkeypatch.setattr(reward, "optimizer_step", step)
+    for size in (8, microbatch):
+        cfg, log = reward.Config(batch_size=8, microbatch=size, log_every=9), SimpleNamespace(
+            add=lambda *_, **__: None, write=lambda **_: {"loss": 0.0, "accuracy": 0.0})
+        model.load_state_dict(start)
+        reward.train(model, rankings, cfg, log, "cpu", autocast_off)
+    for whole, split in zip(seen[8], seen[microbatch]):
+        assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
+
+
+def test_texts_that_are_equal_once_cut_are_no_comparison(checkpoints, capsys):
+    """A pair of which nothing is left but the same beginning: a label that contradicts itself."""
+    enc = data.load_tokenizer(checkpoints.vocab)
+    rows = [{"prompt": "the", "responses": ["x" * 20 + "a", "x" * 20 + "b"]},
+            {"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}]
+    kept = reward.different(reward.encode_rankings(enc, rows, 16))
+    assert [len(texts) for texts in kept] == [2] and "1 rankings left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no ranking is left"):
+        reward.different(reward.encode_rankings(enc, rows[:1], 16))
+
+
+def test_report_card_reads_the_prompt(checkpoints, monkeypatch, autocast_off):
+    """A long prompt that pushes the response out of the text that is scored."""
+    enc, seen = data.load_tokenizer(checkpoints.vocab), []
+    monkeypatch.setattr(reward, "score_many", lambda model, texts: seen.extend(texts) or torch.arange(len(texts)) / 1.0)
+    rows = [{"prompt": "word " * 40, "chosen": " good", "rejected": " bad"}]
+    reward.report_card(random_model(ScalarModel), enc, rows, [{"prompt": "", "responses": ["a", "b"]}], {}, autocast_off)
+    assert [enc.decode(ids) for ids in seen] == [enc.decode(ids[:16]) + text + data.END
+                                                 for ids, text in zip(seen, (" bad", " good"))]
 
 
 def test_training_learns_and_normalises(checkpoints, tmp_path, monkeypatch):
