@@ -55,12 +55,16 @@ def sft_budget(config, cfg, rows, epochs):
     return epochs * work, model_bytes(config, 1, 0) + size
 
 
-def reward_budget(config, cfg, rankings):
-    """(operations, bytes) of reward.py: rankings are lists of texts, in ids."""
-    lengths = [len(text) for texts in rankings for text in texts]
+def reward_budget(config, cfg, rankings, test, human):
+    """(operations, bytes) of reward.py: rankings to train on and to test are lists of texts, in ids; human: how many
+    pairs are scored besides."""
+    lengths, held_out = ([len(text) for texts in part for text in texts] for part in (rankings, test))
+    mean = round(sum(held_out) / len(held_out))
+    scored = sum(flop(config, T, 1) for T in held_out) + 2 * human * flop(config, mean, 1)
     texts = min(cfg.microbatch, cfg.batch_size) * max(map(len, rankings))  # behind one backward, at most
     size = texts * row_bytes(config, 1, max(lengths), 0, cfg.recompute)
-    return cfg.epochs * sum(3 * flop(config, T, 1) for T in lengths), model_bytes(config, 1, bool(cfg.sft)) + size
+    return (scored + 3 * cfg.epochs * sum(flop(config, T, 1) for T in lengths),
+            model_bytes(config, 1, bool(cfg.sft)) + size)
 
 
 def dpo_budget(config, cfg, texts, pairs):
@@ -90,7 +94,7 @@ def duration(seconds):
 
 
 def announce(operations, size, device, autocast):
-    """Print how much memory (size, in bytes) and time a stage of so many operations takes on this machine.
+    """Print how much memory (size, in bytes) and time a stage of so many operations takes here, if it is a long one.
 
     The time is between that of matrix products alone, whose speed is measured here in a moment, and three times that:
     small models, and small operations between the large ones, keep away from the limit.
@@ -102,8 +106,9 @@ def announce(operations, size, device, autocast):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the result
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    print(f"estimate: {size / 1e9:.1f} GB of memory, {duration(operations / best)} to {duration(3 * operations / best)} "
-          f"({operations:.1e} operations; matrix products reach {best:.1e} per second)", flush=True)
+    if 3 * operations / best > 30:
+        print(f"estimate: {size / 1e9:.1f} GB of memory, {duration(operations / best)} to {duration(3 * operations / best)}"
+              f" ({operations:.1e} operations; matrix products reach {best:.1e} per second)", flush=True)
     if device.startswith("cuda") and size > (free := torch.cuda.mem_get_info()[0]):
         print(f"this is more than the {free / 1e9:.1f} GB that are free: a smaller --microbatch, or --recompute true, "
               "changes no result", flush=True)

@@ -163,23 +163,21 @@ def read_rows(path, accept, expected, array=False):
     skipped, CRLF and a byte-order mark are accepted. expected: what a row should be, in words. array: the file may also
     be one JSON array of the rows.
     """
-    lines = list(enumerate(read_text(path).split("\n"), start=1))
-    if array and lines[0][1].lstrip().startswith("["):
+    text, rows, bad = read_text(path), [], []
+    lines = [(number, line, parse) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if array and text.lstrip().startswith("["):
+        try:  # the rows of one array are parsed already
+            lines = [(f"row {number}", row, lambda row: row) for number, row in enumerate(parse(text), start=1)]
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    for number, line, read in lines:
         try:
-            rows = parse("\n".join(line for _, line in lines))
-            lines = [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-        except ValueError:
-            pass  # not one array: its lines say what is wrong
-    rows, bad = [], []
-    for number, line in lines:
-        if not isinstance(line, str) or line.strip():
-            try:
-                row = parse(line) if isinstance(line, str) else line
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected {expected}, found {type(row).__name__}")
-                rows.append(accept(row))
-            except ValueError as error:
-                bad.append(f"{path}:{number}: {error}")
+            row = read(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected {expected}, found {type(row).__name__}")
+            rows.append(accept(row))
+        except ValueError as error:
+            bad.append(f"{path}:{number}: {error}")
     if bad:
         raise UserError("; ".join(bad[:5]) + (f" (and {len(bad) - 5} more bad lines)" if len(bad) > 5 else ""))
     if not rows:

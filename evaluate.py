@@ -212,7 +212,7 @@ def sample_table(prompts, base, answers):
     order, middle = change.argsort(descending=True).tolist(), len(change) // 2
     lines = ["| | prompt | SFT | judge | policy | judge |", "|---|---|---|---|---|---|"]
     for title, rows in [("best", order[:4]), ("median", order[middle - 2:middle + 2]), ("worst", order[-4:])]:
-        lines += [f"| {title} | {escape(prompts[i])} | {escape(base['texts'][i])} | {base['scores']['judge'][i]:.2f} "
+        lines += [f"| {title} | {escape(prompts[i][-300:])} | {escape(base['texts'][i])} | {base['scores']['judge'][i]:.2f} "
                   f"| {escape(answers['texts'][i])} | {answers['scores']['judge'][i]:.2f} |" for i in rows]
     return lines
 
@@ -245,8 +245,9 @@ def report(results, prompts, base, answered):
              "| perplexity |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["policies"].items():
+        labeler = f"{row['labeler']:.2f}" if "labeler" in row else "-"
         lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | "
-                     f"{row['proxy']:.2f} | {row.get('labeler', math.nan):.2f} | {row['judge']:.2f} | "
+                     f"{row['proxy']:.2f} | {labeler} | {row['judge']:.2f} | "
                      f"{row['kl']:.2f} | {row['length']:.1f} | "
                      f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
     lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]

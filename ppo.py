@@ -24,6 +24,7 @@ from common import (Log, Stage, adamw, check, check_positive, generator, learnin
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from model import entropy, full_precision, load_model, prompt_room, token_logprobs
 from sampling import sample_prompts
+from terminal import visible
 
 
 @dataclass
@@ -269,7 +270,7 @@ def show_sample(enc, rollout, iteration):
     tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
     prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
-    say(f"  [{prompt}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}")
+    say(f"  [{visible(prompt[-200:])}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}")
 
 
 def main(cfg):

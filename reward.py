@@ -151,8 +151,8 @@ def train(model, rankings, cfg, log, device, autocast):
     model.train()
     for step, batch in enumerate(progress(order, "train")):
         batch = sorted(batch, key=lambda i: max(map(len, rankings[i])))  # little padding, if it is split
-        for start in range(0, len(batch), cfg.microbatch):
-            part = [rankings[i] for i in batch[start:start + cfg.microbatch]]
+        for first in range(0, len(batch), cfg.microbatch):
+            part = [rankings[i] for i in batch[first:first + cfg.microbatch]]
             with autocast():
                 scores, mask = score_rankings(model, part, device)
             loss = ranking_loss(scores, mask)
@@ -303,7 +303,7 @@ def main(cfg):
         prompt_room(policy.config, cfg.response_tokens)
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
-    announce(*reward_budget(model.config, cfg, rankings), device, autocast)
+    announce(*reward_budget(model.config, cfg, rankings, test, len(human)), device, autocast)
     stage = Stage(cfg.out)
 
     train(model, rankings, cfg, Log(stage.folder), device, autocast)

@@ -1,6 +1,6 @@
 # Sourced by train_all.sh and test.sh: leaves in $PYTHON a Python that has the packages of requirements.txt.
 # The current environment if it has them already, else .venv in this folder, made on the first call.
-has_packages() { "$1" -c 'import sys, torch, tiktoken, numpy, tqdm, matplotlib, pytest; sys.exit(sys.version_info < (3, 10) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null; }
+has_packages() { "$1" -c 'import sys, torch, tiktoken, numpy, tqdm, matplotlib, pytest, safetensors; sys.exit(sys.version_info < (3, 10) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' 2>/dev/null; }
 
 PYTHON=${PYTHON:-python3}
 if ! has_packages "$PYTHON"; then

@@ -31,6 +31,14 @@ def random_model(kind=GPT, seed=0, **config):
     return model.eval()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say it loudly when the tests against transformers did not run: a skip is one letter among hundreds."""
+    missed = [report for report in terminalreporter.stats.get("skipped", []) if "transformers" in str(report.longrepr)]
+    if missed:
+        terminalreporter.write_line(f"WARNING: transformers is not installed, so {len(missed)} tests of GPT-2's weights in "
+                                    "and out did not run: pip install -r tests/requirements.txt", red=True, bold=True)
+
+
 def ragged_mask(lengths, size):
     """(B, size) with 1.0 in the first lengths[b] places, spelled out."""
     return torch.tensor([[1.0 if t < n else 0.0 for t in range(size)] for n in lengths])

@@ -10,7 +10,7 @@ import torch
 import data
 import reward
 from common import UserError
-from conftest import END, ragged_mask, random_model
+from conftest import END, log_of, ragged_mask, random_model
 from model import ScalarModel, load_model, score_many
 from reward import normalise, pair_accuracy, ranking_loss, score_rankings, share
 from sampling import sample_many
@@ -194,6 +194,7 @@ def test_training_learns_and_normalises(checkpoints, tmp_path, monkeypatch):
     cfg = config(checkpoints, tmp_path, train=str(tmp_path / "rankings.jsonl"), epochs=8)
     reward.main(cfg)
     assert json.loads((tmp_path / "report_card.json").read_text())["held-out rankings"]["accuracy"] > 0.8
+    assert all(0 <= line["seconds"] < 100 for line in log_of(tmp_path))
 
     (_, enc), model = normalised[0], load_model(tmp_path, kind="reward")
     rows = data.read_jsonl(cfg.prompts, {"prompt": str})
