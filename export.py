@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from common import UserError, check, read_checkpoint, run, words_for, write_atomic, write_json
-from data import END, load_tokenizer
+from data import END, load_tokenizer, save_ranks
 from gpt2 import names
 from model import load_model
 
@@ -118,6 +118,7 @@ def main(cfg):
         raise UserError(f"{out}: {error.strerror}") from None
     write_atomic(out / "model.safetensors",
                  lambda temporary: temporary.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"})))
+    save_ranks(enc._mergeable_ranks, out / "vocab.tiktoken")  # for the way back: gpt2.py --init
     write_json(out / "config.json", exported_config(model.config, kind))
     write_json(out / "tokenizer.json", exported_tokenizer(enc, kind))
     write_json(out / "tokenizer_config.json", {

@@ -114,10 +114,11 @@ def main(cfg):
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
     model.trunk.recompute = cfg.recompute
-    check(cfg.pack <= model.config.block_size, f"--pack {cfg.pack} is more than block size {model.config.block_size}")
     check(cfg.max_steps >= 0 and 0 <= cfg.warmup < 1, "--max-steps must be 0 or more, --warmup from 0 to below 1")
     packed = "text" in read_jsonl(cfg.train, {})[0]
     if packed:
+        size = model.config.block_size
+        check(cfg.pack <= size, f"--pack {cfg.pack} is more than block size {size}")
         train, test = (packed_rows(enc, path, cfg.pack, cfg.seed) for path in (cfg.train, cfg.test))
     else:
         train, test = (response_rows(enc, path, model.config.block_size) for path in (cfg.train, cfg.test))
