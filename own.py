@@ -40,7 +40,7 @@ FACTS = {"duplicates": "rows like an earlier one (kept)",
          "no_room": "prompts that fill the block size by themselves",
          "cut_to_equal": "rows with two responses that are equal after the cut",
          "conflicts": "comparisons that occur in both orders",
-         "glued": "responses that follow the prompt without white space (are words glued together?)",
+         "glued": "responses whose first word runs into the prompt (does a space belong before it?)",
          "echoes": "responses that begin with the whole prompt (is it in there twice?)",
          "literal_end": f"rows with a literal {END} (ordinary text here)"}
 
@@ -103,7 +103,7 @@ def describe(rows, enc, block_size, name=""):
         facts["cut_to_equal"] += len(ends) < len(responses)
         orders.update((prompt, better, worse) for better, worse in itertools.combinations(responses, 2))
         if prompt.strip():
-            facts["glued"] += sum(not prompt[-1].isspace() and not text[0].isspace() for text in responses)
+            facts["glued"] += sum(prompt[-1].isalnum() and text[0].isalnum() for text in responses)
             facts["echoes"] += sum(text.startswith(prompt) for text in responses)
     facts["conflicts"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
     tokens = {field: {**dict(zip(("5", "50", "95", "max"), percentiles(values))),
