@@ -46,7 +46,8 @@ class Config:
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-PRESETS = {"tiny": {}, "smoke": {"log_every": 1}}
+GPT2 = {"lr": 1e-6, "batch_size": 64, "microbatch": 16}  # Rafailov et al. 2023, appendix B (with RMSprop there)
+PRESETS = {"tiny": {}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": GPT2}
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):

@@ -146,12 +146,13 @@ def read_gpt2(where, block_size=0):
     check(0 < block_size <= positions, f"--block-size {block_size}: {path} has {positions} positions")
     config = GPTConfig(V, block_size, n_layer, n_head, C,
                        gelu=GELU[settings.get("activation_function", "gelu_new")])
-    head = weights.get("lm_head.weight", weights["wte.weight"])
+    head = weights.pop("lm_head.weight", weights["wte.weight"])
     check(torch.equal(head, weights["wte.weight"]), f"{path}: lm_head is not tied to the token embedding: not a GPT-2")
     state = {}
     for ours, theirs, transposed in names(n_layer):
         check(theirs in weights, f"{path}: {theirs} is missing")
-        state[ours] = (weights[theirs].T if transposed else weights[theirs]).float().contiguous()
+        x = weights.pop(theirs).float()  # out of the way: the largest has 6 GB
+        state[ours] = x.T.contiguous() if transposed else x
     state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, config.rows - V))
     state["position_embedding.weight"] = state["position_embedding.weight"][:block_size].clone()
     with torch.device("meta"):

@@ -168,8 +168,9 @@ class GPT(nn.Module):
         """
         from gpt2 import read_gpt2  # which needs this file
         config, state = read_gpt2(where, block_size)
-        model = cls(config)
-        model.trunk.load_state_dict(state)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            model = cls(config)
+        model.trunk.load_state_dict(state, assign=True)
         return model.eval()
 
     def forward(self, tokens, pad=None):
