@@ -202,8 +202,8 @@ def time_ppo(bench, config, B, P, R):
     work: {part: operations}. The parts are rollout (sampling), scoring (the rest of collect) and update.
     """
     shared = bench.cfg.value == "shared"
-    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), sample_batch=B,
-                     response_tokens=R, temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
+    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), response_tokens=R,
+                     temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
     policy, ref, reward = (kind(config).to(bench.device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
     value = (nn.Linear(config.width, 1) if shared else ScalarModel(config).eval()).to(bench.device)

@@ -11,6 +11,8 @@ import time
 
 import torch
 
+from sampling import TOKENS
+
 
 def flop(config, T, read, head=False, past=0):
     """Operations of a forward pass on one row: T tokens after `past` cached ones, `read` positions wanted.
@@ -21,7 +23,7 @@ def flop(config, T, read, head=False, past=0):
     """
     C = config.width
     trunk = config.n_layer * T * (6 * C + 4 * (past + T)) * C + ((config.n_layer - 1) * T + read) * 18 * C * C
-    return trunk + (2 * read * C * config.rows if head else 0)
+    return trunk + (2 * read * C * config.padded_vocab if head else 0)
 
 
 def sample_flop(config, P, R):
@@ -32,7 +34,7 @@ def sample_flop(config, P, R):
 def parameters(config):
     """Parameters of a trunk, which is nearly all of a model."""
     C = config.width
-    return config.n_layer * (12 * C * C + 13 * C) + (config.rows + config.block_size + 2) * C
+    return config.n_layer * (12 * C * C + 13 * C) + (config.padded_vocab + config.block_size + 2) * C
 
 
 def model_bytes(config, trained, frozen):
@@ -47,12 +49,13 @@ def row_bytes(config, trained, T, read, recompute):
     return trained * trunk + read * 16 * config.vocab_size
 
 
-def sft_budget(config, cfg, rows, epochs):
-    """(operations, bytes) of sft.py: rows are (ids, how many of them do not count)."""
-    work = sum(3 * flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in rows)
-    longest = max(len(ids) for ids, _ in rows)
+def sft_budget(config, cfg, train, test, epochs):
+    """(operations, bytes) of sft.py: train and test are rows (ids, how many of them do not count)."""
+    work, held_out = (sum(flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in rows)
+                      for rows in (train, test))
+    longest = max(len(ids) for ids, _ in train)
     size = min(cfg.microbatch, cfg.batch_size) * row_bytes(config, 1, longest, longest, cfg.recompute)
-    return epochs * work, model_bytes(config, 1, 0) + size
+    return 3 * epochs * work + cfg.evals * held_out, model_bytes(config, 1, 0) + size
 
 
 def reward_budget(config, cfg, rankings, test, human):
@@ -67,12 +70,13 @@ def reward_budget(config, cfg, rankings, test, human):
             model_bytes(config, 1, bool(cfg.sft)) + size)
 
 
-def dpo_budget(config, cfg, texts, pairs):
+def dpo_budget(config, cfg, texts, pairs, test_texts):
     """(operations, bytes) of dpo.py: texts are (ids, length of the prompt), pairs their numbers."""
-    work = [flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in texts]
+    work, held_out = ([flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in part]
+                      for part in (texts, test_texts))
     row = row_bytes(config, 1, max(len(ids) for ids, _ in texts), max(len(ids) - first for ids, first in texts),
                     cfg.recompute)
-    return (sum(work) + 3 * cfg.epochs * sum(work[i] + work[j] for i, j in pairs),
+    return (sum(work) + 2 * sum(held_out) + 3 * cfg.epochs * sum(work[i] + work[j] for i, j in pairs),
             model_bytes(config, 1, 0) + 2 * min(cfg.microbatch, cfg.batch_size) * row)
 
 
@@ -81,16 +85,21 @@ def ppo_budget(config, cfg, prompts):
     P, R = round(sum(map(len, prompts)) / len(prompts)), cfg.response_tokens
     values = cfg.value == "separate"  # one more trained model
     policy, value = flop(config, P + R - 1, R, head=True), values * flop(config, P + R - 1, R)
-    episode = sample_flop(config, P, R) + 2 * policy + 2 * value + 3 * cfg.epochs * (policy + value)
-    row = row_bytes(config, 1 + values, max(map(len, prompts)) + R, R, cfg.recompute)
-    cache = min(cfg.sample_batch, cfg.episodes) * (max(map(len, prompts)) + R) * config.n_layer * config.width * 2 * 4
+    # Policy, reference, value and reward read an episode once; policy and value are trained on it.
+    episode = (sample_flop(config, P, R) + 2 * policy + value + flop(config, P + R, 1)
+               + 3 * cfg.epochs * (policy + value))
+    longest = max(map(len, prompts)) + R
+    row = row_bytes(config, 1 + values, longest, R, cfg.recompute)
+    cache = min(TOKENS, cfg.episodes * longest) * config.n_layer * config.width * 4  # keys and values in bf16
     return (cfg.iterations * cfg.episodes * episode,
             model_bytes(config, 1 + values, 2) + max(cache, min(cfg.microbatch, cfg.episodes) * row))
 
 
 def duration(seconds):
     """Seconds in words: 90 -> 1.5 min."""
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
 
 
 def announce(operations, size, device, autocast):
@@ -107,8 +116,10 @@ def announce(operations, size, device, autocast):
             (a @ a)[0, 0].item()  # waits for the result
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
     if 3 * operations / best > 30:
-        print(f"estimate: {size / 1e9:.1f} GB of memory, {duration(operations / best)} to {duration(3 * operations / best)}"
-              f" ({operations:.1e} operations; matrix products reach {best:.1e} per second)", flush=True)
-    if device.startswith("cuda") and size > (free := torch.cuda.mem_get_info()[0]):
+        print(f"estimate: {size / 1e9:.1f} GB of memory, {duration(operations / best)} to "
+              f"{duration(3 * operations / best)} ({operations:.1e} operations; matrix products reach {best:.1e} per "
+              "second)", flush=True)
+    del a
+    if device.startswith("cuda") and size > (free := torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()):
         print(f"this is more than the {free / 1e9:.1f} GB that are free: a smaller --microbatch, or --recompute true, "
               "changes no result", flush=True)

@@ -91,7 +91,8 @@ def run(main, Config, presets=()):
     try:
         main(load_config(Config, dict(presets)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Names of files and fields may hold anything: one line, and nothing that acts on the terminal.
+        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

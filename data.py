@@ -16,6 +16,7 @@ is empty, and the model knows that a text starts here. Masks and positions come 
 padding uses the end-of-text id too, and a text may hold any id.
 """
 import base64
+import bisect
 import gzip
 import hashlib
 import json
@@ -205,6 +206,8 @@ def read_text(path):
                         b"\xff\xfe": "UTF-16 (save it as UTF-8)", b"\xfe\xff": "UTF-16 (save it as UTF-8)"}.items():
         if content.startswith(start):
             raise UserError(f"{path}: {what}")
+    if content[:2].count(b"\0") == 1:
+        raise UserError(f"{path}: UTF-16 (save it as UTF-8)")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -255,6 +258,8 @@ def check_text(text, name):
         raise ValueError(f"{name}: empty")
     if re.search("[\ud800-\udfff\0]", text):
         raise ValueError(f"{name}: holds a NUL or half a surrogate pair")
+    if re.search(r"\s{100000}", text):
+        raise ValueError(f"{name}: a run of 100,000 white-space characters, which no tokenizer survives")
 
 
 def read_rankings(path):
@@ -274,12 +279,14 @@ def read_rankings(path):
 def encode_prompt(enc, prompt, limit):
     """End of text, then the prompt's tokens; a prompt of more than limit tokens loses its beginning.
 
-    A dialogue loses whole turns, as long as it has any to lose: what is left begins with TURN.
+    A dialogue loses what stands before its first turn, then whole turns, as few as will do: what is left begins with
+    TURN. If the last turn alone is too long, it loses its own beginning.
     """
     ids = enc.encode_ordinary(prompt)
-    while len(ids) >= limit and TURN in prompt[1:]:
-        prompt = prompt[prompt.index(TURN, 1):]
-        ids = enc.encode_ordinary(prompt)
+    if len(ids) >= limit and (starts := [match.start() for match in re.finditer(TURN, prompt) if match.start() > 0]):
+        # From one start to the next the rest gets shorter, so the first that fits can be bisected for.
+        fits = bisect.bisect_left(starts, True, key=lambda start: len(enc.encode_ordinary(prompt[start:])) < limit)
+        ids = enc.encode_ordinary(prompt[starts[min(fits, len(starts) - 1)]:])
     return [enc.eot_token] + ids[len(ids) - min(len(ids), limit - 1):]
 
 

@@ -40,7 +40,12 @@ def download(url, path, sha256):
             check(found == sha256, f"{path}: not the expected file: expected sha256 {sha256}, found {found} "
                                    f"({path.stat().st_size:,} bytes) (delete it, and it is fetched again)")
             return path
-        fetch(url, part, f"put the file at {path} by hand: {url}, sha256 {sha256}")
+        by_hand = f"put the file at {path} by hand: {url}, sha256 {sha256}"
+        resumed = part.exists()
+        fetch(url, part, by_hand)
+        if resumed and digest(part) != sha256:  # its beginning may have been of something else
+            part.unlink()
+            fetch(url, part, by_hand)
         found, size = digest(part), part.stat().st_size
         if found != sha256:
             with open(part, "rb") as file:

@@ -212,8 +212,9 @@ def sample_table(prompts, base, answers):
     order, middle = change.argsort(descending=True).tolist(), len(change) // 2
     lines = ["| | prompt | SFT | judge | policy | judge |", "|---|---|---|---|---|---|"]
     for title, rows in [("best", order[:4]), ("median", order[middle - 2:middle + 2]), ("worst", order[-4:])]:
-        lines += [f"| {title} | {escape(prompts[i][-300:])} | {escape(base['texts'][i])} | {base['scores']['judge'][i]:.2f} "
-                  f"| {escape(answers['texts'][i])} | {answers['scores']['judge'][i]:.2f} |" for i in rows]
+        lines += [f"| {title} | {escape(prompts[i][-300:])} | {escape(base['texts'][i])} "
+                  f"| {base['scores']['judge'][i]:.2f} | {escape(answers['texts'][i])} "
+                  f"| {answers['scores']['judge'][i]:.2f} |" for i in rows]
     return lines
 
 

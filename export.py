@@ -15,7 +15,7 @@ import torch
 
 from common import UserError, check, read_checkpoint, run, words_for, write_atomic, write_json
 from data import END, load_tokenizer, save_ranks
-from gpt2 import names
+from gpt2 import byte_letters, names
 from model import load_model
 
 PAD = "<|pad|>"
@@ -31,8 +31,8 @@ class Config:
 
 def exported_weights(model, kind):
     """{name: tensor} of a GPT or ScalarModel under GPT-2's names, without the unused rows of the token embedding."""
-    config, state = model.config, {name: x.float() for name, x in model.trunk.state_dict().items()}
-    weights = {f"transformer.{theirs}": state[ours].T.contiguous() if transposed else state[ours].clone()
+    config, state = model.config, model.trunk.state_dict()
+    weights = {f"transformer.{theirs}": state[ours].T.contiguous() if transposed else state[ours]
                for ours, theirs, transposed in names(config.n_layer)}
     embedding = weights["transformer.wte.weight"][:config.vocab_size]
     if kind == "reward":
@@ -42,9 +42,9 @@ def exported_weights(model, kind):
         # head . (x + shift) = head . x + bias.
         shift = model.bias * head.squeeze(0) / head.square().sum()
         weights["transformer.ln_f.bias"] = weights["transformer.ln_f.bias"] + shift
-        weights["score.weight"] = head.clone()
+        weights["score.weight"] = head
         embedding = torch.cat([embedding, torch.zeros(1, config.width)])  # of the padding token
-    return weights | {"transformer.wte.weight": embedding.clone()}
+    return weights | {"transformer.wte.weight": embedding.contiguous()}
 
 
 def exported_config(config, kind):
@@ -54,20 +54,12 @@ def exported_config(config, kind):
         "model_type": "gpt2", "vocab_size": config.vocab_size + (kind == "reward"), "n_positions": config.block_size,
         "n_embd": config.width, "n_layer": config.n_layer, "n_head": config.n_head,
         "activation_function": {"tanh": "gelu_new", "none": "gelu"}[config.gelu], "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "bos_token_id": end, "eos_token_id": end, "pad_token_id": pad, "torch_dtype": "float32"}
     if kind == "reward":
         return settings | {"architectures": ["GPT2ForSequenceClassification"], "id2label": {"0": "score"},
                            "label2id": {"score": 0}, "problem_type": "regression"}
     return settings | {"architectures": ["GPT2LMHeadModel"]}
-
-
-def byte_letters():
-    """GPT-2's letter for each byte (Radford et al. 2019): printable bytes stand for themselves, the others for letters
-    from 256 on, so that a token is a string without white space."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def merges(ranks):
@@ -83,8 +75,11 @@ def merges(ranks):
 
 
 def exported_tokenizer(enc, kind):
-    """tokenizer.json of the tokenizers library: the same ids as enc.encode_ordinary."""
-    letters, ranks = byte_letters(), enc._mergeable_ranks
+    """tokenizer.json of the tokenizers library: the same ids as enc.encode_ordinary.
+
+    Except for a literal <|endoftext|> in a text, which becomes the special id there, as everywhere in that library.
+    """
+    letters, ranks, pattern = byte_letters(), enc._mergeable_ranks, enc._pat_str.replace(r"\b", BORDER)
 
     def spell(token):
         return "".join(letters[byte] for byte in token)
@@ -94,7 +89,7 @@ def exported_tokenizer(enc, kind):
         "added_tokens": [{"id": len(ranks) + i, "content": text, "special": True, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False} for i, text in enumerate(special)],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": enc._pat_str.replace(r"\b", BORDER)}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
@@ -105,7 +100,7 @@ def exported_tokenizer(enc, kind):
 
 
 def main(cfg):
-    check(cfg.model and cfg.out, "name a checkpoint and a folder, such as: python export.py out/tiny/ppo exported/policy")
+    check(cfg.model and cfg.out, "name a checkpoint and a folder: python export.py out/tiny/ppo exported/policy")
     _, facts = read_checkpoint(cfg.model, ["lm", "reward"])
     kind, out = facts["kind"], Path(cfg.out)
     model, enc = load_model(cfg.model, kind=kind), load_tokenizer(cfg.model)
@@ -117,7 +112,8 @@ def main(cfg):
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from None
     write_atomic(out / "model.safetensors",
-                 lambda temporary: temporary.write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"})))
+                 lambda temporary: safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"}))
+    (out / "model.safetensors").chmod(0o644)  # for whoever may read the folder: it was made for one user only
     save_ranks(enc._mergeable_ranks, out / "vocab.tiktoken")  # for the way back: gpt2.py --init
     write_json(out / "config.json", exported_config(model.config, kind))
     write_json(out / "tokenizer.json", exported_tokenizer(enc, kind))

@@ -67,35 +67,40 @@ def names(n_layer):
 def fetch(name):
     """Path of the verified model.safetensors of one of SIZES, in the cache of the Hugging Face libraries."""
     *_, revision, sha256 = SIZES[name]
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home) / "hub").expanduser()
     for folder in (f"models--openai-community--{name}", f"models--{name}"):
-        # A snapshot's file is a link to a blob that is named by its sha256; where links are not allowed, the file itself.
+        # A snapshot's file is a link to a blob with its sha256 as name; where links are not allowed, the file itself.
         for path in (cache / folder / "blobs" / sha256, cache / folder / "snapshots" / revision / "model.safetensors"):
             if path.is_file():
                 return download("", path, sha256)
     folder = cache / f"models--openai-community--{name}"
     blob, link = folder / "blobs" / sha256, folder / "snapshots" / revision / "model.safetensors"
     download(hub(f"openai-community/{name}/resolve/{revision}/model.safetensors"), blob, sha256)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "refs").mkdir(exist_ok=True)
-    if not link.exists():  # so that the other libraries find it
+    try:  # a courtesy, so that the other libraries find it
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "refs").mkdir(exist_ok=True)
         link.symlink_to(Path("..", "..", "blobs", sha256))
-        (folder / "refs" / "main").write_text(revision)
+        with open(folder / "refs" / "main", "x") as file:
+            file.write(revision)
+    except OSError:
+        pass  # something is there already, or links are not allowed
     return blob
 
 
 def read_weights(path):
-    """{name: tensor} of a .safetensors file, or of what torch.save wrote; UserError for anything else."""
+    """{name: tensor} of a safetensors file, or of what torch.save wrote; UserError for anything else.
+
+    Which of them is seen in the content, as a file in the cache is named by its sha256.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            safe = file.read(9)[8:] == b"{"  # its header is JSON, behind 8 bytes that give the length
+        weights = (safetensors.torch.load_file(path) if safe else
+                   torch.load(path, map_location="cpu", weights_only=True))
         if not isinstance(weights, dict) or not all(torch.is_tensor(x) for x in weights.values()):
             raise ValueError
         return weights
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # damaged files and forbidden content: many types
         raise UserError(f"{path}: not a file of weights, or damaged ({type(error).__name__})") from None
 
@@ -115,8 +120,8 @@ def read_settings(path):
     for name, value in EXPECTED.items():
         found = settings.get(name, value)
         check(found == value, f"{path}: {name} is {found!r}: only {value!r} can be computed here")
-    activation = settings.get("activation_function", "gelu_new")
-    check(activation in GELU, f"{path}: activation_function is {activation!r}: only {', '.join(GELU)} can be computed")
+    activation = settings.setdefault("activation_function", "gelu_new")
+    check(str(activation) in GELU, f"{path}: activation_function is {activation!r}: only {', '.join(GELU)} are known")
     return settings
 
 
@@ -129,7 +134,8 @@ def read_gpt2(where, block_size=0):
     path = Path(fetch(where) if where in SIZES else where)
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-        check(found, f"{path}: neither model.safetensors nor pytorch_model.bin is there")
+        check(found, f"{path}: neither model.safetensors nor pytorch_model.bin is there (weights in several files? "
+                     "save them with a larger max_shard_size)")
         path = found[0]
     check(path.exists(), f"{where}: neither {', '.join(SIZES)} nor a file or folder")
     settings = {} if where in SIZES else read_settings(path)
@@ -139,21 +145,27 @@ def read_gpt2(where, block_size=0):
           f"{path}: wte.weight and wpe.weight, which every GPT-2 has, are not there")
     (V, C), positions = sizes["wte.weight"], sizes["wpe.weight"][0]
     n_layer = sum(name.endswith("ln_1.weight") for name in sizes)
+    for name, found in {"vocab_size": V, "n_embd": C, "n_positions": positions, "n_layer": n_layer}.items():
+        said = settings.get(name, found)
+        check(said == found, f"{path}: {name} is {found} there, but {said!r} in the config.json beside it")
     heads = {(layers, width): heads for layers, heads, width, *_ in SIZES.values()}
     n_head = settings.get("n_head") or heads.get((n_layer, C))
-    check(isinstance(n_head, int), f"{path}: no config.json beside it that says n_head, and not a size of GPT-2")
+    check(n_head, f"{path}: no config.json beside it that says n_head, and not a size of GPT-2")
+    check(type(n_head) is int and n_head > 0 and C % n_head == 0, f"{path}: n_head is {n_head!r} for width {C}")
     block_size = block_size or positions
     check(0 < block_size <= positions, f"--block-size {block_size}: {path} has {positions} positions")
-    config = GPTConfig(V, block_size, n_layer, n_head, C,
-                       gelu=GELU[settings.get("activation_function", "gelu_new")])
+    config = GPTConfig(V, block_size, n_layer, n_head, C, gelu=GELU[settings.get("activation_function", "gelu_new")])
     head = weights.pop("lm_head.weight", weights["wte.weight"])
     check(torch.equal(head, weights["wte.weight"]), f"{path}: lm_head is not tied to the token embedding: not a GPT-2")
     state = {}
     for ours, theirs, transposed in names(n_layer):
         check(theirs in weights, f"{path}: {theirs} is missing")
-        x = weights.pop(theirs).float()  # out of the way: the largest has 6 GB
-        state[ours] = x.T.contiguous() if transposed else x
-    state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, config.rows - V))
+        x = weights.pop(theirs)  # out of the way: the largest GPT-2 has 6 GB
+        check(x.is_floating_point(), f"{path}: {theirs} holds {x.dtype}: only weights in floating point can be read")
+        state[ours] = x.float().T.contiguous() if transposed else x.float()
+    left = [name for name in weights if not name.endswith(("attn.bias", "attn.masked_bias"))]  # these are masks
+    check(not left, f"{path}: {', '.join(left[:3])}: no weight of a language model with this architecture")
+    state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, config.padded_vocab - V))
     state["position_embedding.weight"] = state["position_embedding.weight"][:block_size].clone()
     with torch.device("meta"):
         wrong = [name for name, x in GPT(config).trunk.state_dict().items() if x.shape != state[name].shape]
@@ -167,8 +179,32 @@ def gpt2_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its HTTP library raises
         raise UserError(f"GPT-2's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                        "folder that tiktoken filled on a machine with a network: "
-                        "TIKTOKEN_CACHE_DIR=FOLDER python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'") from None
+                        "folder that tiktoken filled on a machine with a network, by TIKTOKEN_CACHE_DIR=FOLDER "
+                        "python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'") from None
+
+
+def byte_letters():
+    """GPT-2's letter for each byte (Radford et al. 2019): printable bytes stand for themselves, the others for letters
+    from 256 on, so that a token is a string without white space."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def has_gpt2_words(folder):
+    """Whether the tokenizer in a folder, if there is one, has GPT-2's vocabulary: the same ids for the same tokens."""
+    letters = byte_letters()
+    try:
+        if (folder / "vocab.json").is_file():
+            words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        elif (folder / "tokenizer.json").is_file():
+            words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        else:
+            return True
+        return all(words["".join(letters[byte] for byte in token)] == rank
+                   for token, rank in gpt2_tokenizer()._mergeable_ranks.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def main(cfg):
@@ -179,11 +215,16 @@ def main(cfg):
         model = GPT(GPTConfig(50257, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
     else:
         model = GPT.from_gpt2(cfg.init, cfg.block_size)
-    beside = (Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent) / "vocab.tiktoken"
-    vocab = cfg.vocab or ("" if cfg.init in SIZES or not beside.is_file() else str(beside))
+    folder = Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent
+    vocab = cfg.vocab
+    if cfg.init not in SIZES and not vocab:
+        vocab = str(folder / "vocab.tiktoken") if (folder / "vocab.tiktoken").is_file() else ""
+        check(vocab or has_gpt2_words(folder), f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in "
+                                               "tiktoken's format)")
     ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_tokenizer()._mergeable_ranks
     check(len(ranks) + 1 == model.config.vocab_size, f"--init {cfg.init} has a vocabulary of {model.config.vocab_size} "
           f"tokens, {vocab or 'that of GPT-2'} of {len(ranks) + 1} (--vocab names another)")
+    check(cfg.init in SIZES or Path(cfg.out).resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
     stage = Stage(cfg.out)
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
     stage.save(model, cfg, stage.folder / "vocab.tiktoken")

@@ -109,13 +109,18 @@ def sort_out(chosen, rejected):
     return prompt, chosen, rejected
 
 
+def stem_of(path):
+    """The name of a file without .jsonl or .jsonl.gz."""
+    return path.with_suffix("").stem if path.suffix == ".gz" else path.stem
+
+
 def read_pairs(paths, limit, counts):
     """Different good pairs of the files of one part. counts[file] gets a number for each reason to leave others out."""
     kept = {}
     for path in paths:
         here = counts.setdefault(str(path), Counter(dict.fromkeys(BINS, 0)))
-        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        domain = next((subset for subset, _ in SHA256 if subset in f"{path.parent.name}/{stem}"), stem)
+        name = f"{path.parent.name}/{path.name}"
+        domain = next((subset for subset, _ in SHA256 if subset in name), stem_of(path))
         for transcripts in read_rows(path, transcripts_of, "an object with chosen and rejected")[:limit or None]:
             try:
                 pair = sort_out(*transcripts)

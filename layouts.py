@@ -13,9 +13,11 @@
     {"prompt"}                                  prompt; text or a list of messages that ends with the user's
 
 Messages become one text as in HH: "\\n\\nHuman: ...", "\\n\\nAssistant: ...", a system message as it is before them;
-white space around each is left out. Left out on purpose: tools and images in messages, unpaired feedback.
+white space around each is left out. A field with content that a layout does not use is an error, not left out.
+Left out on purpose: tools and images in messages, unpaired feedback, trees of messages.
 """
 import itertools
+from typing import Callable, NamedTuple
 
 from data import REPLY, TURN, check_text, checked
 from gpt2 import gpt2_tokenizer
@@ -35,7 +37,9 @@ def dialogue(messages, name):
         try:
             if not isinstance(message, dict):
                 raise ValueError(f"expected role and content, found {type(message).__name__}")
-            role, content = (checked(message, {"role": str, "content": str})[key] for key in ("role", "content"))
+            role, content = checked(message, {"role": str})["role"], message.get("content")
+            if role != "system" or content != "":  # some files begin every dialogue with an empty one
+                checked(message, {"content": str})
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"role: {role!r} is not system, user or assistant")
             if role == "system" and number > 1:
@@ -66,21 +70,17 @@ def response_text(messages, name):
 
 def from_fields(row, names):
     """The fields prompt and names of the row: texts as they are, or lists of messages as texts."""
-    if isinstance(row["prompt"], list) or any(isinstance(row[name], list) for name in names):
+    prompt = row["prompt"]
+    if isinstance(prompt, str) and TURN in prompt and not prompt.rstrip().endswith(REPLY.strip()):
+        raise ValueError("prompt: a dialogue that does not end with Assistant: (the response could not follow)")
+    if isinstance(prompt, list) or any(isinstance(row[name], list) for name in names):
         return [{"prompt": prompt_text(row["prompt"]), **{name: response_text(row[name], name) for name in names}}]
     return [row]
 
 
 def from_demonstration(row):
-    if isinstance(row.get("label"), bool):
-        raise ValueError("label: unpaired feedback (take the good rows only, without this field)")
+    """A demonstration with the fields of ours, as texts or as messages."""
     return from_fields(row, ["completion"])
-
-
-def from_prompt(row):
-    if "response" in row:
-        raise ValueError("response: unknown beside prompt (in a demonstration its name is completion)")
-    return from_fields(row, [])
 
 
 def from_messages(row):
@@ -122,7 +122,7 @@ def without_prompt(chosen, rejected):
     if isinstance(chosen, list) or isinstance(rejected, list):
         dialogue(chosen, "chosen")
         dialogue(rejected, "rejected")
-        cut = shared(chosen, rejected)
+        cut = shared(*([(m["role"], m["content"].strip()) for m in messages] for messages in (chosen, rejected)))
         return from_fields({"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]},
                            ["chosen", "rejected"])[0]
     checked({"chosen": chosen, "rejected": rejected}, {"chosen": str, "rejected": str})
@@ -165,32 +165,54 @@ def sample_names(row):
 
 
 def from_best(row):
-    """Pairs with the best sample as chosen, but none with a sample like the best; nothing ranks the others."""
+    """Pairs with the best sample as chosen, one for each different other sample; nothing ranks the others."""
     prompt, *texts = [sample_text(row[name], name) for name in ["query"] + sample_names(row)]
     best = row["best"]
     if type(best) is not int or not 0 <= best < len(texts):
         raise ValueError(f"best: expected a whole number from 0 to {len(texts) - 1}")
-    others = [text for text in texts if text != texts[best]]
+    others = [text for text in dict.fromkeys(texts) if text != texts[best]]
     if not others:
         raise ValueError("best: all samples are the same")
     return [{"prompt": prompt, "chosen": texts[best], "rejected": text} for text in others]
 
 
-LAYOUTS = [  # fields that a row needs, its kind, how it becomes rows of that kind; the first that shows itself counts
-    (("query", "best", "sample0", "sample1"), "pairs", from_best),
-    (("chosen", "rejected"), "pairs", from_pair),
-    (("prompt", "responses"), "rankings", lambda row: [row]),
-    (("prompt", "completion"), "demonstrations", from_demonstration),
-    (("instruction", "output"), "demonstrations", from_alpaca),
-    (("messages",), "demonstrations", from_messages),
-    (("text",), "corpus", lambda row: [row]),
-    (("prompt",), "prompts", from_prompt)]
+class Layout(NamedTuple):
+    """Fields of a row that tell this layout, fields that it needs, fields that it may have, and what becomes of it."""
+    telling: tuple
+    needed: tuple
+    optional: tuple
+    kind: str
+    convert: Callable
+
+    def used(self, row):
+        """The names of the fields whose content is in the converted rows."""
+        samples = sample_names(row) if self.convert is from_best else []
+        return {*self.needed, *self.optional, *samples}
+
+
+LAYOUTS = [  # the first of which a row has a telling field
+    Layout(("sample0", "sample1"), ("query", "best", "sample0", "sample1"), (), "pairs", from_best),
+    Layout(("chosen", "rejected"), ("chosen", "rejected"), ("prompt",), "pairs", from_pair),
+    Layout(("responses",), ("prompt", "responses"), (), "rankings", lambda row: [row]),
+    Layout(("completion",), ("prompt", "completion"), (), "demonstrations", from_demonstration),
+    Layout(("instruction",), ("instruction", "output"), ("input",), "demonstrations", from_alpaca),
+    Layout(("messages",), ("messages",), (), "demonstrations", from_messages),
+    Layout(("text",), ("text",), (), "corpus", lambda row: [row]),
+    Layout(("prompt",), ("prompt",), (), "prompts", lambda row: from_fields(row, []))]
+# Fields that hold content. Beside a layout that does not use them they would be lost, and the rest would mislead.
+CONTENT = {"question", "instruction", "query", "input", "output", "response", "answer", "answers", "completion",
+           "completions", "system", "history", "context", "conversations", "messages", "parent_id", "label", "labels",
+           "rank", "ranks", "scores"}
 
 
 def recognise(row):
-    """The layout of a row: the first of which it has a field of its own; ValueError if it lacks another one of it."""
-    for needed, kind, convert in LAYOUTS:
-        if any(name in row for name in needed if name not in ("prompt", "query", "best") or len(needed) == 1):
-            checked(row, dict.fromkeys(needed, object))
-            return needed, kind, convert
-    raise ValueError(f"no known layout (found: {', '.join(row) or 'nothing'}; python data.py own --help lists them)")
+    """The Layout of a row; ValueError if there is none, or a field is missing, or one with content would be lost."""
+    layout = next((layout for layout in LAYOUTS if any(name in row for name in layout.telling)), None)
+    if layout is None:
+        found = ", ".join(row)[:200] or "nothing"
+        raise ValueError(f"no known layout (found: {found}; layouts.py lists those that are)")
+    checked(row, dict.fromkeys(layout.needed, object))
+    for name in row:
+        if name in CONTENT - layout.used(row):
+            raise ValueError(f"{name}: not used by the layout {', '.join(layout.needed)} (rename it, or remove it)")
+    return layout

@@ -37,7 +37,7 @@ class GPTConfig:
         check(self.gelu in ("none", "tanh"), f"gelu is {self.gelu!r}: it must be none or tanh")
 
     @property
-    def rows(self):
+    def padded_vocab(self):
         """Rows of the token embedding: V, and unused ones up to a multiple of 64, which matrix products like."""
         return math.ceil(self.vocab_size / 64) * 64
 
@@ -104,7 +104,7 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.rows, config.width)
+        self.token_embedding = nn.Embedding(config.padded_vocab, config.width)
         self.position_embedding = nn.Embedding(config.block_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -180,7 +180,7 @@ class GPT(nn.Module):
     def logits(self, hidden):
         """hidden (..., C): logits (..., V)."""
         logits = F.linear(hidden, self.trunk.token_embedding.weight)  # (..., rows)
-        return logits if self.config.rows == self.config.vocab_size else logits[..., :self.config.vocab_size]
+        return logits if self.config.padded_vocab == self.config.vocab_size else logits[..., :self.config.vocab_size]
 
     def response_logits(self, tokens, pad, P):
         """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""
@@ -274,26 +274,32 @@ def score_many(model, texts, batch_size=256):
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
     state, config = read_checkpoint(folder, [kind])
-    model = (GPT if kind == "lm" else ScalarModel)(GPTConfig(**{**config["model"], "dropout": dropout}))
+    return fill((GPT if kind == "lm" else ScalarModel), folder, state, config, device, dropout, recompute)
+
+
+def fill(Model, folder, state, config, device, dropout, recompute):
+    """A model of this class with the weights of a checkpoint, in eval mode; a head that these lack stays fresh."""
+    model = Model(GPTConfig(**{**config["model"], "dropout": dropout}))
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=config["kind"] == model.kind)
     except RuntimeError:
-        raise UserError(f"{folder}: model.pt does not fit config.json (a mixed folder? run its stage again)") from None
+        raise UserError(f"{folder}: model.pt does not fit config.json (a mixed folder, or of an older version? run its "
+                        "stage again)") from None
     model.trunk.recompute = recompute
     return model.to(device).eval()
 
 
 def prompt_room(config, response_tokens):
-    """How many prompt tokens, the first end of text included, fit before a response of this length."""
+    """How many prompt tokens, the first end of text included, may stand before a response of this length.
+
+    Never more than half of the block size, where the texts that models are trained on are cut (encode_rankings).
+    """
     check(config.block_size - response_tokens >= 2,
           f"--response-tokens {response_tokens} leaves no room for a prompt in block size {config.block_size}")
-    return config.block_size - response_tokens
+    return min(config.block_size - response_tokens, config.block_size // 2)
 
 
 def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
     """A scalar model with a fresh head on the trunk of the language model in folder."""
     state, config = read_checkpoint(folder, ["lm"])
-    model = ScalarModel(GPTConfig(**{**config["model"], "dropout": dropout}))
-    model.load_state_dict(state, strict=False)  # gain, bias and head keep their fresh values
-    model.trunk.recompute = recompute
-    return model.to(device).eval()
+    return fill(ScalarModel, folder, state, config, device, dropout, recompute)

@@ -3,10 +3,10 @@
     python data.py own demos.jsonl pairs.json              out: data/own/demos.jsonl, data/own/pairs.jsonl, summary.json
     python data.py own pairs.jsonl --test-share 0.1        out: data/own/pairs_train.jsonl, data/own/pairs_test.jsonl
 
-A file is UTF-8 text, one JSON object per line or one JSON array of them, all of one kind: corpus, demonstrations, pairs,
-rankings or prompts. Its fields tell what a row is; layouts.py lists what is known: our own, TRL's with texts or with
-messages, Stanford Alpaca's, HH's transcripts, OpenAI's best of four. Fields of other names are left out and counted,
-except "id" and "domain". Nothing is written unless every file is good.
+A file is UTF-8 text, one JSON object per line or one JSON array of them, all of one kind: corpus, demonstrations,
+pairs, rankings or prompts. Its fields tell what a row is; layouts.py lists what is known: our own, TRL's with texts or
+with messages, Stanford Alpaca's, HH's transcripts, OpenAI's best of four. Fields of other names are left out and
+counted, except "id" and "domain". Nothing is written unless every file is good. The files come before the flags.
 """
 import hashlib
 import itertools
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError, check, progress, write_json
-from data import END, check_text, checked, encode_prompt, encode_response, load_tokenizer, read_rows, write_jsonl
-from hh import percentiles
-from layouts import KINDS, from_alpaca, from_best, recognise, sample_names
+from data import END, TURN, check_text, checked, encode_prompt, encode_response, load_tokenizer, read_rows, write_jsonl
+from hh import first_message, percentiles, stem_of
+from layouts import KINDS, from_best, recognise, sample_names
 from terminal import visible
 
 
@@ -53,22 +53,20 @@ def read_own(path):
     layouts, left_out, kinds = Counter(), Counter(), []
 
     def accept(row):
-        needed, kind, convert = recognise(row)
-        kinds.append(kind)
-        if kind != kinds[0]:
-            raise ValueError(f"{', '.join(needed)}: {kind} after {kinds[0]} (one kind in a file)")
-        made = [checked({name: new[name] for name in KINDS[kind]}, KINDS[kind]) for new in convert(row)]
+        row = {name: value for name, value in row.items() if value is not None}  # tables have a column for each field
+        layout = recognise(row)
+        kinds.append(layout.kind)
+        if layout.kind != kinds[0]:
+            raise ValueError(f"{', '.join(layout.needed)}: {layout.kind} after {kinds[0]} (one kind in a file)")
+        made = [checked({name: new[name] for name in KINDS[layout.kind]}, KINDS[layout.kind])
+                for new in layout.convert(row)]
         kept = {name: row[name] for name in ("id", "domain") if type(row.get(name)) in (int, str) and row[name] != ""}
         for name, value in kept.items():
             check_text(str(value), name)
-        used = {*needed, *kept, *KINDS[kind]}
-        if convert is from_alpaca:
-            used.add("input")
-        if convert is from_best:
-            used.update(sample_names(row))
-            left_out["samples like the best one"] += len(sample_names(row)) - 1 - len(made)
-        left_out.update(f"fields {ascii(name)}" for name in row.keys() - used)
-        layouts[", ".join(needed)] += 1
+        if layout.convert is from_best:
+            left_out["samples like another one"] += len(sample_names(row)) - 1 - len(made)
+        left_out.update(f"fields {ascii(name)[:60]}" for name in row.keys() - layout.used(row) - kept.keys())
+        layouts[", ".join(layout.needed)] += 1
         return [{**new, **kept} for new in made]
     rows = read_rows(path, accept, "an object with the fields of a known layout", array=True)
     return kinds[0], [new for made in rows for new in made], dict(layouts), dict(sorted((+left_out).items()))
@@ -88,7 +86,7 @@ def describe(rows, enc, block_size, name=""):
         facts["duplicates"] += (prompt, *responses) in seen
         seen.add((prompt, *responses))
         facts["literal_end"] += any(END in text for text in (prompt, *responses))
-        counts = [len(ids) for ids in enc.encode_ordinary_batch(responses, num_threads=1)]
+        counts = [len(enc.encode_ordinary(text)) for text in responses]
         lengths["response"] += counts
         if "text" in row:
             continue
@@ -103,7 +101,7 @@ def describe(rows, enc, block_size, name=""):
         facts["cut_to_equal"] += len(ends) < len(responses)
         orders.update((prompt, better, worse) for better, worse in itertools.combinations(responses, 2))
         if prompt.strip():
-            facts["glued"] += sum(prompt[-1].isalnum() and text[0].isalnum() for text in responses)
+            facts["glued"] += sum(not prompt[-1].isspace() and text[0].isalnum() for text in responses)
             facts["echoes"] += sum(text.startswith(prompt) for text in responses)
     facts["conflicts"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
     tokens = {field: {**dict(zip(("5", "50", "95", "max"), percentiles(values))),
@@ -130,8 +128,10 @@ def print_facts(path, facts, block_size):
 
 
 def key_of(row):
-    """What may not be both in the training and in the held-out part: the prompt, or the text of a corpus."""
-    return row.get("prompt", row.get("text"))
+    """What may not be both in the training and in the held-out part: a dialogue's first message, as the same dialogue
+    may come with more turns; else the prompt, or the text of a corpus; in lower case, with single spaces."""
+    prompt = row.get("prompt", row.get("text"))
+    return first_message(prompt) if TURN in prompt else " ".join(prompt.lower().split())
 
 
 def held_out(row, share, seed):
@@ -144,9 +144,10 @@ def outputs(paths, out, parts):
     """{input: its output files}, one for each of parts ("" or "_train", "_test"); UserError if two files collide."""
     stems = {}
     for path in paths:
-        other = stems.setdefault(path.stem.casefold(), path)
-        check(other is path, f"{path}: {other} has the same name up to its suffix (rename one of them)")
-    made = {path: [out / f"{path.stem}{part}.jsonl" for part in parts] for path in paths}
+        other = stems.setdefault(stem_of(path).casefold(), path)
+        what = "it is named twice" if other == path else f"{other} has the same name up to its suffix (rename one)"
+        check(other is path, f"{path}: {what}")
+    made = {path: [out / f"{stem_of(path)}{part}.jsonl" for part in parts] for path in paths}
     inputs = {path.resolve() for path in paths}
     for target in [*itertools.chain(*made.values()), out / "summary.json"]:
         check(target.resolve() not in inputs, f"{target}: an input file would be written over (give another --out)")

@@ -39,10 +39,9 @@ class Config:
     epochs: int = 4                     # passes over a rollout
     minibatches: int = 1                # optimizer steps per pass
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
-    sample_batch: int = 256             # rows that are sampled together, of similar prompt length
     response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
-    graph: bool = False                 # on CUDA: record one step of the sampler as a CUDA graph and replay it
+    graph: bool = False                 # on CUDA: record one step of each sampling batch as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
@@ -69,9 +68,10 @@ PRESETS = {
     # Ziegler et al. 2019's sentiment task, which runs a million episodes: ten times as many.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
              "kl_horizon": 10000.0},
-    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes.
-    "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "sample_batch": 64, "response_tokens": 128, "lr": 8e-6,
-           "kl_coef": 0.05, "kl_horizon": 10000.0},
+    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes. There the learning rate stays,
+    # the value coefficient is 1, scores are scaled by a running deviation, and the temperature is 1.
+    "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05,
+           "kl_horizon": 10000.0},
 }
 
 
@@ -191,8 +191,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     tokens, pad = pad_prompts(prompts, end)
     with autocast():
         responses, lengths, sampler_logprobs = sample_prompts(
-            policy, prompts, cfg.response_tokens, end, cfg.sample_batch, temperature=cfg.temperature, random=random,
-            graph=cfg.graph)
+            policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random, graph=cfg.graph)
     order = (lengths.cpu() - pad).argsort(stable=True)
     tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
     mask = length_mask(lengths, responses.size(1))
@@ -274,8 +273,8 @@ def show_sample(enc, rollout, iteration):
 
 
 def main(cfg):
-    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "sample_batch",
-                   "response_tokens", "temperature", "kl_target", "snapshots", "sample_every")
+    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
+                   "temperature", "kl_target", "snapshots", "sample_every")
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")

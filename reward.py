@@ -46,7 +46,7 @@ class Config:
     limit: int = 0                           # train on this many rankings only; 0: all
     epochs: int = 1                          # passes over the rankings
     batch_size: int = 16                     # rankings behind one optimizer step
-    microbatch: int = 32                     # rankings behind one backward; smaller: less memory, the same result
+    microbatch: int = 32                     # rankings behind one backward; fewer: less memory, same but for dropout
     lr: float = 3e-4                         # peak learning rate, linear to 0
     warmup: float = 0.05                     # share of the steps with a rising learning rate
     weight_decay: float = 0.1                # AdamW
@@ -60,7 +60,7 @@ class Config:
 
 
 # Ziegler et al. 2019's code for GPT-2 124M: 5e-5, batches of 32, one epoch, normalised on 256 samples.
-GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "samples": 256}
+GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
     "tiny-people": {"batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
@@ -281,7 +281,8 @@ def print_card(card):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "log_every", "samples", "response_tokens", "temperature")
+    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "log_every", "samples", "response_tokens",
+                   "temperature")
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
     device, autocast = set_up(cfg)

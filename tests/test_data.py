@@ -2,6 +2,7 @@
 import gzip
 import os
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -127,7 +128,17 @@ def test_a_long_dialogue_loses_whole_turns(enc, turns):
     longer = 1 + len(enc.encode_ordinary(DIALOGUE)) if turns == 0 else size + 3
     assert enc.decode(encode_prompt(enc, DIALOGUE, size)) == END + kept
     assert enc.decode(encode_prompt(enc, DIALOGUE, longer)) == END + kept
-    assert encode_prompt(enc, DIALOGUE, size - 1) != encode_prompt(enc, DIALOGUE, size)
+    rest = "".join("\n\nHuman:" + part for part in start[1:]) or kept  # one token less of room: one turn more is gone
+    shorter = enc.decode(encode_prompt(enc, DIALOGUE, size - 1)[1:])
+    assert shorter == rest if start[1:] else kept.endswith(shorter) and shorter != kept
+
+
+def test_a_dialogue_of_a_million_letters_is_cut_at_once(enc):
+    """Encoding the rest again for every turn that is dropped: an hour for a long chat."""
+    start = time.process_time()
+    ids = encode_prompt(enc, "A system message." + "\n\nHuman: a\n\nAssistant: b" * 40_000 + "\n\nHuman: c\n\nAssistant:", 99)
+    assert time.process_time() - start < 10
+    assert len(ids) <= 99 and enc.decode(ids[1:]).startswith("\n\nHuman: a") and enc.decode(ids).endswith("c\n\nAssistant:")
 
 
 def test_a_turn_that_is_too_long_loses_its_beginning(enc):
@@ -198,7 +209,9 @@ def test_bad_lines_are_named(tmp_path, content, fields, problem):
     pytest.param(b"\n \n\n", "empty", id="blank lines only"),
     pytest.param('{"prompt": "café"}\n'.encode("latin-1"), "not UTF-8 text at byte 15", id="latin-1"),
     pytest.param('{"prompt": "café"}\n'.encode("utf-16"), "UTF-16", id="UTF-16"),
-    pytest.param('{"prompt": "cafe"}\n'.encode("utf-16-le"), "not JSON", id="UTF-16 without a mark"),
+    pytest.param('{"prompt": "cafe"}\n'.encode("utf-16-le"), ": UTF-16", id="UTF-16 without a mark"),
+    pytest.param('{"prompt": "cafe"}\n'.encode("utf-16-be"), ": UTF-16", id="UTF-16, the other bytes first"),
+    pytest.param(b"\xfe\xff" + '{"prompt": "cafe"}\n'.encode("utf-16-be"), ": UTF-16", id="UTF-16, with a mark"),
     pytest.param(gzip.compress(GOOD), "compressed by gzip", id="gzip"),
     pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", id="LFS pointer"),
     pytest.param(b"<!DOCTYPE html>\n<html>", "HTML", id="HTML"),

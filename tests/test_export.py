@@ -80,11 +80,12 @@ def test_tokenizer(tmp_path, vocab):
     _, folder = exported(tmp_path, vocab, GPT)
     tokenizer, enc = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(vocab)
     draw = random.Random(0)
-    texts = SENTENCES + ["".join(draw.choice(ODD) for _ in range(draw.randint(1, 30))) for _ in range(3000)]
+    texts = SENTENCES + [f"it'd{c} x" for c in ODD + "\u00b2\u00b3\u00b9\u00bc\u00bd\u00be"] + ["".join(draw.choice(ODD) for _ in range(draw.randint(1, 30))) for _ in range(3000)]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert ids == enc.encode_ordinary(text), repr(text)
         assert tokenizer.decode(ids) == enc.decode(ids), repr(text)
+    assert tokenizer.padding_side == "left"  # prompts are padded before they go on
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == enc.eot_token and len(tokenizer) == enc.n_vocab
 
 
@@ -95,7 +96,7 @@ def test_the_export_can_be_imported(tmp_path, vocab):
     gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "back")))
     back = load_model(tmp_path / "back")
     assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
-               if x.size(0) != model.config.rows)
+               if x.size(0) != model.config.padded_vocab)
     tokens = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model(tokens), back(tokens))

@@ -1,4 +1,5 @@
 """GPT-2's weights in, against transformers; the checkpoint that gpt2.py writes; weights that are none."""
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from sampling import sample
 SHAPES = [pytest.param({"vocab_size": 50, "n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 1}, id="one head"),
           pytest.param({"vocab_size": 64, "n_positions": 24, "n_embd": 12, "n_layer": 3, "n_head": 3}, id="64 tokens"),
           pytest.param({"vocab_size": 131, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4,
-                        "activation_function": "gelu"}, id="exact GELU")]
+                        "activation_function": "gelu"}, id="exact GELU"),
+          pytest.param({"vocab_size": 70, "n_positions": 20, "n_embd": 8, "n_layer": 1, "n_head": 2,
+                        "activation_function": "gelu_pytorch_tanh"}, id="GELU by another name")]
 
 
 def their_model(folder, safe=True, **shape):
@@ -76,7 +79,7 @@ def test_unused_rows_of_the_vocabulary_are_never_seen(tmp_path):
     """A padded vocabulary that adds logits, or gives the padding probability."""
     their_model(tmp_path, vocab_size=50, n_positions=20, n_embd=8, n_layer=1, n_head=1)
     model = GPT.from_gpt2(tmp_path)
-    assert model.trunk.token_embedding.weight.shape == (64, 8)
+    assert model.trunk.token_embedding.weight.shape == (64, 8) and not model.trunk.token_embedding.weight[50:].any()
     assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 50)
     model.trunk.token_embedding.weight.data[50:] = 1e6  # would win every softmax
     tokens = torch.randint(50, (64, 4), generator=torch.Generator().manual_seed(0))
@@ -120,8 +123,15 @@ def small_gpt2(folder, settings=None, **changes):
     pytest.param({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is 1e-06", id="epsilon"),
     pytest.param({"scale_attn_by_inverse_layer_idx": True}, {}, "scale_attn_by_inverse_layer_idx", id="scaled by layer"),
     pytest.param({"activation_function": "relu"}, {}, "activation_function is 'relu'", id="ReLU"),
-    pytest.param({"n_head": 3}, {}, "not divisible", id="heads"),
+    pytest.param({"n_head": 3}, {}, "n_head is 3 for width 8", id="heads"),
     pytest.param({"n_head": None}, {}, "n_head", id="no heads"),
+    pytest.param({"n_head": True}, {}, "n_head is True", id="heads that are no number"),
+    pytest.param({"scale_attn_weights": False}, {}, "scale_attn_weights is False", id="unscaled"),
+    pytest.param({"add_cross_attention": True}, {}, "add_cross_attention", id="cross-attention"),
+    pytest.param({"activation_function": ["gelu"]}, {}, "activation_function", id="list of activations"),
+    pytest.param({"n_layer": 2}, {}, "n_layer is 1 there, but 2", id="fewer layers than config.json says"),
+    pytest.param({}, {"score.weight": torch.randn(1, 8)}, "score.weight: no weight of a language", id="classifier"),
+    pytest.param({}, {"ln_f.bias": torch.zeros(8, dtype=torch.int8)}, "torch.int8", id="integers"),
     pytest.param({}, {"h.0.mlp.c_fc.weight": torch.randn(8, 16), "h.0.mlp.c_fc.bias": torch.zeros(16),
                       "h.0.mlp.c_proj.weight": torch.randn(16, 8)}, "blocks.0.up.weight.*not the shape", id="narrow MLP"),
     pytest.param({}, {"ln_f.bias": None}, "ln_f.bias is missing", id="a weight missing"),
@@ -188,6 +198,45 @@ def test_the_cache_of_the_hub_is_used(tmp_path, monkeypatch):
     assert (folder / "refs" / "main").read_text() == revision
     folder.rename(tmp_path / "hub" / "models--gpt2-medium")  # under the older name too
     assert gpt2.fetch("gpt2-medium").exists() and len(requested) == 1
+    # By its name, which is a hash, nobody can see what kind of file it is.
+    monkeypatch.setitem(gpt2.SIZES, "gpt2-medium", (1, 2, 8, revision, sha256))
+    theirs, model = GPT.from_gpt2(tmp_path / "theirs"), GPT.from_gpt2("gpt2-medium")
+    assert all(torch.equal(x, y) for x, y in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("there", ["refs", "link", "folder"])
+def test_what_is_in_the_cache_stays(tmp_path, monkeypatch, there):
+    """A newer revision of another program that is no longer found; a traceback after a download of half a gigabyte."""
+    content = (small_gpt2(tmp_path / "theirs") / "model.safetensors").read_bytes()
+    revision, sha256 = gpt2.SIZES["gpt2"][3:]
+    folder = tmp_path / "hub" / "models--openai-community--gpt2"
+    link = folder / "snapshots" / revision / "model.safetensors"
+    (folder / "refs").mkdir(parents=True)
+    link.parent.mkdir(parents=True)
+    if there == "refs":
+        (folder / "refs" / "main").write_text("newer")
+    elif there == "link":
+        link.symlink_to("nowhere")
+    else:
+        link.mkdir()
+
+    def download(url, path, sha256):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+    monkeypatch.setattr(gpt2, "download", download)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert gpt2.fetch("gpt2") == folder / "blobs" / sha256
+    assert there != "refs" or (folder / "refs" / "main").read_text() == "newer"
+
+
+def test_the_home_of_the_cache(tmp_path, monkeypatch):
+    """A folder with the name ~ in the place where the script is run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", "~/models")
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(gpt2, "download", lambda url, path, sha256: path.parent.mkdir(parents=True))
+    assert str(gpt2.fetch("gpt2")).startswith(str(tmp_path / "models" / "hub"))
 
 
 def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
@@ -217,9 +266,27 @@ def test_a_base_checkpoint_from_weights_on_disk(tmp_path, checkpoints):
     with torch.no_grad():
         assert torch.equal(model(tokens), GPT.from_gpt2(tmp_path / "theirs", 12)(tokens))
     assert json.loads((tmp_path / "base" / "done.json").read_text())["block_size"] == 12
+    with pytest.raises(UserError, match="the folder of --init"):
+        gpt2.main(dataclasses.replace(cfg, out=str(tmp_path / "theirs")))
     small_gpt2(tmp_path / "theirs")
     with pytest.raises(UserError, match="vocabulary of 300 tokens.* of 270"):
         gpt2.main(cfg)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_another_vocabulary_is_not_taken_for_gpt2s(tmp_path, monkeypatch, name):
+    """A model with merges of its own that is trained on the ids of GPT-2's."""
+    ranks = {bytes([i % 256, i // 256]): i for i in range(299)}
+    monkeypatch.setattr(gpt2, "gpt2_tokenizer", lambda: SimpleNamespace(_mergeable_ranks=ranks))
+    folder, letters = small_gpt2(tmp_path / "theirs"), gpt2.byte_letters()
+    for shift in (0, 1):
+        words = {"".join(letters[byte] for byte in token): (rank + shift) % 299 for token, rank in ranks.items()}
+        (folder / name).write_text(json.dumps(words if name == "vocab.json" else {"model": {"vocab": words}}))
+        if shift:
+            with pytest.raises(UserError, match="its tokenizer is not GPT-2's"):
+                gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "base")))
+        else:
+            gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "base")))
 
 
 def test_fresh_weights_of_a_size(tmp_path, monkeypatch, checkpoints):
@@ -229,7 +296,7 @@ def test_fresh_weights_of_a_size(tmp_path, monkeypatch, checkpoints):
     monkeypatch.setattr(gpt2, "gpt2_tokenizer", lambda: SimpleNamespace(_mergeable_ranks=ranks))
     gpt2.main(gpt2.Config(random=True, block_size=4, out=str(tmp_path)))
     config = load_model(tmp_path).config
-    assert (config.vocab_size, config.rows, config.gelu, config.block_size) == (50257, 50304, "tanh", 4)
+    assert (config.vocab_size, config.padded_vocab, config.gelu, config.block_size) == (50257, 50304, "tanh", 4)
 
 
 def test_gpt2_pattern(tmp_path):

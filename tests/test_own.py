@@ -132,8 +132,35 @@ def test_common_beginning_of_texts(convert, chosen, rejected, prompt):
 
 def test_fields_that_two_layouts_have(convert):
     """A row taken for another layout because of a field that it merely carries along."""
-    rows = [{**LAYOUTS["completion"][1], "best": True, "query": "a", "text": "the film was good"}]
+    rows = [{**LAYOUTS["completion"][1], "best": True, "sample": "a", "text": "the film was good"}]
     assert convert({"a.jsonl": rows})[1]["a.jsonl"] == LAYOUTS["completion"][2]
+
+
+def test_columns_of_a_table_that_are_empty(convert):
+    """A file refused, or a row taken for another layout, because a table has a column for every field of any row."""
+    rows = [{**LAYOUTS["messages"][1], "text": None, "chosen": None, "rejected": None, "prompt": None}]
+    assert convert({"a.jsonl": rows})[1]["a.jsonl"] == LAYOUTS["messages"][2]
+
+
+def test_an_empty_system_message_is_none(convert):
+    """A public file refused because every dialogue begins with a system message that says nothing."""
+    row = {"messages": [{"role": "system", "content": ""}, *LAYOUTS["messages"][1]["messages"]]}
+    assert convert({"a.jsonl": [row]})[1]["a.jsonl"][0]["prompt"].endswith(LAYOUTS["messages"][2][0]["prompt"])
+
+
+def test_a_growing_dialogue_is_in_one_part(convert):
+    """Test prompts that are the beginning of a training prompt, or one that differs in its spaces only."""
+    rows = []
+    for i in range(60):
+        said = f"{data.TURN} hello {i}"
+        for turn in range(3):
+            rows.append({"prompt": said + data.REPLY, "completion": f" yes {turn}"})
+            said += f"{data.REPLY} yes {turn}{data.TURN} and {turn}?"
+    rows += [{"prompt": f"the film {i}{space}", "completion": " was good"} for i in range(60) for space in ("", " ")]
+    made = convert({"a.jsonl.gz": gzip.compress("\n".join(map(json.dumps, rows)).encode())}, test_share=0.3)[1]
+    keys = [{own.key_of(row) for row in made[f"a_{part}.jsonl"]} for part in ("train", "test")]
+    assert not keys[0] & keys[1] and len(keys[0]) + len(keys[1]) == 120
+    assert len(made["a_train.jsonl"]) == sum(3 if "hello" in key else 2 for key in keys[0])
 
 
 def test_alpaca_input_that_holds_nothing(convert):
@@ -147,7 +174,7 @@ def test_samples_like_the_best_give_no_pair(convert):
     row = {"query": "a", "sample0": "b", "sample1": "c", "sample2": "b", "sample4": "d", "best": 0}
     summary, made = convert({"a.jsonl": [row]})
     assert made["a.jsonl"] == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    assert summary["files"].popitem()[1]["left_out"] == {"fields 'sample4'": 1, "samples like the best one": 1}
+    assert summary["files"].popitem()[1]["left_out"] == {"fields 'sample4'": 1, "samples like another one": 1}
 
 
 def test_the_tokenizer_of_gpt2_cannot_be_fetched(convert, monkeypatch):
@@ -208,10 +235,16 @@ def test_bad_lines_of_every_layout(convert, tmp_path, kind, row, expected):
 
 @pytest.mark.parametrize("row, problem", [
     pytest.param({"prompt": "a", "completion": " "}, "completion: empty", id="empty completion"),
-    pytest.param({"prompt": "a", "completion": None}, "completion: expected str, found NoneType", id="null"),
     pytest.param({"completion": "a"}, r"prompt: missing \(found: completion\)", id="no prompt"),
-    pytest.param({"prompt": "a", "response": "b"}, "response: unknown beside prompt", id="response"),
-    pytest.param({"prompt": "a", "completion": "b", "label": False}, "label: unpaired feedback", id="unpaired"),
+    pytest.param({"prompt": "a", "response": "b"}, "response: not used by the layout prompt", id="response"),
+    pytest.param({"prompt": "a", "completion": "b", "label": False}, "label: not used", id="unpaired"),
+    pytest.param({"question": "q", "chosen": "a", "rejected": "b"}, "question: not used", id="question"),
+    pytest.param({"instruction": "q", "output": "a", "system": "s"}, "system: not used", id="Alpaca with a system"),
+    pytest.param({"prompt": "a", "responses": ["b", "c"], "ranks": [2, 1]}, "ranks: not used", id="ranks"),
+    pytest.param({"text": "a", "parent_id": "x"}, "parent_id: not used", id="tree"),
+    pytest.param({"prompt": data.TURN + " a"}, "does not end with Assistant:", id="dialogue without a reply"),
+    pytest.param({"prompt": data.TURN + " a", "chosen": "b", "rejected": "c"}, "does not end with", id="pair of that"),
+    pytest.param({"prompt": "a", "completion": "b" + " " * 100_000}, "white-space", id="long white space"),
     pytest.param({"prompt": [USER], "completion": "a"}, "completion: expected a list of messages", id="mixed"),
     pytest.param({"prompt": "a", "completion": [ANSWER]}, "prompt: expected a list of messages", id="mixed too"),
     pytest.param({"prompt": [USER, ANSWER], "completion": [ANSWER]}, "prompt: assistant before", id="assistant twice"),

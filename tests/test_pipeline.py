@@ -90,7 +90,7 @@ def test_what_follows_a_rerun_stage_runs_again(finished):
 def test_another_seed_needs_another_folder(finished):
     """SEED=2 that shows the report of seed 1."""
     result = train_all(finished[0], SEED="2")
-    assert result.returncode == 2 and "has seed 1, not 2" in result.stderr
+    assert result.returncode == 2 and "seed 1, smoke" in result.stderr and "not seed 2" in result.stderr
 
 
 def test_unknown_preset(tmp_path):
