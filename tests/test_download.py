@@ -158,6 +158,14 @@ def test_part_of_full_length(serve, tmp_path, extra, requests):
     assert len(server.ranges) == requests
 
 
+def test_a_part_of_another_file_is_fetched_again(serve, tmp_path):
+    """A server that is blamed for the beginning that was here before, and a whole download thrown away."""
+    server = serve(good)
+    (tmp_path / "file.bin.part").write_bytes(b"?" * HALF)
+    assert download(server.url, tmp_path / "file.bin", SHA256).read_bytes() == BODY
+    assert server.ranges == [FROM_HALF, FROM_START] and left_in(tmp_path) == ["file.bin"]
+
+
 def test_redirect_keeps_the_range(serve, tmp_path):
     """The hub sends every request on to a storage server: a resumed download that gets the whole file from it."""
     storage = serve(good)
