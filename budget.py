@@ -5,7 +5,8 @@ Memory, per parameter: 4 bytes for a frozen model; 16 for a trained one (weight,
 float32); 2 for the bf16 copy of the weights that autocast keeps until the backward pass. Per token and block of width
 C, what the backward pass keeps: 36 C (two float32 residual streams 8 C; in bf16 two norms 4 C, query, key and value
 6 C, attention 2 C, GELU's input and output 16 C); when recomputed 4 C, and 36 C for one block. Per position whose
-logits are read: 16 V (bf16 and float32 logits, log-softmax, and its gradients).
+logits are read: 16 V (bf16 and float32 logits, log-softmax, and its gradients). Not counted: Python and PyTorch
+themselves, about half a GB, and on a CPU the attention scores.
 """
 import time
 

@@ -35,8 +35,8 @@ def pytest_terminal_summary(terminalreporter):
     """Say it loudly when the tests against transformers did not run: a skip is one letter among hundreds."""
     missed = [report for report in terminalreporter.stats.get("skipped", []) if "transformers" in str(report.longrepr)]
     if missed:
-        terminalreporter.write_line(f"WARNING: transformers is not installed, so {len(missed)} tests of GPT-2's weights "
-                                    "in and out did not run: pip install -r tests/requirements.txt", red=True, bold=True)
+        text = f"WARNING: transformers is not installed, so {len(missed)} tests of GPT-2's weights in and out did not run"
+        terminalreporter.write_line(f"{text}: pip install -r tests/requirements.txt", red=True, bold=True)
 
 
 def ragged_mask(lengths, size):

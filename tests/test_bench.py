@@ -40,7 +40,8 @@ def test_flop_counts_scores_and_samples():
         head = 2 * 2 * scorer.config.width  # the one product that flop() leaves out
         ran = counted(lambda: scorer.score(tokens, None, torch.tensor([4, 8])))
         assert ran == 2 * budget.flop(scorer.config, 9, 1) + head
-        assert counted(lambda: sample(model, tokens, None, 5, bench.NEVER)) == 2 * budget.sample_flop(model.config, 9, 5)
+        expected = 2 * budget.sample_flop(model.config, 9, 5)
+        assert counted(lambda: sample(model, tokens, None, 5, bench.NEVER)) == expected
         cache = KVCache(12)
         model.trunk(tokens, cache=cache)
         assert counted(lambda: model.trunk(tokens[:, :1], cache=cache)) == 2 * budget.flop(model.config, 1, 1, past=9)

@@ -18,8 +18,8 @@ from gpt2 import SIZES
 from model import GPT, GPTConfig, token_logprobs
 
 COMMON = {"device": "cpu", "dtype": "bfloat16"}  # attention is written out in bf16: fused kernels are not counted
-STAGES = [pytest.param(sft, {"epochs": 2.0, "evals": 1, "pack": 8}, id="sft"), pytest.param(reward, {"epochs": 2}, id="reward"),
-          pytest.param(dpo, {"epochs": 2}, id="dpo"),
+STAGES = [pytest.param(sft, {"epochs": 2.0, "evals": 1, "pack": 8}, id="sft"),
+          pytest.param(reward, {"epochs": 2}, id="reward"), pytest.param(dpo, {"epochs": 2}, id="dpo"),
           pytest.param(ppo, {"iterations": 2, "episodes": 8}, id="ppo"),
           pytest.param(ppo, {"iterations": 2, "episodes": 8, "value": "shared"}, id="ppo shared")]
 
@@ -37,7 +37,8 @@ def test_operations_of_a_stage(checkpoints, tmp_path, monkeypatch, script, chang
     paths = {sft: {"model": checkpoints.sft, "train": demos, "test": demos},
              reward: {"model": checkpoints.sft, "train": rankings, "pairs": "", "sft": ""},
              dpo: {"model": checkpoints.sft, "train": rankings},
-             ppo: {"sft": checkpoints.sft, "reward": checkpoints.reward, "prompts": demos, "response_tokens": 8}}[script]
+             ppo: {"sft": checkpoints.sft, "reward": checkpoints.reward, "prompts": demos,
+                   "response_tokens": 8}}[script]
     expected = []
     monkeypatch.setattr(script, "announce", lambda operations, *_: expected.append(operations))
     with FlopCounterMode(display=False) as counter:
@@ -50,7 +51,8 @@ def test_operations_of_a_stage(checkpoints, tmp_path, monkeypatch, script, chang
 def test_bytes_that_a_row_keeps(monkeypatch, recompute, read):
     """Memory that is out by a factor: what the backward pass really keeps of one row, counted tensor by tensor."""
     # Fused attention, as on a GPU: what is written out for a CPU keeps the attention scores besides.
-    monkeypatch.setattr(model, "attention", lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    monkeypatch.setattr(model, "attention",
+                        lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     config, T = GPTConfig(vocab_size=640, block_size=64, n_layer=6, n_head=2, width=64), 64
     gpt, kept = GPT(config), {}
     gpt.trunk.recompute = recompute
@@ -81,10 +83,11 @@ def test_the_presets_fit_into_24_gb(size, microbatch):
         small = {"microbatch": microbatch} if size != "gpt2" else {}
         prompts, texts = [[0] * (block // 2)] * 600, [[[0] * block] * (4 if name == "gpt2" else 2)] * 64
         rows = [([0] * block, 1)] * 64
-        budgets = {"sft": budget.sft_budget(config, sft.Config(**{**sft.PRESETS[f"{name}-sft"], **small}), rows, rows, 1),
-                   "reward": budget.reward_budget(config, reward.Config(**{**reward.PRESETS[name], **small}), texts, texts, 1),
-                   "ppo": budget.ppo_budget(config, ppo.Config(**{**ppo.PRESETS[name], **small}), prompts)}
-        assert all(size < 22e9 for _, size in budgets.values()), (name, budgets)
+        cfgs = [script.Config(**{**script.PRESETS[preset], **small})
+                for script, preset in ((sft, f"{name}-sft"), (reward, name), (ppo, name))]
+        budgets = [budget.sft_budget(config, cfgs[0], rows, rows, 1),
+                   budget.reward_budget(config, cfgs[1], texts, texts, 1), budget.ppo_budget(config, cfgs[2], prompts)]
+        assert all(size < 22e9 for _, size in budgets), (name, budgets)
 
 
 def test_bytes_of_a_model():

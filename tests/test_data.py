@@ -136,9 +136,10 @@ def test_a_long_dialogue_loses_whole_turns(enc, turns):
 def test_a_dialogue_of_a_million_letters_is_cut_at_once(enc):
     """Encoding the rest again for every turn that is dropped: an hour for a long chat."""
     start = time.process_time()
-    ids = encode_prompt(enc, "A system message." + "\n\nHuman: a\n\nAssistant: b" * 40_000 + "\n\nHuman: c\n\nAssistant:", 99)
+    prompt = "A system message." + "\n\nHuman: a\n\nAssistant: b" * 40_000 + "\n\nHuman: c\n\nAssistant:"
+    ids = encode_prompt(enc, prompt, 99)
     assert time.process_time() - start < 10
-    assert len(ids) <= 99 and enc.decode(ids[1:]).startswith("\n\nHuman: a") and enc.decode(ids).endswith("c\n\nAssistant:")
+    assert len(ids) <= 99 and enc.decode(ids[1:]).startswith("\n\nHuman: a") and prompt.endswith(enc.decode(ids[1:]))
 
 
 def test_a_turn_that_is_too_long_loses_its_beginning(enc):

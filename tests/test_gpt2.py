@@ -107,7 +107,8 @@ def small_gpt2(folder, settings=None, **changes):
     """A folder with a GPT-2 of one layer under its own names; changes: other tensors (None: left out)."""
     weights = {"wte.weight": torch.randn(300, 8), "wpe.weight": torch.randn(16, 8), "ln_f.weight": torch.ones(8),
                "ln_f.bias": torch.zeros(8), "h.0.attn.bias": torch.ones(1, 1, 16, 16)}  # the last is a mask, no weight
-    for name, size in {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32), "mlp.c_proj": (32, 8)}.items():
+    linear = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32), "mlp.c_proj": (32, 8)}
+    for name, size in linear.items():
         weights |= {f"h.0.{name}.weight": torch.randn(size), f"h.0.{name}.bias": torch.zeros(size[1])}
     for name in ("ln_1", "ln_2"):
         weights |= {f"h.0.{name}.weight": torch.ones(8), f"h.0.{name}.bias": torch.zeros(8)}
@@ -121,7 +122,7 @@ def small_gpt2(folder, settings=None, **changes):
 @pytest.mark.parametrize("settings, changes, problem", [
     pytest.param({"model_type": "llama"}, {}, "model_type is 'llama'", id="another model"),
     pytest.param({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is 1e-06", id="epsilon"),
-    pytest.param({"scale_attn_by_inverse_layer_idx": True}, {}, "scale_attn_by_inverse_layer_idx", id="scaled by layer"),
+    pytest.param({"scale_attn_by_inverse_layer_idx": True}, {}, "scale_attn_by_inverse_layer", id="scaled by layer"),
     pytest.param({"activation_function": "relu"}, {}, "activation_function is 'relu'", id="ReLU"),
     pytest.param({"n_head": 3}, {}, "n_head is 3 for width 8", id="heads"),
     pytest.param({"n_head": None}, {}, "n_head", id="no heads"),
@@ -133,7 +134,8 @@ def small_gpt2(folder, settings=None, **changes):
     pytest.param({}, {"score.weight": torch.randn(1, 8)}, "score.weight: no weight of a language", id="classifier"),
     pytest.param({}, {"ln_f.bias": torch.zeros(8, dtype=torch.int8)}, "torch.int8", id="integers"),
     pytest.param({}, {"h.0.mlp.c_fc.weight": torch.randn(8, 16), "h.0.mlp.c_fc.bias": torch.zeros(16),
-                      "h.0.mlp.c_proj.weight": torch.randn(16, 8)}, "blocks.0.up.weight.*not the shape", id="narrow MLP"),
+                      "h.0.mlp.c_proj.weight": torch.randn(16, 8)}, "blocks.0.up.weight.*not the shape",
+                 id="narrow MLP"),
     pytest.param({}, {"ln_f.bias": None}, "ln_f.bias is missing", id="a weight missing"),
     pytest.param({}, {"wte.weight": None}, "wte.weight and wpe.weight", id="no embedding"),
     pytest.param({}, {"lm_head.weight": torch.randn(300, 8)}, "lm_head is not tied", id="own head"),
@@ -200,8 +202,8 @@ def test_the_cache_of_the_hub_is_used(tmp_path, monkeypatch):
     assert gpt2.fetch("gpt2-medium").exists() and len(requested) == 1
     # By its name, which is a hash, nobody can see what kind of file it is.
     monkeypatch.setitem(gpt2.SIZES, "gpt2-medium", (1, 2, 8, revision, sha256))
-    theirs, model = GPT.from_gpt2(tmp_path / "theirs"), GPT.from_gpt2("gpt2-medium")
-    assert all(torch.equal(x, y) for x, y in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True))
+    theirs, ours = (GPT.from_gpt2(where).state_dict() for where in (tmp_path / "theirs", "gpt2-medium"))
+    assert all(torch.equal(x, y) for x, y in zip(theirs.values(), ours.values(), strict=True))
 
 
 @pytest.mark.parametrize("there", ["refs", "link", "folder"])
@@ -257,7 +259,8 @@ def test_a_base_checkpoint_from_weights_on_disk(tmp_path, checkpoints):
     """gpt2.py: a folder that later stages cannot load, another vocabulary, or positions that were not cut."""
     vocab = data.load_tokenizer(checkpoints.vocab)
     small_gpt2(tmp_path / "theirs", **{"wte.weight": torch.randn(vocab.n_vocab, 8)})
-    cfg = gpt2.Config(init=str(tmp_path / "theirs"), block_size=12, vocab=str(checkpoints.vocab), out=str(tmp_path / "base"))
+    cfg = gpt2.Config(init=str(tmp_path / "theirs"), block_size=12, vocab=str(checkpoints.vocab),
+                      out=str(tmp_path / "base"))
     gpt2.main(cfg)
     model, enc = load_model(tmp_path / "base"), data.load_tokenizer(tmp_path / "base")
     assert (model.config.block_size, model.config.gelu, model.config.n_head) == (12, "tanh", 2)

@@ -21,9 +21,10 @@ ROOT = Path(__file__).parent.parent
 
 def train_all(folder, preset="smoke", *flags, **variables):
     """bash train_all.sh from another folder, with its data and output in paths that hold a space."""
-    return subprocess.run(["bash", str(ROOT / "train_all.sh"), preset, *flags], cwd=folder, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
-                                            "OUT": str(folder / "the output"), **variables})
+    return subprocess.run(["bash", str(ROOT / "train_all.sh"), preset, *flags], cwd=folder, capture_output=True,
+                          text=True, timeout=300,
+                          env={**os.environ, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
+                               "OUT": str(folder / "the output"), **variables})
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_unknown_preset(tmp_path):
 
 
 def test_gpt2_and_dialogues(tmp_path_factory, checkpoints):
-    """The preset hh: a flag that no longer exists, a report that needs a labeler, or long prompts that break a stage."""
+    """The preset hh: a flag that is gone, a report that needs a labeler, or long prompts that break a stage."""
     folder = tmp_path_factory.mktemp("hh")
     source = test_hh.write(folder / "dialogues.jsonl", test_hh.conversations(1, 120))
     hh.main(hh.Config(train=str(source), out=str(folder / "the data")))
@@ -125,8 +126,8 @@ def test_gpt2_on_ratings(finished):
     """The preset gpt2: stages that do not fit a base model which was not trained here. It comes from an export."""
     folder = finished[0] / "gpt2"
     folder.mkdir()
-    subprocess.run([sys.executable, str(ROOT / "export.py"), str(finished[0] / "the output" / "base"), str(folder / "a base")],
-                   check=True)
+    subprocess.run([sys.executable, str(ROOT / "export.py"), str(finished[0] / "the output" / "base"),
+                    str(folder / "a base")], check=True)
     result = train_all(folder, "gpt2", "--init", str(folder / "a base"), "--block-size", "48", PRESET="smoke",
                        DATA=str(finished[0] / "the data"))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -175,7 +175,8 @@ def test_report_card_reads_the_prompt(checkpoints, monkeypatch, autocast_off):
     enc, seen = data.load_tokenizer(checkpoints.vocab), []
     monkeypatch.setattr(reward, "score_many", lambda model, texts: seen.extend(texts) or torch.arange(len(texts)) / 1.0)
     rows = [{"prompt": "word " * 40, "chosen": " good", "rejected": " bad"}]
-    reward.report_card(random_model(ScalarModel), enc, rows, [{"prompt": "", "responses": ["a", "b"]}], {}, autocast_off)
+    others = [{"prompt": "", "responses": ["a", "b"]}]
+    reward.report_card(random_model(ScalarModel), enc, rows, others, {}, autocast_off)
     assert [enc.decode(ids) for ids in seen] == [enc.decode(ids[:16]) + text + data.END
                                                  for ids, text in zip(seen, (" bad", " good"))]
 
