@@ -208,13 +208,6 @@ def has_gpt2_words(folder):
 
 
 def main(cfg):
-    if cfg.random:
-        check(cfg.init in SIZES, f"--random true needs --init {', '.join(SIZES)}, found {cfg.init}")
-        n_layer, n_head, width, *_ = SIZES[cfg.init]
-        torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(50257, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
-    else:
-        model = GPT.from_gpt2(cfg.init, cfg.block_size)
     folder = Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent
     vocab = cfg.vocab
     if cfg.init not in SIZES and not vocab:
@@ -222,6 +215,13 @@ def main(cfg):
         check(vocab or has_gpt2_words(folder), f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in "
                                                "tiktoken's format)")
     ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_tokenizer()._mergeable_ranks
+    if cfg.random:
+        check(cfg.init in SIZES, f"--random true needs --init {', '.join(SIZES)}, found {cfg.init}")
+        n_layer, n_head, width, *_ = SIZES[cfg.init]
+        torch.manual_seed(cfg.seed)
+        model = GPT(GPTConfig(50257, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
+    else:
+        model = GPT.from_gpt2(cfg.init, cfg.block_size)
     check(len(ranks) + 1 == model.config.vocab_size, f"--init {cfg.init} has a vocabulary of {model.config.vocab_size} "
           f"tokens, {vocab or 'that of GPT-2'} of {len(ranks) + 1} (--vocab names another)")
     check(cfg.init in SIZES or Path(cfg.out).resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
