@@ -5,8 +5,8 @@ Memory, per parameter: 4 bytes for a frozen model; 16 for a trained one (weight,
 float32); 2 for the bf16 copy of the weights that autocast keeps until the backward pass. Per token and block of width
 C, what the backward pass keeps: 36 C (two float32 residual streams 8 C; in bf16 two norms 4 C, query, key and value
 6 C, attention 2 C, GELU's input and output 16 C); when recomputed 4 C, and 36 C for one block. Per position whose
-logits are read: 16 V (bf16 and float32 logits, log-softmax, and its gradients). Not counted: Python and PyTorch
-themselves, about half a GB, and on a CPU the attention scores.
+logits are read: 16 V (bf16 and float32 logits, log-softmax, and its gradients). On a CPU, where attention is written
+out, 6 bytes per attention score, too. Not counted: Python and PyTorch themselves, about half a GB.
 """
 import time
 
@@ -43,45 +43,45 @@ def model_bytes(config, trained, frozen):
     return parameters(config) * (18 * trained + 4 * frozen)
 
 
-def row_bytes(config, trained, T, read, recompute):
+def row_bytes(config, trained, T, read, recompute, device="cuda"):
     """Bytes that one row of T tokens keeps for the backward pass through so many trained models."""
-    block = 36 * config.width * T
+    block = 36 * config.width * T + (6 * config.n_head * T * T if device == "cpu" else 0)
     trunk = config.n_layer * 4 * config.width * T + block if recompute else config.n_layer * block
     return trained * trunk + read * 16 * config.vocab_size
 
 
-def sft_budget(config, cfg, train, test, epochs):
+def sft_budget(config, cfg, train, test, epochs, device):
     """(operations, bytes) of sft.py: train and test are rows (ids, how many of them do not count)."""
     work, held_out = (sum(flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in rows)
                       for rows in (train, test))
     longest = max(len(ids) for ids, _ in train)
-    size = min(cfg.microbatch, cfg.batch_size) * row_bytes(config, 1, longest, longest, cfg.recompute)
+    size = min(cfg.microbatch, cfg.batch_size) * row_bytes(config, 1, longest, longest, cfg.recompute, device)
     return 3 * epochs * work + cfg.evals * held_out, model_bytes(config, 1, 0) + size
 
 
-def reward_budget(config, cfg, rankings, test, human):
+def reward_budget(config, cfg, rankings, test, human, device):
     """(operations, bytes) of reward.py: rankings to train on and to test are lists of texts, in ids; human: how many
     pairs are scored besides."""
     lengths, held_out = ([len(text) for texts in part for text in texts] for part in (rankings, test))
     mean = round(sum(held_out) / len(held_out))
     scored = sum(flop(config, T, 1) for T in held_out) + 2 * human * flop(config, mean, 1)
     texts = min(cfg.microbatch, cfg.batch_size) * max(map(len, rankings))  # behind one backward, at most
-    size = texts * row_bytes(config, 1, max(lengths), 0, cfg.recompute)
+    size = texts * row_bytes(config, 1, max(lengths), 0, cfg.recompute, device)
     return (scored + 3 * cfg.epochs * sum(flop(config, T, 1) for T in lengths),
             model_bytes(config, 1, bool(cfg.sft)) + size)
 
 
-def dpo_budget(config, cfg, texts, pairs, test_texts):
+def dpo_budget(config, cfg, texts, pairs, test_texts, device):
     """(operations, bytes) of dpo.py: texts are (ids, length of the prompt), pairs their numbers."""
     work, held_out = ([flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in part]
                       for part in (texts, test_texts))
     row = row_bytes(config, 1, max(len(ids) for ids, _ in texts), max(len(ids) - first for ids, first in texts),
-                    cfg.recompute)
+                    cfg.recompute, device)
     return (sum(work) + 2 * sum(held_out) + 3 * cfg.epochs * sum(work[i] + work[j] for i, j in pairs),
             model_bytes(config, 1, 0) + 2 * min(cfg.microbatch, cfg.batch_size) * row)
 
 
-def ppo_budget(config, cfg, prompts):
+def ppo_budget(config, cfg, prompts, device):
     """(operations, bytes) of ppo.py, if every response has its full length; prompts in ids."""
     P, R = round(sum(map(len, prompts)) / len(prompts)), cfg.response_tokens
     values = cfg.value == "separate"  # one more trained model
@@ -90,7 +90,7 @@ def ppo_budget(config, cfg, prompts):
     episode = (sample_flop(config, P, R) + 2 * policy + value + flop(config, P + R, 1)
                + 3 * cfg.epochs * (policy + value))
     longest = max(map(len, prompts)) + R
-    row = row_bytes(config, 1 + values, longest, R, cfg.recompute)
+    row = row_bytes(config, 1 + values, longest, R, cfg.recompute, device)
     cache = min(TOKENS, cfg.episodes * longest) * config.n_layer * config.width * 4  # keys and values in bf16
     return (cfg.iterations * cfg.episodes * episode,
             model_bytes(config, 1 + values, 2) + max(cache, min(cfg.microbatch, cfg.episodes) * row))

@@ -117,7 +117,7 @@ def main(cfg):
     lengths = [len(texts[i][0]) + len(texts[j][0]) for i, j in pairs]
     steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)
     print(f"{len(pairs):,} pairs to train on, {len(test_pairs):,} held out, {steps} steps")
-    announce(*dpo_budget(policy.config, cfg, texts, pairs, test_texts), device, autocast)
+    announce(*dpo_budget(policy.config, cfg, texts, pairs, test_texts, device), device, autocast)
 
     stage = Stage(cfg.out)
     # The policy is still the SFT model: its log-probabilities now are the reference's for good.

@@ -255,13 +255,16 @@ def entropy(logits, temperature=1.0):
 def score_many(model, texts, batch_size=256):
     """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU.
 
-    A text that stands there several times is scored once.
+    A text that stands there several times is scored once. A batch has at most batch_size texts, and 2^14 tokens.
     """
     device = next(model.parameters()).device
-    order = sorted(set(map(tuple, texts)), key=lambda text: (len(text), text))
+    left = sorted(set(map(tuple, texts)), key=lambda text: (len(text), text))
     score_of = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
+    while left:
+        batch = left[:batch_size]
+        while len(batch) * len(batch[-1]) > 2**14 and len(batch) > 1:
+            batch.pop()
+        left = left[len(batch):]
         tokens, mask = pad_responses(batch, 0)  # on the right: no real token sees the padding
         scores = model.score(tokens.to(device), None, mask.sum(1).long().to(device) - 1)
         score_of.update(zip(batch, scores.float().tolist()))

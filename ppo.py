@@ -298,7 +298,7 @@ def main(cfg):
     room = prompt_room(policy.config, cfg.response_tokens)
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
-    announce(*ppo_budget(policy.config, cfg, prompts), device, autocast)
+    announce(*ppo_budget(policy.config, cfg, prompts, device), device, autocast)
     stage = Stage(cfg.out)
     shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.

@@ -132,7 +132,7 @@ def main(cfg):
     steps = min(steps, cfg.max_steps or steps)
     print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, "
           f"{steps} steps")
-    announce(*sft_budget(model.config, cfg, train, test, steps / per_epoch), device, autocast)
+    announce(*sft_budget(model.config, cfg, train, test, steps / per_epoch, device), device, autocast)
 
     log, best, seen, start, order = Log(stage.folder), math.inf, 0, time.time(), []
     model.train()
