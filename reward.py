@@ -145,8 +145,9 @@ def train(model, rankings, cfg, log, device, autocast):
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
-    order = [batch for epoch in range(cfg.epochs)
-             for batch in batches([1] * len(rankings), cfg.batch_size, cfg.seed, epoch)]  # a plain shuffle
+    # Rankings of similar length share a batch, but in steps of 64 tokens: short ones stay a plain shuffle.
+    lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]
+    order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     start = time.time()
     model.train()
     for step, batch in enumerate(progress(order, "train")):
