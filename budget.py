@@ -106,6 +106,8 @@ def duration(seconds):
 def announce(operations, size, device, autocast):
     """Print how much memory (size, in bytes) and time a stage of so many operations takes here, if it is a long one.
 
+    Not in the time: the second forward pass of --recompute, a third more, and reading data.
+
     The time is between that of matrix products alone, whose speed is measured here in a moment, and three times that:
     small models, and small operations between the large ones, keep away from the limit.
     """
@@ -123,4 +125,4 @@ def announce(operations, size, device, autocast):
     del a
     if device.startswith("cuda") and size > (free := torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()):
         print(f"this is more than the {free / 1e9:.1f} GB that are free: a smaller --microbatch, or --recompute true, "
-              "changes no result", flush=True)
+              "needs less", flush=True)

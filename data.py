@@ -101,7 +101,7 @@ def train_bpe(texts, vocab_size):
 
 
 def load_tokenizer(where):
-    """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself).
+    """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself), which holds GPT-2's merges or ours.
 
     Use encode_ordinary for text: a literal "<|endoftext|>" in somebody's text is then ordinary text. The special id is
     enc.eot_token, and enc.n_vocab counts it.
@@ -138,6 +138,60 @@ def save_ranks(ranks, path):
     """Write a vocabulary in tiktoken's own text format: base64 of the bytes, a space, the rank."""
     lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     write_atomic(path, lambda temporary: temporary.write_text(lines))
+
+
+# ---- tokens and batches --------------------------------------------------------------------------------------------
+
+
+def encode_prompt(enc, prompt, limit):
+    """End of text, then the prompt's tokens: limit ids at most, for which a longer prompt loses its beginning.
+
+    A dialogue loses what stands before its first turn, then whole turns, as few as will do: what is left begins with
+    TURN. If the last turn alone is too long, it loses its own beginning.
+    """
+    ids = enc.encode_ordinary(prompt)
+    if len(ids) >= limit and (starts := [match.start() for match in re.finditer(TURN, prompt) if match.start() > 0]):
+        # From one start to the next the rest gets shorter, so the first that fits can be bisected for.
+        fits = bisect.bisect_left(starts, True, key=lambda start: len(enc.encode_ordinary(prompt[start:])) < limit)
+        ids = enc.encode_ordinary(prompt[starts[min(fits, len(starts) - 1)]:])
+    return [enc.eot_token] + ids[max(0, len(ids) - (limit - 1)):]
+
+
+def encode_response(enc, response, limit):
+    """The response's tokens and end of text; a response of more than limit tokens loses its end (and has no end)."""
+    return (enc.encode_ordinary(response) + [enc.eot_token])[:limit]
+
+
+def pad_prompts(prompts, pad_id):
+    """Left-pad lists of ids: tokens (B, P), pad (B,)."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts])
+    return tokens, torch.tensor([longest - len(ids) for ids in prompts])
+
+
+def pad_responses(responses, pad_id):
+    """Right-pad lists of ids: tokens (B, R), mask (B, R) with 1.0 on the real ones."""
+    longest = max(map(len, responses))
+    tokens = torch.tensor([list(ids) + [pad_id] * (longest - len(ids)) for ids in responses])
+    return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
+
+
+def length_mask(lengths, size):
+    """(B, size) with 1.0 in the first lengths[b] places of row b."""
+    return (torch.arange(size, device=lengths.device) < lengths[:, None]).float()
+
+
+def batches(lengths, size, *seed):
+    """Shuffled batches of row numbers, a function of the seed numbers; rows of similar length share a batch.
+
+    lengths: one number per row (all equal: a plain shuffle). The rows are shuffled, sorted by length within pools of 16
+    batches, so that little of a batch is padding, and the batches shuffled again. The last batch may be smaller.
+    """
+    random = generator(*seed)
+    order = torch.randperm(len(lengths), generator=random).tolist()
+    pools = [sorted(order[i:i + 16 * size], key=lambda row: lengths[row]) for i in range(0, len(order), 16 * size)]
+    made = [pool[i:i + size] for pool in pools for i in range(0, len(pool), size)]
+    return [made[i] for i in torch.randperm(len(made), generator=random).tolist()]
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -206,7 +260,7 @@ def read_text(path):
                         b"\xff\xfe": "UTF-16 (save it as UTF-8)", b"\xfe\xff": "UTF-16 (save it as UTF-8)"}.items():
         if content.startswith(start):
             raise UserError(f"{path}: {what}")
-    if content[:2].count(b"\0") == 1:
+    if content[:2].count(b"\0") == 1:  # without the mark, but a letter has two bytes
         raise UserError(f"{path}: UTF-16 (save it as UTF-8)")
     try:
         return content.decode("utf-8-sig")
@@ -264,67 +318,11 @@ def check_text(text, name):
 
 def read_rankings(path):
     """Rows {"prompt", "responses": best to worst} of a rankings file, or of a pairs file ("chosen", "rejected")."""
-    try:
+    first = read_jsonl(path, {})[0]
+    if "responses" in first or "chosen" not in first:
         return read_jsonl(path, {"prompt": str, "responses": list})
-    except UserError as error:
-        if "responses: missing" not in str(error) or "chosen" not in str(error):
-            raise
     pairs = read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})
     return [{**row, "responses": [row["chosen"], row["rejected"]]} for row in pairs]
-
-
-# ---- tokens and batches --------------------------------------------------------------------------------------------
-
-
-def encode_prompt(enc, prompt, limit):
-    """End of text, then the prompt's tokens; a prompt of more than limit tokens loses its beginning.
-
-    A dialogue loses what stands before its first turn, then whole turns, as few as will do: what is left begins with
-    TURN. If the last turn alone is too long, it loses its own beginning.
-    """
-    ids = enc.encode_ordinary(prompt)
-    if len(ids) >= limit and (starts := [match.start() for match in re.finditer(TURN, prompt) if match.start() > 0]):
-        # From one start to the next the rest gets shorter, so the first that fits can be bisected for.
-        fits = bisect.bisect_left(starts, True, key=lambda start: len(enc.encode_ordinary(prompt[start:])) < limit)
-        ids = enc.encode_ordinary(prompt[starts[min(fits, len(starts) - 1)]:])
-    return [enc.eot_token] + ids[len(ids) - min(len(ids), limit - 1):]
-
-
-def encode_response(enc, response, limit):
-    """The response's tokens and end of text; a response of more than limit tokens loses its end (and has no end)."""
-    return (enc.encode_ordinary(response) + [enc.eot_token])[:limit]
-
-
-def pad_prompts(prompts, pad_id):
-    """Left-pad lists of ids: tokens (B, P), pad (B,)."""
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts])
-    return tokens, torch.tensor([longest - len(ids) for ids in prompts])
-
-
-def pad_responses(responses, pad_id):
-    """Right-pad lists of ids: tokens (B, R), mask (B, R) with 1.0 on the real ones."""
-    longest = max(map(len, responses))
-    tokens = torch.tensor([list(ids) + [pad_id] * (longest - len(ids)) for ids in responses])
-    return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
-
-
-def length_mask(lengths, size):
-    """(B, size) with 1.0 in the first lengths[b] places of row b."""
-    return (torch.arange(size, device=lengths.device) < lengths[:, None]).float()
-
-
-def batches(lengths, size, *seed):
-    """Shuffled batches of row numbers, a function of the seed numbers; rows of similar length share a batch.
-
-    lengths: one number per row (all equal: a plain shuffle). The rows are shuffled, sorted by length within pools of 16
-    batches, so that little of a batch is padding, and the batches shuffled again. The last batch may be smaller.
-    """
-    random = generator(*seed)
-    order = torch.randperm(len(lengths), generator=random).tolist()
-    pools = [sorted(order[i:i + 16 * size], key=lambda row: lengths[row]) for i in range(0, len(order), 16 * size)]
-    made = [pool[i:i + size] for pool in pools for i in range(0, len(pool), size)]
-    return [made[i] for i in torch.randperm(len(made), generator=random).tolist()]
 
 
 def prepare_reviews(cfg):

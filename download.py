@@ -36,10 +36,7 @@ def download(url, path, sha256):
     part = path.with_name(path.name + ".part")
     try:
         if path.exists():
-            found = digest(path)
-            check(found == sha256, f"{path}: not the expected file: expected sha256 {sha256}, found {found} "
-                                   f"({path.stat().st_size:,} bytes) (delete it, and it is fetched again)")
-            return path
+            return verified(path, sha256)
         by_hand = f"put the file at {path} by hand: {url}, sha256 {sha256}"
         resumed = part.exists()
         fetch(url, part, by_hand)
@@ -59,6 +56,14 @@ def download(url, path, sha256):
         os.replace(part, path)  # only the verified file ever has the final name
     except OSError as error:  # of the disk: fetch and receive deal with those of the network
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+    return path
+
+
+def verified(path, sha256):
+    """The path of a file on disk, if it has this sha256; else UserError."""
+    found = digest(path)
+    check(found == sha256, f"{path}: not the expected file: expected sha256 {sha256}, found {found} "
+                           f"({path.stat().st_size:,} bytes) (delete it, and it is fetched again)")
     return path
 
 

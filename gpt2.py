@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from common import Stage, UserError, check, run
 from data import load_tokenizer, save_ranks
-from download import download, hub
+from download import download, hub, verified
 from model import GPT, GPTConfig
 
 # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
@@ -48,7 +48,7 @@ class Config:
     out: str = "out/gpt2/base"  # folder for the checkpoint
     init: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file with weights on disk
     block_size: int = 0         # keep this many positions only: the longest sequence of all later stages; 0: all 1,024
-    random: bool = False        # fresh weights of that size, and no download: to try out a preset
+    random: bool = False        # fresh weights of that size instead of a download: to try out a preset
     vocab: str = ""             # tokenizer file of weights on disk; empty: the one beside them, else GPT-2's
     seed: int = 1               # of fresh weights
 
@@ -73,7 +73,7 @@ def fetch(name):
         # A snapshot's file is a link to a blob with its sha256 as name; where links are not allowed, the file itself.
         for path in (cache / folder / "blobs" / sha256, cache / folder / "snapshots" / revision / "model.safetensors"):
             if path.is_file():
-                return download("", path, sha256)
+                return verified(path, sha256)
     folder = cache / f"models--openai-community--{name}"
     blob, link = folder / "blobs" / sha256, folder / "snapshots" / revision / "model.safetensors"
     download(hub(f"openai-community/{name}/resolve/{revision}/model.safetensors"), blob, sha256)

@@ -1,7 +1,7 @@
 """Anthropic's dialogues: people chose the better of two answers of an assistant, for helpfulness and for harmlessness.
 
 Source: Bai et al. 2022, "Training a Helpful and Harmless Assistant with Reinforcement Learning from Human Feedback",
-arXiv:2204.05862. About 91,000 comparisons, 16 MB, fetched at run time from a pinned revision; MIT licence. The content
+arXiv:2204.05862. About 91,000 comparisons, 30 MB, fetched at run time from a pinned revision; MIT licence. The content
 can be offensive and upsetting: people were asked to provoke bad answers. In short: fetch, parse, split, write files.
 
 A pair is two whole dialogues that differ in their last answer only. The prompt is everything up to and including the

@@ -28,6 +28,9 @@ KINDS = {"corpus": {"text": str}, "demonstrations": {"prompt": str, "completion"
          "pairs": {"prompt": str, "chosen": str, "rejected": str}, "rankings": {"prompt": str, "responses": list}}
 
 
+# Every from_... below turns one row into a list of rows of ours; ValueError("field: problem") if it can't.
+
+
 def dialogue(messages, name):
     """A list of messages {"role", "content"} as one text; ValueError that names the field and the message."""
     if not isinstance(messages, list):
@@ -69,7 +72,7 @@ def response_text(messages, name):
 
 
 def from_fields(row, names):
-    """The fields prompt and names of the row: texts as they are, or lists of messages as texts."""
+    """[The row as it is, if its fields are texts], or [one with the fields prompt and names made of their messages]."""
     prompt = row["prompt"]
     if isinstance(prompt, str) and TURN in prompt and not prompt.rstrip().endswith(REPLY.strip()):
         raise ValueError("prompt: a dialogue that does not end with Assistant: (the response could not follow)")

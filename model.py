@@ -62,7 +62,10 @@ def attention(q, k, v, bias):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. Unlike GPT-2, no dropout inside it: the fused kernels have none on a CPU."""
+    """Causal multi-head self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward).
+
+    Unlike GPT-2, no dropout inside it: the fused kernels have none on a CPU.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -77,7 +80,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, H, tokens so far, D)
         y = attention(q, k, v, bias).transpose(1, 2)  # (B, T, H, D)
-        return self.proj(y[at].flatten(-2))
+        return self.proj(y[at].flatten(-2))  # heads side by side again: (..., C)
 
 
 class Block(nn.Module):
@@ -262,7 +265,7 @@ def score_many(model, texts, batch_size=256):
     score_of = {}
     while left:
         batch = left[:batch_size]
-        while len(batch) * len(batch[-1]) > 2**14 and len(batch) > 1:
+        while len(batch) * len(batch[-1]) > 2**14 and len(batch) > 1:  # they are sorted: the last is the longest
             batch.pop()
         left = left[len(batch):]
         tokens, mask = pad_responses(batch, 0)  # on the right: no real token sees the padding
@@ -295,7 +298,8 @@ def fill(Model, folder, state, config, device, dropout, recompute):
 def prompt_room(config, response_tokens):
     """How many prompt tokens, the first end of text included, may stand before a response of this length.
 
-    Never more than half of the block size, where the texts that models are trained on are cut (encode_rankings).
+    Never more than half of the block size, where sft.py and reward.py cut their prompts: none should be longer than all
+    that the models were trained on.
     """
     check(config.block_size - response_tokens >= 2,
           f"--response-tokens {response_tokens} leaves no room for a prompt in block size {config.block_size}")

@@ -33,8 +33,11 @@ class Config:
     seed: int = 1                             # chooses the prompts that are held out
 
 
-USE = {"corpus": "sft.py --train {} --test {}", "demonstrations": "sft.py --model CHECKPOINT --train {} --test {}",
-       "prompts": "ppo.py --prompts {}", "pairs": "reward.py --train {}", "rankings": "reward.py --train {}"}
+USE = {"corpus": "sft.py --train {} --test {} --out out/own/base",
+       "demonstrations": "sft.py --model CHECKPOINT --train {} --test {} --out out/own/sft",
+       "prompts": "ppo.py --sft CHECKPOINT --reward CHECKPOINT --prompts {} --out out/own/ppo",
+       "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
+       "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
 FACTS = {"duplicates": "rows like an earlier one (kept)",
          "repeated_prompts": "rows whose prompt occurred before (kept)",
          "no_room": "prompts that fill the block size by themselves",

@@ -68,10 +68,11 @@ PRESETS = {
     # Ziegler et al. 2019's sentiment task, which runs a million episodes: ten times as many.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
              "kl_horizon": 10000.0},
-    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes. There the learning rate stays,
-    # the value coefficient is 1, scores are scaled by a running deviation, and the temperature is 1.
+    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes. Unlike here, there the learning
+    # rate stays, the value coefficient is 1, scores are scaled by a running deviation, the temperature is 1, and with a
+    # horizon of 10,000 the KL coefficient can hardly move.
     "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05,
-           "kl_horizon": 10000.0},
+           "kl_horizon": 2000.0},
 }
 
 
@@ -185,14 +186,14 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
 
     The rollout is a dict of tensors with one row per response, in order of length, prompt and response, so that
     neighbouring rows need little padding: tokens (B, T); pad (B,) and lengths (B,), of responses, both on the CPU;
-    scores (B,); and (B, R): mask, old_logprobs, ref_logprobs, values, advantages, returns.
+    scores (B,); and (B, R): mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
     """
     device = next(policy.parameters()).device
     tokens, pad = pad_prompts(prompts, end)
     with autocast():
         responses, lengths, sampler_logprobs = sample_prompts(
             policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random, graph=cfg.graph)
-    order = (lengths.cpu() - pad).argsort(stable=True)
+    order = (lengths.cpu() - pad).argsort(stable=True)  # by the length of prompt and response, less P, the same for all
     tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
     mask = length_mask(lengths, responses.size(1))
     rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),

@@ -4,7 +4,7 @@
 
 Three of them in a run of train_all.sh: the labeler, from half of the people's ratings, stands in for a person in
 label.py; the judge, from the other half, only examines; the reward model learns from the labeler's rankings of the SFT
-model's samples, and is what PPO optimises.
+model's samples, and is what PPO optimises. (In the preset hh it learns from people's pairs, and there is no labeler.)
 
 Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al. 2022, eq. 1 (K ranked responses).
 Left out on purpose: multi-GPU training, and pairs of one prompt split over steps (they would be learned by heart).
@@ -111,8 +111,11 @@ def encode_rankings(enc, rows, block_size):
     return encoded
 
 
-def different(rankings):
-    """The rankings without texts that are equal to a better one, as two may be once cut to the block size."""
+def drop_equal(rankings):
+    """Rankings (lists of texts in ids) without repeated texts, as cutting to the block size may have made two equal.
+
+    One that is left with a single text is dropped, and counted on the screen; UserError if none is left.
+    """
     kept = [[list(text) for text in dict.fromkeys(map(tuple, texts))] for texts in rankings]
     kept = [texts for texts in kept if len(texts) > 1]
     if len(kept) < len(rankings):
@@ -295,7 +298,7 @@ def main(cfg):
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)
     rows = rows[:cfg.limit or len(rows)]
-    rankings, test = (different(encode_rankings(enc, part, model.config.block_size)) for part in (rows, test_rows))
+    rankings, test = (drop_equal(encode_rankings(enc, part, model.config.block_size)) for part in (rows, test_rows))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
     agreement = json.loads(summary.read_text()).get("agreement", {}) if human and summary.is_file() else {}

@@ -148,12 +148,12 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
     responses = torch.full((len(prompts), max_tokens), end, device=device)
     logprobs = torch.zeros(len(prompts), max_tokens, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    made = [[]]
+    groups = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if len(made[-1]) == min(batch_size, max(1, TOKENS // (len(prompts[i]) + max_tokens))):
-            made.append([])
-        made[-1].append(i)
-    for rows in progress(made, "sampling") if len(made) > 4 else made:
+        if len(groups[-1]) >= min(batch_size, max(1, TOKENS // (len(prompts[i]) + max_tokens))):
+            groups.append([])
+        groups[-1].append(i)
+    for rows in progress(groups, "sampling") if len(groups) > 4 else groups:
         tokens, pad = pad_prompts([prompts[i] for i in rows], end)
         pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
         drawn, n, drawn_logprobs = sample(model, tokens.to(device), pad, max_tokens, end, **how)

@@ -7,7 +7,7 @@
 #          model learns from them and nobody has to stand in. --init gpt2-medium, or any flag of gpt2.py, may follow.
 # A finished stage is not run again, unless one before it was. SEED=2 is another seed; OUT and DATA are other folders
 # (a DATA of your own is used as it is: the files that the stages below name). FLAGS="--microbatch 4" goes to the stages
-# that train: for less memory. PRESET=smoke bash train_all.sh hh runs the stages of hh with the few steps of smoke.
+# that train: for less memory. STEPS=smoke bash train_all.sh hh runs the stages of hh with the few steps of smoke.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
@@ -18,9 +18,9 @@ case $preset in
   *) echo "error: no preset '$preset' (tiny, smoke, gpt2, hh)" >&2; exit 2 ;;
 esac
 . ./setup.sh
-OUT=${OUT:-out/$preset} SEED=${SEED:-1} PRESET=${PRESET:-$preset} FLAGS=${FLAGS:-} rerun=""
+OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} rerun=""
 mkdir -p "$OUT"
-made="seed $SEED, $PRESET $*"
+made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
 [ -f "$OUT/made" ] || echo "$made" > "$OUT/made"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
@@ -39,27 +39,27 @@ fi
 case $preset in
   gpt2) stage base gpt2.py --block-size 128 "$@" ;;
   hh)   stage base gpt2.py --block-size 512 "$@" ;;
-  *)    stage base sft.py --preset $PRESET-base --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
+  *)    stage base sft.py --preset $STEPS-base --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
 esac
-stage sft      sft.py --preset $PRESET-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
+stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
 if [ $preset = hh ]; then
   labeler=""
-  stage judge  reward.py --preset $PRESET $FLAGS --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
+  stage judge  reward.py --preset $STEPS $FLAGS --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
                          --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
-  stage reward reward.py --preset $PRESET $FLAGS --model "$OUT/sft" --train "$DATA/pairs_reward.jsonl" --test "$DATA/pairs_test.jsonl" \
+  stage reward reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$DATA/pairs_reward.jsonl" --test "$DATA/pairs_test.jsonl" \
                          --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
 else
   labeler=$OUT/labeler
   for half in labeler judge; do
-    stage $half  reward.py --preset $PRESET-people $FLAGS --model "$OUT/base" --train "$DATA/rankings_$half.jsonl" --test "$DATA/rankings_test.jsonl" \
+    stage $half  reward.py --preset $STEPS-people $FLAGS --model "$OUT/base" --train "$DATA/rankings_$half.jsonl" --test "$DATA/rankings_test.jsonl" \
                            --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
   done
-  stage samples  label.py sample --preset $PRESET --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
+  stage samples  label.py sample --preset $STEPS --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
   stage label    label.py rank --labeler "$labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
-  stage reward   reward.py --preset $PRESET $FLAGS --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --pairs "$DATA/pairs_test.jsonl" \
+  stage reward   reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --pairs "$DATA/pairs_test.jsonl" \
                            --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
 fi
-stage ppo      ppo.py --preset $PRESET $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-stage evaluate evaluate.py --preset $PRESET --sft "$OUT/sft" --policies "$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
+stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
+stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
                          --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --text "$DATA/corpus_test.jsonl"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

@@ -375,6 +375,20 @@ def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
         assert torch.allclose(logprob[:n], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens, sizes", [(10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)])
+def test_a_sampling_batch_has_so_many_tokens_at_most(monkeypatch, tokens, sizes):
+    """A cache that grows with the longest prompt until the memory is full: 25 short prompts, then 15 long ones."""
+    seen, plain = [], sampling.sample
+
+    def watched(model, tokens, *args, **how):
+        seen.append(len(tokens))
+        return plain(model, tokens, *args, **how)
+    monkeypatch.setattr(sampling, "sample", watched)
+    monkeypatch.setattr(sampling, "TOKENS", tokens)
+    sampling.sample_prompts(random_model(), [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
+    assert seen == sizes
+
+
 @pytest.mark.parametrize("top_k, top_p, expected", [
     (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
     (1, 1.0, [1.0, 0, 0, 0]),

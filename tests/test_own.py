@@ -482,6 +482,7 @@ def test_from_the_command_line(tmp_path, checkpoints):
     assert bad.stderr == "error: bad.jsonl:2: prompt: expected str, found int\n"
     good = call("my pairs.jsonl", "demos.jsonl")
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.endswith("\npython reward.py --train 'out/my pairs.jsonl'\n"
-                                "python sft.py --model CHECKPOINT --train out/demos.jsonl --test HELD_OUT\n")
+    assert good.stdout.endswith(
+        "\npython reward.py --model CHECKPOINT --train 'out/my pairs.jsonl' --pairs '' --sft CHECKPOINT --out out/own/reward\n"
+        "python sft.py --model CHECKPOINT --train out/demos.jsonl --test HELD_OUT --out out/own/sft\n")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demos.jsonl", "my pairs.jsonl", "summary.json"}

@@ -111,7 +111,7 @@ def test_gpt2_and_dialogues(tmp_path_factory, checkpoints):
     base = small_gpt2(folder / "a GPT-2", **{"wte.weight": 0.1 * torch.randn(vocab.n_vocab, 8),
                                              "wpe.weight": 0.1 * torch.randn(1024, 8)})
     shutil.copy(checkpoints.vocab, base / "vocab.tiktoken")
-    result = train_all(folder, "hh", "--init", str(base), PRESET="smoke")
+    result = train_all(folder, "hh", "--init", str(base), STEPS="smoke")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     out = folder / "the output"
     stages = ["base", "sft", "judge", "reward", "ppo", "evaluate"]
@@ -128,7 +128,7 @@ def test_gpt2_on_ratings(finished):
     folder.mkdir()
     subprocess.run([sys.executable, str(ROOT / "export.py"), str(finished[0] / "the output" / "base"),
                     str(folder / "a base")], check=True)
-    result = train_all(folder, "gpt2", "--init", str(folder / "a base"), "--block-size", "48", PRESET="smoke",
+    result = train_all(folder, "gpt2", "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke",
                        DATA=str(finished[0] / "the data"))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert json.loads((folder / "the output" / "ppo" / "config.json").read_text())["model"]["block_size"] == 48

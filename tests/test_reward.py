@@ -164,10 +164,10 @@ def test_texts_that_are_equal_once_cut_are_no_comparison(checkpoints, capsys):
     enc = data.load_tokenizer(checkpoints.vocab)
     rows = [{"prompt": "the", "responses": ["x" * 20 + "a", "x" * 20 + "b"]},
             {"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}]
-    kept = reward.different(reward.encode_rankings(enc, rows, 16))
+    kept = reward.drop_equal(reward.encode_rankings(enc, rows, 16))
     assert [len(texts) for texts in kept] == [2] and "1 rankings left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="no ranking is left"):
-        reward.different(reward.encode_rankings(enc, rows[:1], 16))
+        reward.drop_equal(reward.encode_rankings(enc, rows[:1], 16))
 
 
 def test_report_card_reads_the_prompt(checkpoints, monkeypatch, autocast_off):
