@@ -483,6 +483,7 @@ def test_from_the_command_line(tmp_path, checkpoints):
     good = call("my pairs.jsonl", "demos.jsonl")
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout.endswith(
-        "\npython reward.py --model CHECKPOINT --train 'out/my pairs.jsonl' --pairs '' --sft CHECKPOINT --out out/own/reward\n"
+        "\npython reward.py --model CHECKPOINT --train 'out/my pairs.jsonl' --pairs '' --sft CHECKPOINT "
+        "--out out/own/reward\n"
         "python sft.py --model CHECKPOINT --train out/demos.jsonl --test HELD_OUT --out out/own/sft\n")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"demos.jsonl", "my pairs.jsonl", "summary.json"}
