@@ -60,11 +60,13 @@ def sft_budget(config, cfg, train, test, epochs, device):
 
 
 def reward_budget(config, cfg, rankings, test, human, device):
-    """(operations, bytes) of reward.py: rankings to train on and to test are lists of texts, in ids; human: how many
-    pairs are scored besides."""
-    lengths, held_out = ([len(text) for texts in part for text in texts] for part in (rankings, test))
+    """(operations, bytes) of reward.py: rankings to train on and to test are lists of texts, in ids; human: pairs that
+    are scored besides. Every different text is scored once."""
+    lengths = [len(text) for texts in rankings for text in texts]
+    held_out = [len(text) for text in {tuple(text) for texts in test for text in texts}]
+    besides = len({(row["prompt"], row[side]) for row in human for side in ("chosen", "rejected")})
     mean = round(sum(held_out) / len(held_out))
-    scored = sum(flop(config, T, 1) for T in held_out) + 2 * human * flop(config, mean, 1)
+    scored = sum(flop(config, T, 1) for T in held_out) + besides * flop(config, mean, 1)
     texts = min(cfg.microbatch, cfg.batch_size) * max(map(len, rankings))  # behind one backward, at most
     size = texts * row_bytes(config, 1, max(lengths), 0, cfg.recompute, device)
     return (scored + 3 * cfg.epochs * sum(flop(config, T, 1) for T in lengths),

@@ -308,7 +308,7 @@ def main(cfg):
         prompt_room(policy.config, cfg.response_tokens)
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
-    announce(*reward_budget(model.config, cfg, rankings, test, len(human), device), device, autocast)
+    announce(*reward_budget(model.config, cfg, rankings, test, human, device), device, autocast)
     stage = Stage(cfg.out)
 
     train(model, rankings, cfg, Log(stage.folder), device, autocast)

@@ -31,11 +31,14 @@ def test_operations_of_a_stage(checkpoints, tmp_path, monkeypatch, script, chang
     demos, rankings = str(tmp_path / "demos.jsonl"), str(tmp_path / "rankings.jsonl")
     data.write_jsonl(demos, [{"prompt": prompt, "completion": " was good and long enough"} for prompt in prompts])
     data.write_jsonl(rankings, [{"prompt": prompt, "responses": [" qxz", " xqz", " zxq"]} for prompt in prompts])
+    pairs = str(tmp_path / "pairs.jsonl")  # of three texts each, which are scored once
+    data.write_jsonl(pairs, [{"prompt": prompt, "chosen": " qxz", "rejected": text} for prompt in prompts
+                             for text in (" xqz", " zxq")])
     # Responses of full length, as the estimate takes them to be: end of text is never drawn.
     end, plain = data.load_tokenizer(checkpoints.vocab).eot_token, sampling.draw
     monkeypatch.setattr(sampling, "draw", lambda probs, *how: plain(probs.index_fill(1, torch.tensor(end), 0), *how))
     paths = {sft: {"model": checkpoints.sft, "train": demos, "test": demos},
-             reward: {"model": checkpoints.sft, "train": rankings, "pairs": "", "sft": ""},
+             reward: {"model": checkpoints.sft, "train": rankings, "pairs": pairs, "sft": ""},
              dpo: {"model": checkpoints.sft, "train": rankings},
              ppo: {"sft": checkpoints.sft, "reward": checkpoints.reward, "prompts": demos,
                    "response_tokens": 8}}[script]
@@ -86,7 +89,7 @@ def test_the_presets_fit_into_24_gb(size, microbatch):
         cfgs = [script.Config(**{**script.PRESETS[preset], **small})
                 for script, preset in ((sft, f"{name}-sft"), (reward, name), (ppo, name))]
         budgets = [budget.sft_budget(config, cfgs[0], rows, rows, 1, "cuda"),
-                   budget.reward_budget(config, cfgs[1], texts, texts, 1, "cuda"),
+                   budget.reward_budget(config, cfgs[1], texts, texts, [], "cuda"),
                    budget.ppo_budget(config, cfgs[2], prompts, "cuda")]
         assert all(size < 22e9 for _, size in budgets), (name, budgets)
 
