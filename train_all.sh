@@ -43,7 +43,7 @@ case $preset in
 esac
 stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
 if [ $preset = hh ]; then
-  labeler=""
+  labeler=""  # the judge starts from the base model, as elsewhere: the less it shares with the reward model, the better
   stage judge  reward.py --preset $STEPS $FLAGS --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
                          --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
   stage reward reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$DATA/pairs_reward.jsonl" --test "$DATA/pairs_test.jsonl" \
