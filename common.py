@@ -258,16 +258,22 @@ def write_json(path, content):
     write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
+def open_folder(folder, last):
+    """The Path of an output folder, made if need be, and without the file that is written last: what is begun again
+    must not look finished. UserError if it can't be made."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / last).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from None
+    return Path(folder)
+
+
 class Stage:
     """One output folder: made at the start of a stage, marked finished at its end."""
 
     def __init__(self, folder):
-        self.folder, self.start = Path(folder), time.time()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "done.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: {error.strerror}") from None
+        self.folder, self.start = open_folder(folder, "done.json"), time.time()
 
     def save(self, model, cfg, vocab, **extra):
         """Write weights, configuration and tokenizer of a model (extra: JSON facts that belong to the weights)."""

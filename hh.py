@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, check, write_json
+from common import UserError, check, open_folder, write_json
 from data import REPLY, TURN, check_text, read_rows, write_jsonl
 from download import download, hub
 
@@ -38,7 +38,7 @@ SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d
           ("helpful-base", "test"): "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
           ("harmless-base", "test"): "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"}
 BINS = ("kept", "no Assistant turn", "ends with Human", "prompts differ", "empty response", "identical",
-        "NUL or half a surrogate pair", "repeated", "group also in train")  # what becomes of a line: one of these
+        "no proper text", "repeated", "group also in train")  # what becomes of a line: one of these
 NAMED = "Human: or Assistant: within a response"
 ANY_TURN = f"{TURN}|{REPLY}"  # as a pattern
 
@@ -105,7 +105,7 @@ def sort_out(chosen, rejected):
     try:
         check_text(prompt + chosen + rejected, "text")
     except ValueError:
-        raise ValueError("NUL or half a surrogate pair") from None
+        raise ValueError("no proper text") from None  # a NUL, half a surrogate pair, endless white space
     return prompt, chosen, rejected
 
 
@@ -240,11 +240,7 @@ def main(cfg):
         counts[pair.file]["kept"] += 1
     parts = split(train, test if test_files else None, cfg.valid_share, cfg.seed)
     files = files_of(parts)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").unlink(missing_ok=True)  # a run that is cut short must not look finished
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    open_folder(out, "summary.json")
     for name, rows in files.items():
         write_jsonl(out / name, rows)
     pairs = train + test

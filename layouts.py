@@ -214,7 +214,7 @@ def recognise(row):
     if layout is None:
         found = ", ".join(row)[:200] or "nothing"
         raise ValueError(f"no known layout (found: {found}; layouts.py lists those that are)")
-    checked(row, dict.fromkeys(layout.needed, object))
+    checked(row, dict.fromkeys(layout.needed, object))  # that they are there; convert looks at what they hold
     for name in row:
         if name in CONTENT - layout.used(row):
             raise ValueError(f"{name}: not used by the layout {', '.join(layout.needed)} (rename it, or remove it)")

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, check, progress, write_json
+from common import UserError, check, open_folder, progress, write_json
 from data import END, TURN, check_text, checked, encode_prompt, encode_response, load_tokenizer, read_rows, write_jsonl
 from hh import first_message, percentiles, stem_of
 from layouts import KINDS, from_best, recognise, sample_names
@@ -189,11 +189,7 @@ def main(cfg):
                        **describe(rows, enc, cfg.block_size, path.name)}
     common = {f"{a} {b}": (a, b, n) for a, b in itertools.combinations(paths, 2) if (n := len(keys[a] & keys[b]))}
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").unlink(missing_ok=True)  # a run that is cut short must not look finished
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+    open_folder(out, "summary.json")
     for target, rows in content.items():
         write_jsonl(target, rows)
     for path, facts in files.items():
@@ -203,7 +199,8 @@ def main(cfg):
         print(visible(f"\nwarning: {n:,} {what} of {a} are also in {b}"))
     print()
     for path, facts in files.items():
-        train, test = [*(shlex.quote(str(target)) for target in targets[path]), "HELD_OUT"][:2]
+        written = [shlex.quote(str(target)) for target in targets[path]]
+        train, test = written if cfg.test_share else (*written, "HELD_OUT")  # sft.py needs one: the reader's to name
         own_test = cfg.test_share and facts["kind"] in ("pairs", "rankings")  # else reward.py holds out a part itself
         print(visible("python " + USE[facts["kind"]].format(train, test) + (f" --test {test}" if own_test else "")))
     summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "test_share": cfg.test_share, "seed": cfg.seed,

@@ -121,9 +121,9 @@ ODD = [
     ("empty response", pair("a", chosen="", rejected="")),
     ("identical", pair("a", chosen="same", rejected="same")),
     ("identical", pair("a", chosen="same", rejected="same \n")),
-    ("NUL or half a surrogate pair", pair("a\0")),
-    ("NUL or half a surrogate pair", pair("a", chosen="\0")),
-    ("NUL or half a surrogate pair", pair("a", rejected="no \ud83d")),
+    ("no proper text", pair("a\0")),
+    ("no proper text", pair("a", chosen="\0")),
+    ("no proper text", pair("a", rejected="no \ud83d")),
 ]
 
 
