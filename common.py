@@ -1,12 +1,6 @@
-"""Run plumbing that a reader may skip: configuration, device and precision, learning rate, log, checkpoints.
+"""Run plumbing that a reader may skip: configuration, device and precision, learning rate, log.
 
-Nothing in this file knows about RLHF. What a checkpoint folder holds:
-
-    model.pt        the weights (torch.load(weights_only=True) reads them)
-    config.json     model configuration, stage configuration, extra facts, versions
-    vocab.tiktoken  the tokenizer, so that the folder is complete by itself
-    log.jsonl       one line per log interval
-    done.json       written last: seconds and peak memory; a stage without it is not finished
+Nothing in this file knows about RLHF. Files that outlive a crash are checkpoint.py's.
 """
 import argparse
 import ctypes
@@ -15,18 +9,23 @@ import inspect
 import json
 import math
 import os
-import resource
-import shutil
+import re
+import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+DISK, NOT_FINITE, OUT_OF_MEMORY, GUARD = 3, 4, 5, 6  # exit codes; 2: bad input or usage; 128 + n: stopped by signal n
+
 
 class UserError(Exception):
     """A fault that the person at the keyboard can mend. Its message is one line: what is wrong, and what to do."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
 
 
 # ---- configuration -------------------------------------------------------------------------------------------------
@@ -34,14 +33,10 @@ class UserError(Exception):
 
 def load_config(Config, presets, argv=None):
     """Build a Config from the command line: field default < --preset < explicit flag. Unknown flags are errors.
-
-    A field's trailing comment in the source is its --help text.
-    """
-    source = inspect.getsource(Config).splitlines()
+    A field's trailing comment in the source is its --help text."""
     help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
-               for line in source if "  # " in line and ":" in line}
-    module = sys.modules[Config.__module__]
-    parser = argparse.ArgumentParser(description=module.__doc__, allow_abbrev=False,
+               for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags win over it")
@@ -49,6 +44,7 @@ def load_config(Config, presets, argv=None):
         shown = f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         kind = _boolean if field.type in (bool, "bool") else type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=shown, metavar="X")
+    parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
     args = vars(parser.parse_args(argv))
     chosen = dict(presets.get(args.pop("preset", None), {}))
     chosen.update({name: value for name, value in args.items() if value is not None})
@@ -63,20 +59,17 @@ def _boolean(text):
 
 def words_for(*flags, several=False):
     """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT.
-
-    several: any number of words stand for the one flag, with commas between them.
-    """
+    several: any number of words stand for the one flag, with commas between them."""
     words = []
     while sys.argv[1:] and not sys.argv[1].startswith("-") and (several or len(words) < len(flags)):
         words.append(sys.argv.pop(1))
-    words = [",".join(words)] if several and words else words
-    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, words)]
+    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, [",".join(words)] if several and words else words)]
 
 
-def check(condition, message):
-    """Raise UserError(message) unless the condition holds."""
+def check(condition, message, code=2):
+    """Raise UserError(message, code) unless the condition holds."""
     if not condition:
-        raise UserError(message)
+        raise UserError(message, code)
 
 
 def check_positive(cfg, *names):
@@ -87,19 +80,28 @@ def check_positive(cfg, *names):
 
 
 def run(main, Config, presets=()):
-    """The guard at the end of each script: parse, run, and turn a UserError into one line and exit code 2."""
+    """The guard at the end of each script: parse, run, and turn what can go wrong into one line and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     try:
-        main(load_config(Config, dict(presets)))
+        return main(load_config(Config, dict(presets)))
     except UserError as error:
-        # Names of files and fields may hold anything: one line, and nothing that acts on the terminal.
-        print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), file=sys.stderr)
-        sys.exit(2)
+        problem, code = f"{'error: ' * (0 < error.code < 128)}{error}", error.code
     except BrokenPipeError:  # the reader of our output, such as head, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        problem, code = f"error: {error.filename or 'output'}: {error.strerror or error}", DISK
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        problem, code = "stopped", 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|alloc.* memory|bad_alloc", str(error)):
+            raise
+        flags = [name for name in ("microbatch", "response_tokens", "batch_size", "count") if hasattr(Config, name)]
+        problem, code = f"error: out of memory: lower --{' or --'.join(flags[:2])}".replace("_", "-"), OUT_OF_MEMORY
+    # Names of files and fields may hold anything: one line, and nothing that acts on the terminal.
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem), file=sys.stderr if code else sys.stdout)
+    sys.exit(code)
 
 
 # ---- device, precision, randomness ---------------------------------------------------------------------------------
@@ -107,27 +109,19 @@ def run(main, Config, presets=()):
 
 def set_up(cfg, quiet=False):
     """Seed every generator, choose device and precision, print the configuration unless quiet: (device, autocast).
-
     autocast() is a fresh context manager for the forward pass. The weights stay in float32 whatever the precision.
-    cfg needs the fields seed, device ("auto", "cpu", "cuda", ...) and dtype ("auto", "float32", "bfloat16").
     """
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
     torch.manual_seed(cfg.seed)
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    dtype = cfg.dtype
-    if dtype == "auto":
-        # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
-        if device.startswith("cuda"):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported()
-        dtype = "bfloat16" if fast else "float32"
+    # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else
+            torch.cpu._is_avx512_bf16_supported())
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32"
     keep_freed_memory()
     if not quiet:
         print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "
@@ -140,15 +134,18 @@ def set_up(cfg, quiet=False):
 
 
 def keep_freed_memory():
-    """Have the C library keep freed memory for the next tensor, where it is glibc and can be told.
-
-    By default large blocks go back to the system at once, which clears every page before it hands them out again: a
-    fifth of the time of base training on a CPU. The price is some fragmentation: 2 % more memory in reward training.
-    """
+    """Have glibc keep freed memory: clearing pages that went back to the system is a fifth of base training's time on a
+    CPU. The price is some fragmentation: 2 % more memory in reward training."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # M_MMAP_THRESHOLD in bytes, of which older versions take no more than 32 MB; then M_TRIM_THRESHOLD.
         if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
             libc.mallopt(-1, 2**30)
+
+
+def dropout_generator(device):
+    """The generator that dropout draws from: part of the state of a run that has dropout."""
+    on_gpu = device.startswith("cuda")
+    return torch.cuda.default_generators[torch.device(device).index or 0] if on_gpu else torch.default_generator
 
 
 def generator(*key):
@@ -167,9 +164,8 @@ def learning_rate(step, steps, peak, warmup=0, schedule="cosine", floor=0.0):
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    if schedule == "cosine":
-        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
-    return peak * (1 - done)
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (cosine if schedule == "cosine" else 1 - done)
 
 
 def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
@@ -180,19 +176,17 @@ def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_step(optimizer, parameters, lr, grad_clip):
-    """Clip the gradients to a global norm (0: no clipping), step at this learning rate, zero them. Returns the norm.
-
-    A gradient that is not finite raises before the step, so that the weights stay good.
+def optimizer_step(optimizer, parameters, lr, grad_clip, log):
+    """Clip the gradients to a global norm (0: no clipping), step at this learning rate, zero them; the norm is logged.
+    A gradient, or anything logged since the last write, that is not finite raises before the step: weights stay good.
     """
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
-    if not torch.isfinite(norm):
-        raise UserError("the gradient is not finite: stopped before the step (a lower --lr usually helps)")
+    log.add(grad_norm=torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf).item())
+    log.check_finite(log.sums)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    log.steps += 1
 
 
 # ---- log -----------------------------------------------------------------------------------------------------------
@@ -203,26 +197,45 @@ class Log:
 
     def __init__(self, folder):
         self.path = Path(folder) / "log.jsonl"
-        self.path.write_text("")
-        self.sums, self.counts = {}, {}
+        self.steps, self.text, self.last, self.sums, self.counts = 0, "", {}, {}, {}  # steps of the optimizer
 
     def add(self, weight=1.0, **metrics):
         """Collect one value per metric (floats or one-element tensors) towards the weighted mean of this interval.
-
-        A tensor stays on its device until write: asking a GPU for its value would make the loop wait.
-        """
+        A tensor stays on its device for now: asking a GPU for its value would make the loop wait."""
         for name, value in metrics.items():
             value = value.detach() if torch.is_tensor(value) else value
             self.sums[name] = self.sums.get(name, 0.0) + weight * value
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
+    def check_finite(self, metrics):
+        """Stop the run if one of these is not a finite number."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self.stop(f"{name} is not finite (a lower --lr usually helps)", NOT_FINITE)
+
+    def stop(self, problem, code):
+        """End the run before it does harm: UserError with folder, optimizer step, problem, and what is still good."""
+        good = [path for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]
+        raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
+                        f"{f'the last good state is {good[0]}' if good else 'nothing had been saved yet'}", code)
+
     def write(self, **facts):
         """Append the interval's means and these facts as one line; returns them as a dict."""
         line = {**facts, **{name: float(self.sums[name] / self.counts[name]) for name in self.sums}}
-        with open(self.path, "a") as file:
-            file.write(json.dumps({key: round(v, 6) if isinstance(v, float) else v for key, v in line.items()}) + "\n")
-        self.sums, self.counts = {}, {}
+        self.check_finite({name: value for name, value in line.items() if isinstance(value, float)})
+        self.last = {key: round(v, 6) if isinstance(v, float) else v for key, v in line.items()}
+        self.sums, self.counts, text = {}, {}, json.dumps(self.last) + "\n"
+        with open(self.path, "a" if self.text else "w") as file:  # there may be one of an earlier run
+            file.write(text)
+        self.text += text
         return line
+
+    def state_dict(self):
+        return {name: value for name, value in vars(self).items() if name != "path"}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+        self.path.write_text(self.text)
 
 
 def progress(iterable, name):
@@ -234,86 +247,3 @@ def say(text):
     """Print a line at once, above the progress bar if there is one."""
     tqdm.write(text)
     sys.stdout.flush()
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path, write):
-    """Call write(temporary path), then move the result to path: a reader sees the old file or the new one, no half."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def write_json(path, content):
-    """Write a dict as indented JSON, atomically."""
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def open_folder(folder, last):
-    """The Path of an output folder, made if need be, and without the file that is written last: what is begun again
-    must not look finished. UserError if it can't be made."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / last).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-    return Path(folder)
-
-
-class Stage:
-    """One output folder: made at the start of a stage, marked finished at its end."""
-
-    def __init__(self, folder):
-        self.folder, self.start = open_folder(folder, "done.json"), time.time()
-
-    def save(self, model, cfg, vocab, **extra):
-        """Write weights, configuration and tokenizer of a model (extra: JSON facts that belong to the weights)."""
-        save_checkpoint(self.folder, model, cfg, vocab, **extra)
-
-    def finish(self, **facts):
-        """Write done.json, the file that makes the stage count as finished."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        facts = {"seconds": round(time.time() - self.start, 1), "peak_memory_mb": round(peak), **facts}
-        if torch.cuda.is_available():
-            facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        write_json(self.folder / "done.json", facts)
-        print(f"{self.folder}: " + ", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-
-
-def save_checkpoint(folder, model, cfg, vocab, **extra):
-    """Write model.pt, config.json and vocab.tiktoken (copied from the file vocab) into folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if Path(vocab).resolve() != (folder / "vocab.tiktoken").resolve():
-        write_atomic(folder / "vocab.tiktoken", lambda temporary: shutil.copyfile(vocab, temporary))
-    write_atomic(folder / "model.pt", lambda temporary: torch.save(model.state_dict(), temporary))
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    write_json(folder / "config.json", {"kind": model.kind, "model": dataclasses.asdict(model.config),
-                                        "stage": dataclasses.asdict(cfg), **extra, "versions": versions})
-
-
-def read_checkpoint(folder, kinds):
-    """(state_dict, config) of a checkpoint folder whose kind is one of kinds; UserError for anything else."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no checkpoint here (config.json is missing; has its stage been run?)")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-        kind = config["kind"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}/model.pt: missing") from None
-    except Exception as error:  # torch raises several types for a damaged file
-        raise UserError(f"{folder}: damaged checkpoint ({type(error).__name__}); run its stage again") from None
-    if kind not in kinds:
-        raise UserError(f"{folder}: this is a {kind} checkpoint, expected {' or '.join(kinds)}")
-    return state, config

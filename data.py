@@ -32,7 +32,8 @@ import regex  # comes with tiktoken, which needs it
 import tiktoken
 import torch
 
-from common import UserError, generator, run, words_for, write_atomic
+from checkpoint import write_atomic
+from common import UserError, generator, run, words_for
 
 END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.

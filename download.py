@@ -3,7 +3,6 @@
 GPT-2's weights and Anthropic's dialogues come from the Hugging Face hub. HF_ENDPOINT names another server with the same
 paths (a mirror), and HF_HUB_OFFLINE=1 says that there is no network.
 """
-import hashlib
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-from common import UserError, check, say
+from checkpoint import digest, lock, sync
+from common import DISK, UserError, check, say
 
 WAITS = (1, 2, 4, 8)  # seconds between the five tries
 TIMEOUT = 30  # seconds without a byte until a connection counts as cut
@@ -51,11 +51,10 @@ def download(url, path, sha256):
             problem = "a web page instead of the file (a login or a proxy?)" if page else "not the expected file"
             raise UserError(f"{url}: {problem}: expected sha256 {sha256}, found {found} ({size:,} bytes); "
                             "nothing was kept")
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        sync(part)
         os.replace(part, path)  # only the verified file ever has the final name
     except OSError as error:  # of the disk: fetch and receive deal with those of the network
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or path}: {error.strerror or error}", DISK) from None
     return path
 
 
@@ -67,21 +66,13 @@ def verified(path, sha256):
     return path
 
 
-def digest(path):
-    """sha256 of a file of any size, in hexadecimal."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
-
-
 def fetch(url, part, by_hand):
     """Complete the file part from url, in up to five tries; UserError that ends with by_hand if that fails."""
     check(re.match("https?://", url), f"{url}: neither an http:// nor an https:// address (see HF_ENDPOINT)")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     check(not offline, f"HF_HUB_OFFLINE is set, so nothing is fetched ({by_hand})")
     part.parent.mkdir(parents=True, exist_ok=True)
+    lock(part.parent)
     say(f"fetching {url}")
     for wait in (*WAITS, None):
         problem, passing = receive(url, part)

@@ -10,7 +10,6 @@ Left out on purpose: a loss on demonstrations beside it, other losses of the fam
 """
 import itertools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from budget import announce, dpo_budget
-from common import (Log, Stage, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up)
+from checkpoint import Stage
+from common import Log, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up
 from data import batches, encode_prompt, encode_response, load_tokenizer, read_rankings
 from model import load_model
 from reward import split_by_prompt
@@ -41,6 +41,8 @@ class Config:
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
     log_every: int = 20                           # steps per log line
+    save_every: float = 120.0                     # seconds between saves of the state that a stopped run goes on from
+    restart: bool = False                         # begin again where --out holds another run, instead of refusing
     seed: int = 1                                 # split, order
     device: str = "auto"                          # auto, cpu, cuda, mps
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -107,6 +109,7 @@ def main(cfg):
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
+    stage = Stage(cfg)
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
     train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)
@@ -119,14 +122,16 @@ def main(cfg):
     print(f"{len(pairs):,} pairs to train on, {len(test_pairs):,} held out, {steps} steps")
     announce(*dpo_budget(policy.config, cfg, texts, pairs, test_texts, device), device, autocast)
 
-    stage = Stage(cfg.out)
+    stage.open()
     # The policy is still the SFT model: its log-probabilities now are the reference's for good.
     size, end = 2 * cfg.microbatch, enc.eot_token
     ref_logprobs = all_logprobs(policy, texts, end, device, autocast, size)
     test_ref_logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
-    log, start = Log(stage.folder), time.time()
+    log = Log(stage.folder)
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
-    for step, batch in enumerate(progress(order, "dpo")):
+    done = stage.resume(steps, policy=policy, optimizer=optimizer, log=log)
+    for step in progress(range(done, steps), "dpo"):
+        batch = order[step]
         for begin in range(0, len(batch), cfg.microbatch):
             chosen, rejected = zip(*[pairs[i] for i in batch[begin:begin + cfg.microbatch]])
             B, numbers = len(chosen), torch.tensor(chosen + rejected)  # the chosen half, then the rejected half
@@ -135,15 +140,16 @@ def main(cfg):
             (loss * (B / len(batch))).backward()  # how a batch is split changes nothing
             log.add(B, **metrics)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
+            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
             say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
                 "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
+        stage.keep(step + 1)
     logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
     _, held_out = measure(logprobs, test_ref_logprobs, test_pairs, cfg)
     print("held out: loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f}".format(**held_out))
-    stage.save(policy, cfg, Path(cfg.model) / "vocab.tiktoken", held_out=held_out)
+    stage.save(policy, Path(cfg.model) / "vocab.tiktoken", held_out=held_out)
     stage.finish(held_out_accuracy=round(held_out["accuracy"], 4))
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from common import Stage, check, check_positive, generator, progress, run, set_up, write_atomic, write_json
+from checkpoint import Stage, write_atomic, write_json
+from common import check, check_positive, generator, progress, run, set_up
 from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many, token_logprobs
 from sampling import sample_many
@@ -46,6 +47,7 @@ class Config:
     temperature: float = 0.7                 # of every policy
     bootstrap: int = 2000                    # resamples behind each interval
     min_win_rate: float = 0.0                # exit code 1 if a policy's win rate is below this
+    restart: bool = False                    # begin again where --out holds another run, instead of refusing
     seed: int = 1                            # samples and resamples
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast)
@@ -295,6 +297,7 @@ def main(cfg):
     folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
     check(len(folders) == len(cfg.policies.split(",")) and "sft" not in folders,
           f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
+    stage = Stage(cfg)
     device, autocast = set_up(cfg)
     ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
     judges = {"proxy": cfg.reward, **({"labeler": cfg.labeler} if cfg.labeler else {}), "judge": cfg.judge}
@@ -304,7 +307,7 @@ def main(cfg):
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
     prompts = [encode_prompt(enc, text, prompt_room(ref.config, cfg.response_tokens)) for text in texts]
     held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]
-    stage = Stage(cfg.out)
+    stage.open()
 
     def perplexity(model):
         loss = held_out_loss(model, held_out, enc.eot_token, device, autocast)
@@ -321,7 +324,7 @@ def main(cfg):
               f"at equal length {rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, "
               f"length {rows[name]['length']:.1f} (sft {rows['sft']['length']:.1f})", flush=True)
         snapshots[name] = []
-        for snapshot in progress(sorted(folder.glob("snapshots/*/config.json")), f"{name} snapshots"):
+        for snapshot in progress(sorted(folder.glob("snapshots/*/model.pt")), f"{name} snapshots"):
             model = load_model(snapshot.parent, device)
             measured = answer(model, ref, judges, prompts[:cfg.snapshot_count], enc, cfg, autocast)
             snapshots[name].append({"iteration": int(snapshot.parent.name), "kl": measured["kl"].mean().item(),
@@ -349,10 +352,9 @@ def main(cfg):
     lines = report(results, texts, base, answered)
     write_atomic(stage.folder / "report.md", lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))
     print(f"report: {stage.folder / 'report.md'}")
-    stage.finish()
     below = [name for name in answered if rows[name]["win_rate_judge"] < cfg.min_win_rate]
-    if below:
-        raise SystemExit(f"win rate of {', '.join(below)} below --min-win-rate {cfg.min_win_rate}")  # exit code 1
+    check(not below, f"win rate of {', '.join(below)} below --min-win-rate {cfg.min_win_rate}", 1)
+    stage.finish()
 
 
 if __name__ == "__main__":

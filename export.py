@@ -13,7 +13,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from common import UserError, check, read_checkpoint, run, words_for, write_atomic, write_json
+from checkpoint import open_folder, read_checkpoint, write_atomic, write_json
+from common import check, run, words_for
 from data import END, load_tokenizer, save_ranks
 from gpt2 import byte_letters, names
 from model import load_model
@@ -107,10 +108,7 @@ def main(cfg):
     check(not (out / "model.pt").exists(), f"{out} is a checkpoint of ours: export to another folder")
     with torch.no_grad():
         weights = exported_weights(model, kind)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}") from None
+    open_folder(out)
     write_atomic(out / "model.safetensors",
                  lambda temporary: safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"}))
     (out / "model.safetensors").chmod(0o644)  # for whoever may read the folder: it was made for one user only

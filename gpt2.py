@@ -18,7 +18,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from common import Stage, UserError, check, run
+from checkpoint import Stage
+from common import UserError, check, run
 from data import load_tokenizer, save_ranks
 from download import download, hub, verified
 from model import GPT, GPTConfig
@@ -50,6 +51,7 @@ class Config:
     block_size: int = 0         # keep this many positions only: the longest sequence of all later stages; 0: all 1,024
     random: bool = False        # fresh weights of that size instead of a download: to try out a preset
     vocab: str = ""             # tokenizer file of weights on disk; empty: the one beside them, else GPT-2's
+    restart: bool = False       # begin again where --out holds another run, instead of refusing
     seed: int = 1               # of fresh weights
 
 
@@ -208,6 +210,7 @@ def has_gpt2_words(folder):
 
 
 def main(cfg):
+    stage = Stage(cfg)
     folder = Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent
     vocab = cfg.vocab
     if cfg.init not in SIZES and not vocab:
@@ -225,9 +228,9 @@ def main(cfg):
     check(len(ranks) + 1 == model.config.vocab_size, f"--init {cfg.init} has a vocabulary of {model.config.vocab_size} "
           f"tokens, {vocab or 'that of GPT-2'} of {len(ranks) + 1} (--vocab names another)")
     check(cfg.init in SIZES or Path(cfg.out).resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
-    stage = Stage(cfg.out)
+    stage.open()
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
-    stage.save(model, cfg, stage.folder / "vocab.tiktoken")
+    stage.save(model, stage.folder / "vocab.tiktoken")
     stage.finish(parameters=sum(p.numel() for p in model.parameters()), block_size=model.config.block_size)
 
 

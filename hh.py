@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, check, open_folder, write_json
+from checkpoint import open_folder, write_json
+from common import UserError, check
 from data import REPLY, TURN, check_text, read_rows, write_jsonl
 from download import download, hub
 

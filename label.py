@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from common import Stage, UserError, check, check_positive, generator, run, set_up
+from checkpoint import Stage, open_folder
+from common import UserError, check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many
 from reward import encode_rankings
@@ -45,6 +46,7 @@ class SampleConfig:
     response_tokens: int = 32      # longest response
     temperature: float = 0.7       # of the softmax that tokens are drawn from
     keep_cut: bool = False         # keep responses that did not reach end of text, too
+    restart: bool = False          # begin again where --out holds another run, instead of refusing
     seed: int = 1                  # of the draws
     device: str = "auto"           # auto, cpu, cuda, mps
     dtype: str = "auto"            # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -57,6 +59,7 @@ class RankConfig:
     out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, or label-me for --labeler me
     noise: float = 1.0                 # a reward model's noise, as a multiple of people's disagreement; 0: none
     calibrate: str = "data/reviews/rankings_test.jsonl"  # human ratings for the noise, with summary.json beside it
+    restart: bool = False              # begin again where --out holds another run, instead of refusing
     seed: int = 1                      # of the noise
     device: str = "auto"               # auto, cpu, cuda, mps
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -108,12 +111,13 @@ def shuffled(texts, *key):
 def sample(cfg):
     check_positive(cfg, "response_tokens", "temperature")
     check(cfg.K > 1 and cfg.prompts_limit >= 0, "--K must be 2 or more, and --prompts-limit 0 (all) or more")
+    stage = Stage(cfg)
     prompts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})))
     prompts = prompts[:cfg.prompts_limit or len(prompts)]
     device, autocast = set_up(cfg)
     model, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
     prompt_room(model.config, cfg.response_tokens)
-    stage = Stage(cfg.out)
+    stage.open()
     kept, counts = draw_responses(model, enc, prompts, cfg, autocast)
     print(f"{counts.total():,} draws: " + ", ".join(f"{n:,} {fate}" for fate, n in counts.most_common()))
     # Shuffled, because of different texts the likelier ones tend to be drawn first.
@@ -169,12 +173,13 @@ def read_ratings(path):
 def rank_by_model(samples, cfg, folder):
     """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
     check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
+    stage = Stage(cfg, folder)
     earlier = read_answers(folder / "rankings.jsonl")
     check(all(row.get("labeler") != "me" for row in earlier), f"{folder} holds a person's rankings: change --out")
     mean_of, facts = read_ratings(cfg.calibrate) if cfg.noise else ({}, {})
     device, autocast = set_up(cfg)
     model, enc = load_model(cfg.labeler, device, kind="reward"), load_tokenizer(cfg.labeler)
-    stage = Stage(folder)
+    stage.open()
     human = [{"prompt": "", "responses": list(mean_of)}]
     with autocast():
         texts = [text for row in encode_rankings(enc, samples + human, model.config.block_size) for text in row]
@@ -206,6 +211,7 @@ def rank_by_person(samples, cfg, folder):
     order), and "ties" each tie in full, that one first. What compares nothing goes to skipped.jsonl. "number" grows
     over both files, so that undo knows which answer came last.
     """
+    open_folder(folder)  # locked: two terminals must not add to one file
     files = {name: folder / f"{name}.jsonl" for name in ("rankings", "skipped")}
     stored = [(name, row) for name, path in files.items() for row in read_answers(path)]
     check(all(row.get("labeler") == "me" for _, row in stored), f"{folder} holds another labeler's work: change --out")
@@ -216,7 +222,9 @@ def rank_by_person(samples, cfg, folder):
     answers = [answer for answer in stored if answer[1]["id"] in ids]
     if len(answers) < len(stored):
         print(f"{folder} also holds answers to other samples ({len(stored) - len(answers)}); they stay")
-    stage, row = Stage(folder), None
+    open_folder(folder, "done.json")  # whatever answers it holds, they stay: never another run's
+    stage, row = Stage(cfg, folder), None
+    stage.open()
     print(HELP)
     while True:
         answered = {answer["id"] for _, answer in answers}

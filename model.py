@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, check, read_checkpoint
+from checkpoint import read_checkpoint
+from common import UserError, check
 from data import pad_responses
 
 
@@ -285,12 +286,11 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
 
 def fill(Model, folder, state, config, device, dropout, recompute):
     """A model of this class with the weights of a checkpoint, in eval mode; a head that these lack stays fresh."""
-    model = Model(GPTConfig(**{**config["model"], "dropout": dropout}))
     try:
+        model = Model(GPTConfig(**{**config["model"], "dropout": dropout}))
         model.load_state_dict(state, strict=config["kind"] == model.kind)
-    except RuntimeError:
-        raise UserError(f"{folder}: model.pt does not fit config.json (a mixed folder, or of an older version? run its "
-                        "stage again)") from None
+    except (RuntimeError, TypeError):
+        raise UserError(f"{folder}/model.pt: the weights are not of the sizes that it names (run its stage again)") from None
     model.trunk.recompute = recompute
     return model.to(device).eval()
 

@@ -1,7 +1,7 @@
 """PPO: the policy learns to write what the reward model scores highly, on a leash to the SFT model.
 
     python ppo.py --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
-    python ppo.py --kl-coef 0 --kl-horizon 0 --out out/tiny/ppo-free     no leash: the score rises, the text rots
+    python ppo.py --kl-coef 0 --kl-horizon 0 --kl-ceiling 0 --out out/tiny/ppo-free    no leash: score up, text rotten
 
 One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
 (KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from budget import announce, ppo_budget
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    save_checkpoint, say, set_up)
+from checkpoint import Stage, save_checkpoint
+from common import (Log, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say,
+                    set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
+from doctor import guard, guard_ratio
 from model import entropy, full_precision, load_model, prompt_room, token_logprobs
 from sampling import sample_prompts
 from terminal import visible
@@ -53,10 +55,13 @@ class Config:
     kl_coef: float = 0.2                # first price of one nat away from the SFT model, in units of score
     kl_target: float = 6.0              # nats per response that the controller steers to
     kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the price stays fixed
+    kl_ceiling: float = 60.0            # nats per response: the run stops above it; 0: it never does
     no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
     whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
     snapshots: int = 8                  # policies kept along the way, for the evaluation
     sample_every: int = 10              # iterations between printed samples
+    save_every: float = 120.0           # seconds between saves of the state that a stopped run goes on from
+    restart: bool = False               # begin again where --out holds another run, instead of refusing
     seed: int = 1                       # prompts, samples, minibatches
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -257,10 +262,11 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                 with torch.no_grad():
                     moved = (logprobs - old_logprobs) * mask
                     if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
-                        log.add(first_ratio_error=(moved.exp() - 1).abs().max())
+                        log.add(first_ratio_error=(error := (moved.exp() - 1).abs().max()))
+                        guard_ratio(error, log)
                     log.add(tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
-            log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+            optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 
 def show_sample(enc, rollout, iteration):
@@ -283,6 +289,7 @@ def main(cfg):
     below = cfg.episodes // cfg.minibatches * cfg.minibatches
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
           f"{cfg.minibatches} (try --episodes {below or cfg.minibatches} or {below + cfg.minibatches})")
+    stage = Stage(cfg)
     device, autocast = set_up(cfg)
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
@@ -300,44 +307,49 @@ def main(cfg):
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     announce(*ppo_budget(policy.config, cfg, prompts, device), device, autocast)
-    stage = Stage(cfg.out)
-    shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
+    stage.open()
     # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.
     optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
-    log, start, queue = Log(stage.folder), time.time(), []
+    log, seen, per_epoch = Log(stage.folder), {"below_zero": 0}, len(prompts) // cfg.episodes
+    first = stage.resume(cfg.iterations, 1 + cfg.snapshots, policy=policy, value=value, optimizer=optimizer, log=log,
+                         controller=vars(controller), sampling=sampling, seen=seen)
+    if first == 0:
+        shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
 
-    for iteration in (bar := progress(range(cfg.iterations), "ppo")):
-        if len(queue) < cfg.episodes:  # a new epoch over the prompts; the few that are left over wait for the next
-            queue = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration)).tolist()
-        batch, queue = [prompts[i] for i in queue[:cfg.episodes]], queue[cfg.episodes:]
+    for iteration in (bar := progress(range(first, cfg.iterations), "ppo")):
+        place = iteration % per_epoch  # in an epoch over the prompts; the few that are left over wait for the next
+        order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()
+        batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
 
         began = time.time()
         rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
                                    sampling)
+        log.add(**metrics)
+        warnings = guard(metrics, seen, cfg.kl_ceiling, log)
         tokens, rolled = rollout["lengths"].sum().item(), time.time()
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
         done = time.time()
 
-        log.add(**metrics)
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
                          lr=lr, rollout_tokens_per_second=round(tokens / (rolled - began)),
                          update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
-                         seconds=round(done - start, 1))
+                         seconds=round(stage.seconds(), 1), warnings=", ".join(warnings))
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if (iteration + 1) % cfg.sample_every == 0 or iteration == 0:
             say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
                 "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
-                "{seconds} s".format(of=cfg.iterations, **line))
+                "{seconds} s {warnings}".format(of=cfg.iterations, **line))
             show_sample(enc, rollout, iteration)
         if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab,
                             iteration=iteration + 1)
-    stage.save(policy, cfg, vocab, last_rollout={"kl": line["kl"], "score": line["score"]})
-    stage.finish(last_rollout_kl=round(line["kl"], 3), last_rollout_score=round(line["score"], 3))
+        stage.keep(iteration + 1)
+    stage.save(policy, vocab)
+    stage.finish(last_rollout_kl=round(log.last["kl"], 3), last_rollout_score=round(log.last["score"], 3))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError, write_json
+from checkpoint import lock, write_json
+from common import DISK, UserError
 from data import load_tokenizer, save_ranks, train_bpe, write_jsonl
 from people import agreement, blocks_of, fit_temperature, person_margins
 
@@ -301,7 +302,8 @@ def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out}: cannot make this folder: {error.strerror}") from None
+        raise UserError(f"{out}: cannot make this folder: {error.strerror}", DISK) from None
+    lock(out)
     source = read_archive(fetch(out, archive))
     (out / "summary.json").unlink(missing_ok=True)  # a run that is cut short must not look finished
     sentences = [s for domain, (truth, ratings) in source.items() for s in parse(domain, truth, ratings, dropped)]

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import re
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from budget import announce, reward_budget
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    say, set_up, write_json)
+from checkpoint import Stage, write_json
+from common import (Log, adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step,
+                    progress, run, say, set_up)
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
                   read_rankings)
 from model import load_model, load_trunk, prompt_room, score_many
@@ -54,6 +54,8 @@ class Config:
     recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
+    save_every: float = 120.0                # seconds between saves of the state that a stopped run goes on from
+    restart: bool = False                    # begin again where --out holds another run, instead of refusing
     seed: int = 1                            # fresh head, order, dropout, split
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -143,7 +145,7 @@ def score_rankings(model, rankings, device):
     return scores, mask.to(device)
 
 
-def train(model, rankings, cfg, log, device, autocast):
+def train(model, rankings, cfg, stage, device, autocast):
     """One optimizer step per batch of rankings, in the order that batches() gives."""
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
@@ -151,10 +153,11 @@ def train(model, rankings, cfg, log, device, autocast):
     # Rankings of similar length share a batch, but in steps of 64 tokens: short ones stay a plain shuffle.
     lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
-    start = time.time()
+    log = Log(stage.folder)
+    done = stage.resume(steps, model=model, optimizer=optimizer, log=log, dropout=dropout_generator(device))
     model.train()
-    for step, batch in enumerate(progress(order, "train")):
-        batch = sorted(batch, key=lambda i: max(map(len, rankings[i])))  # little padding, if it is split
+    for step in progress(range(done, steps), "train"):
+        batch = sorted(order[step], key=lambda i: max(map(len, rankings[i])))  # little padding, if it is split
         for first in range(0, len(batch), cfg.microbatch):
             part = [rankings[i] for i in batch[first:first + cfg.microbatch]]
             with autocast():
@@ -165,10 +168,11 @@ def train(model, rankings, cfg, log, device, autocast):
             hits, pairs = pair_accuracy(scores.detach(), mask)
             log.add(len(part), loss=loss, accuracy=hits / pairs)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            line = log.write(step=step + 1, lr=lr, seconds=round(time.time() - start, 1))
+            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
+        stage.keep(step + 1)
     model.eval()
 
 
@@ -289,6 +293,7 @@ def main(cfg):
                    "temperature")
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
+    stage = Stage(cfg)
     device, autocast = set_up(cfg)
     model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
     enc = load_tokenizer(cfg.model)
@@ -309,9 +314,9 @@ def main(cfg):
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     announce(*reward_budget(model.config, cfg, rankings, test, human, device), device, autocast)
-    stage = Stage(cfg.out)
+    stage.open()
 
-    train(model, rankings, cfg, Log(stage.folder), device, autocast)
+    train(model, rankings, cfg, stage, device, autocast)
     with autocast():
         scores = score_many(model, [text for texts in test for text in texts])
     number = {text: i for i, text in enumerate(dict.fromkeys(tuple(text) for texts in test for text in texts))}
@@ -327,7 +332,7 @@ def main(cfg):
     if policy:
         normalise(model, policy, prompts, cfg, enc, device, autocast)
     write_json(stage.folder / "report_card.json", card)
-    stage.save(model, cfg, Path(cfg.model) / "vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
+    stage.save(model, Path(cfg.model) / "vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
     stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])
 
 

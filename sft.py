@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from budget import announce, sft_budget
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    say, set_up)
+from checkpoint import Stage
+from common import (Log, adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step,
+                    progress, run, say, set_up)
 from data import batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl
 from model import GPT, GPTConfig, load_model, token_logprobs
 
@@ -44,6 +45,8 @@ class Config:
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
     recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
+    save_every: float = 120.0                       # seconds between saves of the state that a stopped run goes on from
+    restart: bool = False                           # begin again where --out holds another run, instead of refusing
     seed: int = 1                                   # initial weights, data order, dropout
     device: str = "auto"                            # auto, cpu, cuda, mps
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -107,6 +110,7 @@ def held_out_loss(model, rows, pad_id, device, autocast, size=32):
 
 def main(cfg):
     check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack")
+    stage = Stage(cfg)
     device, autocast = set_up(cfg)
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
     enc = load_tokenizer(vocab)
@@ -123,7 +127,7 @@ def main(cfg):
         train, test = (packed_rows(enc, path, cfg.pack, cfg.seed) for path in (cfg.train, cfg.test))
     else:
         train, test = (response_rows(enc, path, model.config.block_size) for path in (cfg.train, cfg.test))
-    stage = Stage(cfg.out)
+    stage.open()
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
     lengths = [len(ids) for ids, _ in train]
@@ -134,11 +138,12 @@ def main(cfg):
           f"{steps} steps")
     announce(*sft_budget(model.config, cfg, train, test, steps / per_epoch, device), device, autocast)
 
-    log, best, seen, start, order = Log(stage.folder), math.inf, 0, time.time(), []
+    log, best, seen, start, order = Log(stage.folder), {"test_loss": math.inf}, 0, time.time(), []
+    done = stage.resume(steps, model=model, optimizer=optimizer, log=log, best=best, dropout=dropout_generator(device))
     model.train()
-    for step in progress(range(steps), stage.folder.name):
-        if not order:
-            order = batches(lengths, cfg.batch_size, cfg.seed, step // per_epoch)
+    for step in progress(range(done, steps), stage.folder.name):
+        if not order:  # of this epoch, what a stopped run has not had yet
+            order = batches(lengths, cfg.batch_size, cfg.seed, step // per_epoch)[:per_epoch - step % per_epoch]
         batch = [train[i] for i in order.pop()]
         counted = sum(len(ids) - first for ids, first in batch)  # tokens behind this step
         parts = [batch[i:i + cfg.microbatch] for i in range(0, len(batch), cfg.microbatch)]
@@ -149,18 +154,18 @@ def main(cfg):
             log.add(loss=loss.detach() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
-        log.add(grad_norm=optimizer_step(optimizer, parameters, lr, cfg.grad_clip))
+        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
             test_loss = held_out_loss(model, test, enc.eot_token, device, autocast, cfg.microbatch)
-            seconds = time.time() - start
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), test_loss=test_loss, lr=lr,
-                             tokens_per_second=round(seen / seconds), seconds=round(seconds, 1))
+                             tokens_per_second=round(seen / (time.time() - start)), seconds=round(stage.seconds(), 1))
             say("step {step}/{of} loss {loss:.3f} held-out {test_loss:.3f} nats/token, {tokens_per_second} tokens/s"
                 .format(of=steps, **line))
-            if test_loss < best:
-                best = test_loss
-                stage.save(model, cfg, vocab, step=step + 1, test_loss=test_loss)
-    stage.finish(steps=steps, best_test_loss=round(best, 4))
+            if test_loss < best["test_loss"]:
+                best["test_loss"] = test_loss
+                stage.save(model, vocab, step=step + 1, test_loss=test_loss)
+        stage.keep(step + 1)
+    stage.finish(steps=steps, best_test_loss=round(best["test_loss"], 4))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import sys
 import textwrap
 import unicodedata
 
-from common import UserError, write_atomic
+from checkpoint import write_atomic
+from common import DISK, UserError
 from data import read_jsonl
 
 HELP = """Which response would you rather read after the prompt? Type the numbers, best first.
@@ -68,7 +69,7 @@ def append(path, row):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror} (earlier answers are safe)") from None
+        raise UserError(f"{path}: cannot be written: {error.strerror} (earlier answers are safe)", DISK) from None
 
 
 def ask(question):

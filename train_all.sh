@@ -5,9 +5,10 @@
 #   gpt2   GPT-2 on the same ratings of sentences, for one GPU of 24 GB
 #   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared answers to the same prompt, so the reward
 #          model learns from them and nobody has to stand in. --init gpt2-medium, or any flag of gpt2.py, may follow.
-# A finished stage is not run again, unless one before it was. SEED=2 is another seed; OUT and DATA are other folders
-# (a DATA of your own is used as it is: the files that the stages below name). FLAGS="--microbatch 4" goes to the stages
-# that train: for less memory. STEPS=smoke bash train_all.sh hh runs the stages of hh with the few steps of smoke.
+# Stopped or killed, the same command goes on where it was. A finished stage is not run again, unless its flags or inputs
+# have changed. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that
+# the stages below name). FLAGS="--microbatch 4" goes to the stages that train: for less memory. STEPS=smoke bash
+# train_all.sh hh runs the stages of hh with the few steps of smoke.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
@@ -18,19 +19,22 @@ case $preset in
   *) echo "error: no preset '$preset' (tiny, smoke, gpt2, hh)" >&2; exit 2 ;;
 esac
 . ./setup.sh
-OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} rerun=""
+OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 mkdir -p "$OUT"
 made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
 [ -f "$OUT/made" ] || echo "$made" > "$OUT/made"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
-stage() {  # stage NAME SCRIPT [FLAGS]: run it unless $OUT/NAME/done.json says that it is finished
-  local name=$1; shift
-  if [ -z "$rerun" ] && [ -f "$OUT/$name/done.json" ]; then echo "== $name: finished already"; return; fi
-  rerun=yes
+stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is finished, or where to go on
+  local name=$1 code=0; shift
   echo "== $name"
-  "$PYTHON" "$@" --out "$OUT/$name" --seed "$SEED"
+  "$PYTHON" "$@" --out "$OUT/$name" --seed "$SEED" --restart true & child=$!
+  wait $child || code=$?
+  while kill -0 $child 2>/dev/null; do wait $child || code=$?; done  # a signal ends wait: let the stage save its state
+  [ $code != 137 ] || echo "error: $name was killed, perhaps as memory ran out (FLAGS=\"--microbatch 4\" needs less)" >&2
+  return $code
 }
+trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
 
 if [ -z "${DATA:-}" ]; then
   case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoint
 import common
 import data
 import ppo
@@ -79,7 +80,7 @@ def checkpoints(tmp_path_factory):
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):
         # Dropout in the stored configuration: PPO must switch it off.
         model = kind(GPTConfig(size, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
-        common.save_checkpoint(folder / name, model, ppo_config(), vocab)
+        checkpoint.save_checkpoint(folder / name, model, ppo_config(), vocab)
     prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
     data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-import common
+import checkpoint
 import data
 import export
 from common import UserError
@@ -33,7 +33,7 @@ def exported(folder, vocab, kind, **changes):
     if kind is ScalarModel:
         model.gain.fill_(1.7)
         model.bias.fill_(-0.6)
-    common.save_checkpoint(folder / "ours", model, ppo_config(), vocab)
+    checkpoint.save_checkpoint(folder / "ours", model, ppo_config(), vocab)
     export.main(export.Config(model=str(folder / "ours"), out=str(folder / "theirs")))
     return load_model(folder / "ours", kind="lm" if kind is GPT else "reward"), folder / "theirs"
 
@@ -125,7 +125,7 @@ def test_bad_folders(tmp_path, vocab):
         export.main(export.Config(model=str(tmp_path / "ours"), out=str(tmp_path / "file")))
     untrained = random_model(ScalarModel, vocab_size=load_tokenizer(vocab).n_vocab)
     untrained.head.weight.data.zero_()
-    common.save_checkpoint(tmp_path / "zero", untrained, ppo_config(), vocab)
+    checkpoint.save_checkpoint(tmp_path / "zero", untrained, ppo_config(), vocab)
     with pytest.raises(UserError, match="the head of this reward model is zero"):
         export.main(export.Config(model=str(tmp_path / "zero"), out=str(tmp_path / "x")))
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["kind"] == "lm"

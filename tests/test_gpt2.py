@@ -273,8 +273,10 @@ def test_a_base_checkpoint_from_weights_on_disk(tmp_path, checkpoints):
     with pytest.raises(UserError, match="the folder of --init"):
         gpt2.main(dataclasses.replace(cfg, out=str(tmp_path / "theirs")))
     small_gpt2(tmp_path / "theirs")
-    with pytest.raises(UserError, match="vocabulary of 300 tokens.* of 270"):
+    with pytest.raises(UserError, match="holds another run: --init"):
         gpt2.main(cfg)
+    with pytest.raises(UserError, match="vocabulary of 300 tokens.* of 270"):
+        gpt2.main(dataclasses.replace(cfg, restart=True))
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
@@ -288,7 +290,7 @@ def test_another_vocabulary_is_not_taken_for_gpt2s(tmp_path, monkeypatch, name):
         (folder / name).write_text(json.dumps(words if name == "vocab.json" else {"model": {"vocab": words}}))
         if shift:
             with pytest.raises(UserError, match="its tokenizer is not GPT-2's"):
-                gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "base")))
+                gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "other")))
         else:
             gpt2.main(gpt2.Config(init=str(folder), out=str(tmp_path / "base")))
 

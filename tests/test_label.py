@@ -14,7 +14,8 @@ import torch
 
 import label
 import terminal
-from common import UserError, generator, save_checkpoint
+from checkpoint import save_checkpoint
+from common import UserError, generator
 from data import load_tokenizer, read_rankings, save_ranks, train_bpe, write_jsonl
 from label import RankConfig, SampleConfig
 from model import GPT, GPTConfig, ScalarModel, load_model, score_many
@@ -96,7 +97,7 @@ def test_cut_empty_and_repeated_responses_are_drawn_again_and_counted(folder, tm
     assert done["cut before end of text"] > done["empty"] > 0 and done["kept"] > 0
     assert done["prompts"] + done["prompts_dropped"] == 6 and done["prompts_below_K"] > 0
     assert "cut before end of text" in capsys.readouterr().out
-    kept = sampled(folder, tmp_path, response_tokens=2, keep_cut=True)
+    kept = sampled(folder, tmp_path / "cut", response_tokens=2, keep_cut=True)
     assert {len(text) for row in kept for text in row["responses"]} >= {2}
 
 

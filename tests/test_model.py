@@ -435,9 +435,9 @@ def test_load_model_refuses_the_wrong_kind(checkpoints, tmp_path):
     """A reward model used as a policy, an empty folder, or a damaged file, each with a traceback."""
     with pytest.raises(UserError, match="this is a reward checkpoint, expected lm"):
         model_module.load_model(checkpoints.reward)
-    with pytest.raises(UserError, match="config.json is missing"):
+    with pytest.raises(UserError, match="model.pt is missing"):
         model_module.load_model(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.pt").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         model_module.load_model(tmp_path)
 
@@ -449,7 +449,7 @@ def test_loading_runs_no_code(checkpoints, tmp_path):
             return Path.touch, (tmp_path / "ran",)
     shutil.copytree(checkpoints.sft, tmp_path / "evil")
     torch.save({"weight": Evil()}, tmp_path / "evil" / "model.pt")
-    with pytest.raises(UserError, match="damaged checkpoint"):
+    with pytest.raises(UserError, match="evil/model.pt: damaged"):
         model_module.load_model(tmp_path / "evil")
     assert not (tmp_path / "ran").exists()
 

@@ -2,13 +2,13 @@
 import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 import reward
+from checkpoint import Stage
 from common import UserError
 from conftest import END, log_of, ragged_mask, random_model
 from model import ScalarModel, load_model, score_many
@@ -139,22 +139,22 @@ def config(checkpoints, folder, **changes):
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 5])
-def test_microbatches_change_no_gradient(monkeypatch, autocast_off, microbatch):
+def test_microbatches_change_no_gradient(monkeypatch, tmp_path, autocast_off, microbatch):
     """A mean per microbatch, which makes the result depend on the memory of the machine."""
     rankings = [[[i % 7 + 1] * (j + 2) + [i % 3, END] for j in range(2 + i % 3)] for i in range(8)]
     seen, model = {}, random_model(ScalarModel)
     start = {name: x.clone() for name, x in model.state_dict().items()}
 
-    def step(optimizer, parameters, lr, grad_clip):
+    def step(optimizer, parameters, lr, grad_clip, log):
         seen[cfg.microbatch] = [parameter.grad.clone() for parameter in parameters]
         optimizer.zero_grad()
-        return 0.0
     monkeypatch.setattr(reward, "optimizer_step", step)
     for size in (8, microbatch):
-        cfg, log = reward.Config(batch_size=8, microbatch=size, log_every=9), SimpleNamespace(
-            add=lambda *_, **__: None, write=lambda **_: {"loss": 0.0, "accuracy": 0.0})
+        cfg = reward.Config(out=str(tmp_path / str(size)), batch_size=8, microbatch=size, log_every=9)
         model.load_state_dict(start)
-        reward.train(model, rankings, cfg, log, "cpu", autocast_off)
+        stage = Stage(cfg)
+        stage.open()
+        reward.train(model, rankings, cfg, stage, "cpu", autocast_off)
     for whole, split in zip(seen[8], seen[microbatch]):
         assert torch.allclose(whole, split, rtol=1e-4, atol=1e-6)
 

@@ -102,9 +102,9 @@ def test_recompute_reaches_the_model(checkpoints, tmp_path, monkeypatch, fresh):
     calls = []
     monkeypatch.setattr(model_module, "checkpoint", lambda block, *args, **_: calls.append(block) or block(*args))
     how = {"model": "" if fresh else checkpoints.sft, "epochs": 1.0}
-    trained(checkpoints, tmp_path, TEXTS, **how)
+    trained(checkpoints, tmp_path / "a", TEXTS, **how)
     assert not calls
-    trained(checkpoints, tmp_path, TEXTS, **how, recompute=True)
+    trained(checkpoints, tmp_path / "b", TEXTS, **how, recompute=True)
     assert calls
 
 
