@@ -1,0 +1,220 @@
+"""Kill training at bad moments, give the same command again, and see whether it goes on as if nothing had happened.
+
+    python tests/faults.py             every step of a save once per stage, two kills per stage
+    python tests/faults.py --long      every step of every save, 30 kills
+
+After each fault every file that is there must load; the continued run's log lines (times aside), weights, snapshots and
+done.json must equal the unbroken run's bit for bit. Prints a table; exit code 1 if anything differs.
+"""
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+import torch  # noqa: E402
+
+import checkpoint  # noqa: E402
+from conftest import SENTENCES, make_checkpoints  # noqa: E402
+from data import write_jsonl  # noqa: E402
+
+POINTS = ("before the temporary file", "after open", "half-way", "before fsync", "before replace", "after replace")
+TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_mb"}
+# Short runs in which every item of the state matters: dropout, a best loss in the middle, lines of several steps.
+COMMON = {"device": "cpu", "dtype": "float32", "save_every": 0.0}
+STAGES = {
+    "base": ("sft", {"n_layer": 1, "n_head": 2, "width": 16, "block_size": 32, "pack": 16, "batch_size": 4, "epochs": 3.0,
+                     "lr": 1e-2, "dropout": 0.2, "evals": 3}),
+    "sft": ("sft", {"batch_size": 4, "epochs": 4.0, "lr": 3e-2, "dropout": 0.2, "evals": 4}),
+    "reward": ("reward", {"batch_size": 4, "epochs": 4, "lr": 1e-3, "dropout": 0.2, "log_every": 3, "test_share": 0.25,
+                          "samples": 8, "response_tokens": 6, "pairs": ""}),
+    "ppo": ("ppo", {"iterations": 6, "episodes": 4, "epochs": 2, "minibatches": 2, "microbatch": 3, "response_tokens": 6,
+                    "lr": 1e-3, "kl_horizon": 8.0, "kl_target": 0.01, "snapshots": 3, "no_end_score": float("nan")}),
+    "dpo": ("dpo", {"batch_size": 4, "epochs": 2, "lr": 1e-3, "log_every": 3, "test_share": 0.25}),
+}
+
+
+def settings(stage, given, out):
+    """(script, {flag: value}) of a stage's run into the folder out; given: what make_checkpoints returned."""
+    script, flags = STAGES[stage]
+    folder = Path(given.sft).parent
+    texts, other = str(folder / "texts.jsonl"), str(folder / "other.jsonl")
+    inputs = {"base": {"train": texts, "test": texts, "vocab": str(given.vocab)},
+              "sft": {"model": given.sft, "train": str(folder / "demos.jsonl"), "test": other},
+              "reward": {"model": given.sft, "sft": given.sft, "prompts": given.prompts, "train": given.rankings},
+              "ppo": {"sft": given.sft, "reward": given.reward, "prompts": given.prompts},
+              "dpo": {"model": given.sft, "train": given.rankings}}
+    return script, {**COMMON, **flags, **inputs[stage], "out": str(out)}
+
+
+def make_inputs(folder):
+    """Everything that the runs read, in this folder."""
+    given = make_checkpoints(folder)
+    write_jsonl(folder / "texts.jsonl", [{"text": sentence} for sentence in SENTENCES * 4])
+    words = "good bad so good bad so".split()
+    write_jsonl(folder / "demos.jsonl", [{"prompt": "the film", "completion": f" was {word}"} for word in words])
+    # Of this the demonstrations say nothing: the held-out loss soon rises, and the best is not the last.
+    write_jsonl(folder / "other.jsonl", [{"prompt": "the plot", "completion": " z y x w"}] * 4)
+    return given
+
+
+def outcome(folder):
+    """What a run left, times aside: log lines, facts, and the bytes of all weights."""
+    folder = Path(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines.append(json.loads((folder / "done.json").read_text()))
+    left = {"lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
+            "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
+    for path in sorted(folder.rglob("*.pt")):
+        facts = checkpoint.load(path)
+        weights = facts.pop("weights")
+        facts["stage"]["out"] = ""
+        left[str(path.relative_to(folder))] = (repr(facts), {n: x.numpy().tobytes() for n, x in weights.items()})
+    return left
+
+
+# ---- in the process that dies ----------------------------------------------------------------------------------------
+
+
+def crash_at(point, number):
+    """Have this process end, as by a power cut, at a step of the save with this number, counted over all .pt files."""
+    saves, write_atomic, save, sync, replace = [0], checkpoint.write_atomic, torch.save, checkpoint.sync, os.replace
+
+    def counted(path, write):
+        saves[0] += str(path).endswith(".pt")
+        if point == "before the temporary file" and due(path):
+            os._exit(9)
+        write_atomic(path, write)
+
+    def due(path):
+        return saves[0] == number and ".pt" in Path(path).name
+
+    def torch_save(content, path):
+        if point == "after open" and due(path):
+            open(path, "wb").close()
+            os._exit(9)
+        if point == "half-way" and due(path):
+            save(content, whole := io.BytesIO())
+            Path(path).write_bytes(whole.getvalue()[:len(whole.getvalue()) // 2])
+            os._exit(9)
+        save(content, path)
+
+    def synced(path):
+        if point == "before fsync" and due(path):
+            os._exit(9)
+        sync(path)
+
+    def replaced(source, target):
+        if point == "before replace" and due(target):
+            os._exit(9)
+        replace(source, target)
+        if point == "after replace" and due(target):
+            os._exit(9)
+    checkpoint.write_atomic, torch.save, checkpoint.sync, os.replace = counted, torch_save, synced, replaced
+    return saves
+
+
+def child(script, flags, output, point, number):
+    """One run through the guard that the command line uses; with a point, it dies there. Counts its saves."""
+    torch.set_num_threads(1)
+    for handle in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
+    module = __import__(script)
+    sys.argv = [script] + [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    saves = crash_at(point, number)
+    module.run(module.main, module.Config, module.PRESETS)
+    Path(output).with_suffix(".saves").write_text(str(saves[0]))
+
+
+# ---- in the process that looks ---------------------------------------------------------------------------------------
+
+
+class Lab:
+    """Runs of a stage in processes of their own, the unbroken one for comparison first."""
+
+    def __init__(self, folder):
+        self.folder, self.given, self.count = Path(folder), make_inputs(Path(folder) / "inputs"), 0
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["faults", "sft", "reward", "ppo", "dpo"])
+        self.unbroken = {}
+
+    def start(self, stage, out, point="", number=0):
+        """A started process, and the file that gets its output."""
+        script, flags = settings(stage, self.given, out)
+        output = Path(f"{out}.txt")
+        process = self.context.Process(target=child, args=(script, flags, str(output), point, number))
+        process.start()
+        return process, output
+
+    def finish(self, stage, out):
+        """Run a stage to its end: what it left, its seconds and its output."""
+        began = time.time()
+        process, output = self.start(stage, out)
+        process.join(120)
+        if process.exitcode != 0:
+            raise AssertionError(f"{stage}: exit code {process.exitcode}: {output.read_text()[-500:]}")
+        return outcome(out), time.time() - began, output.read_text()
+
+    def reference(self, stage):
+        """(outcome, seconds, number of saves) of the unbroken run."""
+        if stage not in self.unbroken:
+            left, seconds, _ = self.finish(stage, self.folder / stage)
+            saves = int((self.folder / f"{stage}.saves").read_text())
+            self.unbroken[stage] = left, seconds, saves
+        return self.unbroken[stage]
+
+    def fault(self, stage, point="", number=0, kill=None, after=0.0):
+        """Break a run at a step of a save, or by a signal after some seconds, and continue it: (exit code of the broken
+        run, step after which the other went on, or 0, whether all is as in the unbroken run)."""
+        reference, self.count = self.reference(stage)[0], self.count + 1
+        out = self.folder / f"{self.count}" / stage
+        out.parent.mkdir()
+        process, _ = self.start(stage, out, point, number)
+        if kill:
+            time.sleep(after)
+            if process.is_alive():
+                os.kill(process.pid, kill)
+        process.join(120)
+        for path in out.rglob("*.pt"):
+            checkpoint.load(path)
+        left, _, text = self.finish(stage, out) if process.exitcode else (outcome(out), 0, "")
+        steps = [line.split()[4] for line in text.splitlines() if line.startswith("going on after step")]
+        return process.exitcode, int(steps[-1]) if steps else 0, left == reference
+
+
+def main(long):
+    """Print the table; the number of runs that did not end as the unbroken one."""
+    draw, wrong = random.Random(1), 0
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(folder)
+        print(f"{'stage':8} {'fault':34} {'runs':>5} {'exit codes':>16} {'went on after step':>28}  equal")
+        for stage in STAGES:
+            _, seconds, saves = lab.reference(stage)
+            faults = [(point, [{"point": point, "number": n} for n in (
+                range(1, saves + 1) if long else [draw.randint(1, saves)])]) for point in POINTS]
+            for number, kills in ((signal.SIGKILL, 6 if long else 2), (signal.SIGTERM, 1), (signal.SIGINT, 1)):
+                faults.append((number.name, [{"kill": number, "after": draw.uniform(0, seconds)} for _ in range(kills)]))
+            for name, cases in faults:
+                results = [lab.fault(stage, **case) for case in cases]
+                codes, steps, equal = zip(*results)
+                wrong += len(equal) - sum(equal)
+                print(f"{stage:8} {name:34} {len(cases):5} {' '.join(map(str, sorted(set(codes)))):>16} "
+                      f"{' '.join(map(str, sorted(set(steps)))):>28}  {sum(equal)} of {len(equal)}", flush=True)
+    print("every continued run equals the unbroken one" if not wrong else f"{wrong} runs differ")
+    return wrong
+
+
+if __name__ == "__main__":
+    if set(sys.argv[1:]) - {"--long"}:
+        sys.exit(__doc__)
+    from faults import main as run_main  # by its name, as the processes that it starts know it
+    sys.exit(run_main("--long" in sys.argv) > 0)
