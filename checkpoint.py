@@ -112,7 +112,7 @@ def check_finite(path, content, name=""):
         for key, value in content.items():
             check_finite(path, value, f"{name}.{key}".lstrip("."))
     elif torch.is_tensor(content) and content.is_floating_point():
-        check(torch.isfinite(content).all(), f"{path}: {name} holds numbers that are not finite", NOT_FINITE)
+        check(torch.isfinite(content).all(), f"{path}: {name} is not finite", NOT_FINITE)
 
 
 # ---- output folders ------------------------------------------------------------------------------------------------
@@ -152,6 +152,7 @@ def open_folder(folder, last=None):
 
 def files_of(path):
     """What a flag stands for that names this path: the file, the checkpoint in the folder, or else all its files."""
+    check(not path.exists() or os.access(path, os.R_OK), f"{path}: cannot be read: permission denied")
     if path.is_dir():
         return [path / "model.pt"] if (path / "model.pt").is_file() else sorted(filter(Path.is_file, path.iterdir()))
     return [path] if path.is_file() else []
@@ -167,6 +168,8 @@ class Stage:
 
     def __init__(self, cfg, folder=None):
         self.cfg, self.folder, self.start, self.inputs = cfg, Path(folder or cfg.out), time.time(), {}
+        if self.folder.is_dir():
+            lock(self.folder)
         for name, value in dataclasses.asdict(cfg).items():  # sha256 of the files and checkpoints that flags name
             if isinstance(value, str) and name != "out":
                 paths = [path for part in value.split(",") if part for path in files_of(Path(part))]
@@ -185,8 +188,8 @@ class Stage:
         except (OSError, ValueError, KeyError, TypeError):
             before = {}
         now = {**dataclasses.asdict(self.cfg), **self.inputs}
-        names = [name for name in {**now, **before} if name not in FREE
-                 and json.dumps(before.get(name)) != json.dumps(now.get(name))]  # in writing, nan equals nan
+        names = [name for name in {**now, **before} if name not in FREE and before.get(name) != now.get(name)
+                 and str(before.get(name)) != str(now.get(name))]  # written out, nan equals nan
         changed = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {now.get(name)}"
                             for name in names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
         check(self.cfg.restart or not changed, f"{self.folder} holds another run: {changed} (choose another --out, or "

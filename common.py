@@ -1,7 +1,4 @@
-"""Run plumbing that a reader may skip: configuration, device and precision, learning rate, log.
-
-Nothing in this file knows about RLHF. Files that outlive a crash are checkpoint.py's.
-"""
+"""Run plumbing that a reader may skip: configuration, device and precision, learning rate, log. No RLHF in here."""
 import argparse
 import ctypes
 import dataclasses
@@ -177,9 +174,8 @@ def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 
 
 def optimizer_step(optimizer, parameters, lr, grad_clip, log):
-    """Clip the gradients to a global norm (0: no clipping), step at this learning rate, zero them; the norm is logged.
-    A gradient, or anything logged since the last write, that is not finite raises before the step: weights stay good.
-    """
+    """Clip the gradients to a global norm (0: no clipping), log it, step at this learning rate, zero the gradients.
+    If the norm, or anything logged since the last write, is not finite, the run stops before the step."""
     log.add(grad_norm=torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf).item())
     log.check_finite(log.sums)
     for group in optimizer.param_groups:
@@ -197,7 +193,7 @@ class Log:
 
     def __init__(self, folder):
         self.path = Path(folder) / "log.jsonl"
-        self.steps, self.text, self.last, self.sums, self.counts = 0, "", {}, {}, {}  # steps of the optimizer
+        self.steps, self.text, self.sums, self.counts = 0, "", {}, {}  # steps of the optimizer, lines so far
 
     def add(self, weight=1.0, **metrics):
         """Collect one value per metric (floats or one-element tensors) towards the weighted mean of this interval.
@@ -223,12 +219,16 @@ class Log:
         """Append the interval's means and these facts as one line; returns them as a dict."""
         line = {**facts, **{name: float(self.sums[name] / self.counts[name]) for name in self.sums}}
         self.check_finite({name: value for name, value in line.items() if isinstance(value, float)})
-        self.last = {key: round(v, 6) if isinstance(v, float) else v for key, v in line.items()}
-        self.sums, self.counts, text = {}, {}, json.dumps(self.last) + "\n"
+        rounded = {key: round(v, 6) if isinstance(v, float) else v for key, v in line.items()}
+        self.sums, self.counts, text = {}, {}, json.dumps(rounded) + "\n"
         with open(self.path, "a" if self.text else "w") as file:  # there may be one of an earlier run
             file.write(text)
         self.text += text
         return line
+
+    def last(self):
+        """The last line, as a dict."""
+        return json.loads(self.text.splitlines()[-1])
 
     def state_dict(self):
         return {name: value for name, value in vars(self).items() if name != "path"}

@@ -10,8 +10,8 @@ BELOW = -0.1, 5  # nats, rollouts in a row: by chance an estimate of KL is below
 def guard_ratio(error, log):
     """Stop a run whose ratio, before anything has been learned from a rollout, is this far from 1 at some token."""
     if error > CLOSE:
-        log.stop(f"the ratio is {error:.2f} away from 1 though nothing has been learned yet: old and new log-probabilities "
-                 "of the same weights differ (masks, positions, temperature, dropout?)", GUARD)
+        log.stop(f"the ratio is {error:.2f} away from 1 though nothing has been learned yet: old and new "
+                 "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)", GUARD)
 
 
 def guard(metrics, seen, kl_ceiling, log):

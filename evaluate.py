@@ -304,6 +304,7 @@ def main(cfg):
     cards = {name: folder / "report_card.json" for name, folder in ((n, Path(f)) for n, f in judges.items())}
     check_same_vocab(cfg.sft, *judges.values(), *folders.values())
     judges = {name: load_model(folder, device, kind="reward") for name, folder in judges.items()}
+    policies = {name: load_model(folder, device) for name, folder in folders.items()}
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
     prompts = [encode_prompt(enc, text, prompt_room(ref.config, cfg.response_tokens)) for text in texts]
     held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]
@@ -317,7 +318,7 @@ def main(cfg):
     rows = {"sft": {**summarise(base, base, cfg), "perplexity": perplexity(ref)}}
     answered, snapshots = {}, {}
     for name, folder in folders.items():
-        policy = load_model(folder, device)
+        policy = policies[name]
         answered[name] = answer(policy, ref, judges, prompts, enc, cfg, autocast)
         rows[name] = {**summarise(answered[name], base, cfg), "perplexity": perplexity(policy)}
         print(f"{name}: win rate {rows[name]['win_rate_judge']:.3f} {rows[name]['win_rate_judge_interval']}, "

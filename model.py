@@ -288,9 +288,11 @@ def fill(Model, folder, state, config, device, dropout, recompute):
     """A model of this class with the weights of a checkpoint, in eval mode; a head that these lack stays fresh."""
     try:
         model = Model(GPTConfig(**{**config["model"], "dropout": dropout}))
-        model.load_state_dict(state, strict=config["kind"] == model.kind)
+        head = {name: x for name, x in model.state_dict().items() if not name.startswith("trunk.")}
+        model.load_state_dict(state if config["kind"] == model.kind else {**head, **state})
     except (RuntimeError, TypeError):
-        raise UserError(f"{folder}/model.pt: the weights are not of the sizes that it names (run its stage again)") from None
+        raise UserError(f"{folder}/model.pt: the weights are not of the sizes that it names (run its stage again)"
+                        ) from None
     model.trunk.recompute = recompute
     return model.to(device).eval()
 

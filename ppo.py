@@ -349,7 +349,7 @@ def main(cfg):
                             iteration=iteration + 1)
         stage.keep(iteration + 1)
     stage.save(policy, vocab)
-    stage.finish(last_rollout_kl=round(log.last["kl"], 3), last_rollout_score=round(log.last["score"], 3))
+    stage.finish(**{f"last_rollout_{name}": round(log.last()[name], 3) for name in ("kl", "score")})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Kill training at bad moments, give the same command again, and see whether it goes on as if nothing had happened.
 
     python tests/faults.py             every step of a save once per stage, two kills per stage
-    python tests/faults.py --long      every step of every save, 30 kills
+    python tests/faults.py --long      every step of every save, 30 kills, and train_all.sh killed in each stage
 
 After each fault every file that is there must load; the continued run's log lines (times aside), weights, snapshots and
 done.json must equal the unbroken run's bit for bit. Prints a table; exit code 1 if anything differs.
 """
+import hashlib
 import io
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +34,14 @@ TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_to
 # Short runs in which every item of the state matters: dropout, a best loss in the middle, lines of several steps.
 COMMON = {"device": "cpu", "dtype": "float32", "save_every": 0.0}
 STAGES = {
-    "base": ("sft", {"n_layer": 1, "n_head": 2, "width": 16, "block_size": 32, "pack": 16, "batch_size": 4, "epochs": 3.0,
-                     "lr": 1e-2, "dropout": 0.2, "evals": 3}),
-    "sft": ("sft", {"batch_size": 4, "epochs": 4.0, "lr": 3e-2, "dropout": 0.2, "evals": 4}),
+    "base": ("sft", {"n_layer": 1, "n_head": 2, "width": 16, "block_size": 32, "pack": 16, "batch_size": 4, "lr": 1e-2,
+                     "epochs": 3.0, "dropout": 0.2, "evals": 3}),
+    "sft": ("sft", {"batch_size": 4, "epochs": 4.0, "lr": 0.2, "dropout": 0.2, "evals": 4}),
     "reward": ("reward", {"batch_size": 4, "epochs": 4, "lr": 1e-3, "dropout": 0.2, "log_every": 3, "test_share": 0.25,
                           "samples": 8, "response_tokens": 6, "pairs": ""}),
-    "ppo": ("ppo", {"iterations": 6, "episodes": 4, "epochs": 2, "minibatches": 2, "microbatch": 3, "response_tokens": 6,
-                    "lr": 1e-3, "kl_horizon": 8.0, "kl_target": 0.01, "snapshots": 3, "no_end_score": float("nan")}),
+    "ppo": ("ppo", {"iterations": 6, "episodes": 4, "epochs": 2, "minibatches": 2, "microbatch": 3, "lr": 1e-3,
+                    "response_tokens": 6, "kl_horizon": 8.0, "kl_target": 0.01, "snapshots": 3,
+                    "no_end_score": float("nan")}),
     "dpo": ("dpo", {"batch_size": 4, "epochs": 2, "lr": 1e-3, "log_every": 3, "test_share": 0.25}),
 }
 
@@ -68,7 +71,7 @@ def make_inputs(folder):
 
 
 def outcome(folder):
-    """What a run left, times aside: log lines, facts, and the bytes of all weights."""
+    """What a run left, times aside and flags that change no result: log lines, facts, and a digest of all weights."""
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     lines.append(json.loads((folder / "done.json").read_text()))
@@ -76,9 +79,9 @@ def outcome(folder):
             "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
     for path in sorted(folder.rglob("*.pt")):
         facts = checkpoint.load(path)
-        weights = facts.pop("weights")
-        facts["stage"]["out"] = ""
-        left[str(path.relative_to(folder))] = (repr(facts), {n: x.numpy().tobytes() for n, x in weights.items()})
+        facts["stage"] = {name: value for name, value in facts["stage"].items() if name not in checkpoint.FREE}
+        bytes_of = [name.encode() + x.numpy().tobytes() for name, x in facts.pop("weights").items()]
+        left[str(path.relative_to(folder))] = repr(facts), hashlib.sha256(b"".join(bytes_of)).hexdigest()
     return left
 
 
@@ -144,7 +147,8 @@ class Lab:
     def __init__(self, folder):
         self.folder, self.given, self.count = Path(folder), make_inputs(Path(folder) / "inputs"), 0
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["faults", "sft", "reward", "ppo", "dpo"])
+        # What every run imports is imported once; torch._dynamo is what the first step of an optimizer needs.
+        self.context.set_forkserver_preload(["faults", "sft", "reward", "ppo", "dpo", "torch._dynamo"])
         self.unbroken = {}
 
     def start(self, stage, out, point="", number=0):
@@ -157,8 +161,8 @@ class Lab:
 
     def finish(self, stage, out):
         """Run a stage to its end: what it left, its seconds and its output."""
-        began = time.time()
         process, output = self.start(stage, out)
+        began = time.time()
         process.join(120)
         if process.exitcode != 0:
             raise AssertionError(f"{stage}: exit code {process.exitcode}: {output.read_text()[-500:]}")
@@ -191,6 +195,40 @@ class Lab:
         return process.exitcode, int(steps[-1]) if steps else 0, left == reference
 
 
+def train_all(folder, out, **how):
+    """train_all.sh with its smallest settings, started: data and output are in folder."""
+    return subprocess.Popen(
+        ["bash", str(ROOT / "train_all.sh"), "smoke"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env={**os.environ, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
+                                     "OUT": str(folder / out)}, **how)
+
+
+def break_pipeline(folder, out, breaks, draw):
+    """Start train_all.sh, send a signal (SIGKILL: to all its processes, else: to the shell alone) a moment after a stage
+    has begun, and so on for all breaks (stage, signal), and then to its end. What it printed."""
+    text = ""
+    for stage, number in (*breaks, (None, None)):
+        shell = train_all(folder, out)
+        for line in shell.stdout:
+            text += line
+            if line == f"== {stage}\n":
+                time.sleep(draw.uniform(1, 3))
+                if number == signal.SIGKILL:
+                    os.killpg(shell.pid, number)
+                else:
+                    shell.send_signal(number)
+        code = shell.wait()
+        assert code == 0 or stage, text
+    return text
+
+
+def results_of(folder, out):
+    """What an evaluation found, without times, places and dates."""
+    results = json.loads((folder / out / "evaluate" / "results.json").read_text())
+    samples = (folder / out / "evaluate" / "samples.jsonl").read_text()
+    return {name: results[name] for name in ("policies", "snapshots", "reward_models", "prompts")}, samples
+
+
 def main(long):
     """Print the table; the number of runs that did not end as the unbroken one."""
     draw, wrong = random.Random(1), 0
@@ -202,13 +240,26 @@ def main(long):
             faults = [(point, [{"point": point, "number": n} for n in (
                 range(1, saves + 1) if long else [draw.randint(1, saves)])]) for point in POINTS]
             for number, kills in ((signal.SIGKILL, 6 if long else 2), (signal.SIGTERM, 1), (signal.SIGINT, 1)):
-                faults.append((number.name, [{"kill": number, "after": draw.uniform(0, seconds)} for _ in range(kills)]))
+                faults.append((number.name, [{"kill": number, "after": draw.uniform(0, seconds)}
+                                             for _ in range(kills)]))
             for name, cases in faults:
                 results = [lab.fault(stage, **case) for case in cases]
                 codes, steps, equal = zip(*results)
                 wrong += len(equal) - sum(equal)
                 print(f"{stage:8} {name:34} {len(cases):5} {' '.join(map(str, sorted(set(codes)))):>16} "
                       f"{' '.join(map(str, sorted(set(steps)))):>28}  {sum(equal)} of {len(equal)}", flush=True)
+        if long:
+            from test_pipeline import prepare
+            folder, stages = Path(folder), "base sft labeler judge samples label reward ppo evaluate".split()
+            prepare(folder)
+            break_pipeline(folder, "unbroken", [], draw)
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                text = break_pipeline(folder, number.name, [(stage, number) for stage in stages], draw)
+                equal = results_of(folder, number.name) == results_of(folder, "unbroken")
+                wrong += not equal
+                print(f"train_all.sh, {number.name} in each of {', '.join(stages)}: the same results: {equal} "
+                      f"({text.count('finished already')} times a stage was finished already, "
+                      f"{text.count('going on after')} times it went on)", flush=True)
     print("every continued run equals the unbroken one" if not wrong else f"{wrong} runs differ")
     return wrong
 

@@ -1,7 +1,9 @@
 """The whole pipeline through the real scripts, on a small data set in the real format. No network."""
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import faults
 import hh
 import reviews
 import test_hh
@@ -27,15 +30,20 @@ def train_all(folder, preset="smoke", *flags, **variables):
                                "OUT": str(folder / "the output"), **variables})
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """(folder, output) of one whole run."""
-    folder = tmp_path_factory.mktemp("pipeline")
+def prepare(folder):
+    """A small data set in the real format, in folder/the data."""
     data = folder / "the data"
     data.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reviews, "SHA256", pack(data / reviews.ARCHIVE, small_source()))
         reviews.prepare(data, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, output) of one whole run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    prepare(folder)
     result = train_all(folder)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return folder, result.stdout
@@ -73,19 +81,24 @@ def test_finished_stages_are_not_run_again(finished):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_only_the_missing_stages_run(finished):
-    """A restart after a broken stage that begins from the start."""
-    out = finished[0] / "the output"
-    (out / "evaluate" / "done.json").unlink()
-    result = train_all(finished[0])
-    assert result.returncode == 0 and result.stdout.count("finished already") == 8
-
-
-def test_what_follows_a_rerun_stage_runs_again(finished):
-    """A report on a policy that has been trained anew since."""
-    (finished[0] / "the output" / "ppo" / "done.json").unlink()
+def test_what_changed_runs_again_and_what_follows(finished):
+    """A policy trained on other prompts than those that are there now, or a report on a policy that is gone."""
+    with open(finished[0] / "the data" / "prompts_ppo.jsonl", "a") as file:
+        file.write('{"prompt": "Another one"}\n')
     result = train_all(finished[0])
     assert result.returncode == 0 and result.stdout.count("finished already") == 7
+    ppo, evaluate = (finished[0] / "the output" / name for name in ("ppo", "evaluate"))
+    assert f"{ppo} is begun again: --prompts was sha256" in result.stdout
+    assert f"{evaluate} is begun again: --policies was sha256" in result.stdout
+
+
+def test_killed_and_started_again_it_ends_the_same(finished):
+    """A kill that costs the run, or changes its result; a signal to the shell that leaves its stage running (then the
+    folder stays locked)."""
+    folder, breaks = finished[0], [("labeler", signal.SIGKILL), ("ppo", signal.SIGTERM)]
+    text = faults.break_pipeline(folder, "killed", breaks, random.Random(1))
+    assert "another run" not in text and text.count("finished already") >= 2 + 7
+    assert faults.results_of(folder, "killed") == faults.results_of(folder, "the output")
 
 
 def test_another_seed_needs_another_folder(finished):
