@@ -3,6 +3,7 @@ import argparse
 import ctypes
 import dataclasses
 import inspect
+import io
 import json
 import math
 import os
@@ -54,30 +55,25 @@ def _boolean(text):
     return text.lower() == "true"
 
 
-def words_for(*flags, several=False):
-    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT.
-    several: any number of words stand for the one flag, with commas between them."""
-    words = []
-    while sys.argv[1:] and not sys.argv[1].startswith("-") and (several or len(words) < len(flags)):
-        words.append(sys.argv.pop(1))
-    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, [",".join(words)] if several and words else words)]
-
-
 def check(condition, message, code=2):
     """Raise UserError(message, code) unless the condition holds."""
     if not condition:
         raise UserError(message, code)
 
 
-def check_positive(cfg, *names):
-    """UserError for the first of these fields that is not a finite number above zero."""
-    for name in names:
-        value = getattr(cfg, name)
-        check(math.isfinite(value) and value > 0, f"--{name.replace('_', '-')} is {value}: it must be above 0")
+def check_positive(cfg, *names, or_zero=()):
+    """UserError for the first of these fields that is not a finite number above zero, or from zero."""
+    for name in (*names, *or_zero):
+        value, least = getattr(cfg, name), "0 or more" if name in or_zero else "above 0"
+        check(math.isfinite(value) and (value > 0 or value == 0 and name in or_zero),
+              f"--{name.replace('_', '-')} is {value}: it must be {least}")
 
 
 def run(main, Config, presets=()):
     """The guard at the end of each script: parse, run, and turn what can go wrong into one line and an exit code."""
+    for stream in (sys.stdin, sys.stdout):  # what is no UTF-8 shows as it is, and stops nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     try:
@@ -109,6 +105,7 @@ def set_up(cfg, quiet=False):
     autocast() is a fresh context manager for the forward pass. The weights stay in float32 whatever the precision.
     """
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
+    check(abs(cfg.seed) < 2**63, f"--seed is {cfg.seed}: it must be below 2^63")
     torch.manual_seed(cfg.seed)
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:

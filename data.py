@@ -33,7 +33,7 @@ import tiktoken
 import torch
 
 from checkpoint import write_atomic
-from common import UserError, generator, run, words_for
+from common import UserError, generator, run
 
 END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
@@ -204,12 +204,18 @@ def write_jsonl(path, rows):
     write_atomic(path, lambda temporary: temporary.write_text(lines, encoding="utf-8"))
 
 
-def read_jsonl(path, fields):
+def read_jsonl(path, *layouts):
     """Rows of a JSONL file, each checked to be an object with these fields: {"prompt": str, "responses": list, ...}.
 
-    A list means a list of two or more different texts. For the rest see read_rows.
+    A list means a list of two or more different texts. Of several layouts the first row decides that has a field of one
+    besides the prompt; the others must be like it. For the rest see read_rows.
     """
-    return read_rows(path, lambda row: checked(row, fields), f"an object with {', '.join(fields)}")
+    left = list(layouts)
+
+    def accept(row):
+        left[:] = [fields for fields in left if fields.keys() & row.keys() - {"prompt"}][:1] or left
+        return checked(row, left[0])
+    return read_rows(path, accept, f"an object with {' or '.join(map(', '.join, layouts))}")
 
 
 def read_rows(path, accept, expected, array=False):
@@ -319,11 +325,8 @@ def check_text(text, name):
 
 def read_rankings(path):
     """Rows {"prompt", "responses": best to worst} of a rankings file, or of a pairs file ("chosen", "rejected")."""
-    first = read_jsonl(path, {})[0]
-    if "responses" in first or "chosen" not in first:
-        return read_jsonl(path, {"prompt": str, "responses": list})
-    pairs = read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})
-    return [{**row, "responses": [row["chosen"], row["rejected"]]} for row in pairs]
+    rows = read_jsonl(path, {"prompt": str, "responses": list}, {"prompt": str, "chosen": str, "rejected": str})
+    return [row if "responses" in row else {**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
 
 
 def prepare_reviews(cfg):
@@ -338,6 +341,7 @@ if __name__ == "__main__":
         run(hh.main, hh.Config)
     elif sys.argv[1:2] == ["own"]:
         import own
+        from terminal import words_for  # which needs this file
         sys.argv[:2] = ["data.py own"]
         words_for("files", several=True)
         run(own.main, own.Config)

@@ -77,7 +77,7 @@ def make_pairs(enc, rows, block_size):
         texts += [(prompt + encode_response(enc, text, block_size - len(prompt)), len(prompt))
                   for text in row["responses"]]
         pairs += [(i, j) for i, j in itertools.combinations(numbers, 2) if texts[i] != texts[j]]
-    check(pairs, "no pair to compare: the responses are equal within the block size")
+    check(pairs, "--train: no pair to compare: the responses are equal within the block size")
     return texts, pairs
 
 
@@ -105,7 +105,8 @@ def measure(logprobs, ref_logprobs, pairs, cfg):
 
 
 def main(cfg):
-    check_positive(cfg, "beta", "epochs", "batch_size", "microbatch", "lr", "log_every")
+    check_positive(cfg, "beta", "epochs", "batch_size", "microbatch", "lr", "log_every",
+                   or_zero=("grad_clip", "save_every"))
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")

@@ -72,7 +72,7 @@ def length_controlled(wins, longer, resamples, random):
     wins (N,) in {0, 0.5, 1}; longer (N,) tokens that the policy's response is longer by. Fits P(win) = sigmoid(a +
     b * tanh(longer / std)) by Newton's method and reports sigmoid(a), the idea of Dubois et al. 2024 in two parameters.
     """
-    x = torch.tanh(longer / longer.std().clamp(min=1e-6))
+    x = torch.tanh(longer / longer.std(correction=min(1, len(longer) - 1)).clamp(min=1e-6))
     X = torch.stack([torch.ones_like(x), x], dim=1).double()  # (N, 2)
     rows = torch.randint(len(x), (resamples, len(x)), generator=random)
     rows[0] = torch.arange(len(x))  # the first fit is of the data itself
@@ -305,6 +305,9 @@ def main(cfg):
     check_same_vocab(cfg.sft, *judges.values(), *folders.values())
     judges = {name: load_model(folder, device, kind="reward") for name, folder in judges.items()}
     policies = {name: load_model(folder, device) for name, folder in folders.items()}
+    block_size = min(model.config.block_size for model in (*judges.values(), *policies.values()))
+    check(block_size >= ref.config.block_size, f"--sft {cfg.sft}: its block size is {ref.config.block_size}, another "
+                                               f"model's only {block_size}")
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
     prompts = [encode_prompt(enc, text, prompt_room(ref.config, cfg.response_tokens)) for text in texts]
     held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 
 from checkpoint import open_folder, read_checkpoint, write_atomic, write_json
-from common import check, run, words_for
+from common import check, run
 from data import END, load_tokenizer, save_ranks
 from gpt2 import byte_letters, names
 from model import load_model
+from terminal import words_for
 
 PAD = "<|pad|>"
 # tiktoken's \b after a letter, spelled out: the two regular-expression libraries differ in what belongs to a word.

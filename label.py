@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import Stage, open_folder
-from common import UserError, check, check_positive, generator, run, set_up
+from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many
 from reward import encode_rankings
+from people import read_summary
 from sampling import sample_many
 from terminal import HELP, append, ask, parse_order, read_answers, show, visible
 
@@ -157,16 +158,13 @@ def read_ratings(path):
     for row in read_jsonl(path, {"prompt": str, "responses": list}):
         means = row.get("means")
         check(isinstance(means, list) and len(means) == len(row["responses"])
-              and all(isinstance(mean, (int, float)) for mean in means),
+              and all(isinstance(mean, (int, float)) and abs(mean) < 1e9 for mean in means),
               f"{path}: means: expected one number per response (or rank with --noise 0)")
         if row.get("domain", "movie") == "movie":  # the temperature is that of raters of movie reviews
             mean_of.update(zip((row["prompt"] + text for text in row["responses"]), means))
-    summary = Path(path).parent / "summary.json"
-    try:
-        facts = json.loads(summary.read_text())
-        check(facts["temperature"] > 0, f"{summary}: temperature: must be above 0")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{summary}: no temperature there (python data.py writes it; or use --noise 0)") from None
+    check(len(set(mean_of.values())) > 1, f"{path}: means: no two different ratings of movies (or rank with --noise 0)")
+    facts = read_summary(summary := Path(path).parent / "summary.json")
+    check(facts["temperature"], f"{summary}: no temperature there (python data.py writes it; or use --noise 0)")
     return mean_of, facts
 
 
@@ -194,7 +192,7 @@ def rank_by_model(samples, cfg, folder):
     shares = {name: agreement(part, temperature) for name, part in margins.items()}
     for name, (one, two) in shares.items():
         print(f"{name}: a noisy ranking keeps {one:.3f} of the pairs in order, two noisy ones agree on {two:.3f}")
-    if mean_of and "movie" in facts.get("agreement", {}):
+    if mean_of and "random" in facts["agreement"].get("movie", {}):
         print(f"(of held-out human sentences, two people agree on {facts['agreement']['movie']['random'][1]:.3f})")
     rows = []
     for row, s in zip(samples, scores):  # the noise depends on the id, not on the place in the file

@@ -3,9 +3,13 @@
 The rows are reviews.Sentence: .ratings is a list of whole numbers, .mean their mean, .group the block of rows that the
 same people rated (movie reviews only: there, position k of the list is one person).
 """
+import json
+import math
 from collections import defaultdict
 
 import numpy as np
+
+from common import UserError
 
 
 def agreement(rows, same_sign, seed, draws=100_000):
@@ -63,3 +67,18 @@ def fit_temperature(margins):
         slope = (margins / (1 + np.exp(np.clip(middle * margins, -500, 500)))).sum()
         low, high = (middle, high) if slope > 0 else (low, middle)
     return round(1 / low, 4)
+
+
+def read_summary(path):
+    """The summary.json that reviews.py writes: {"temperature", "agreement": {domain: {sample: shares}}, ...}. Of other
+    data, or of none, these two are None and {}. UserError if it is damaged."""
+    try:
+        facts = {"agreement": {}, "temperature": None, **(json.loads(path.read_text()) if path.is_file() else {})}
+        shares = [share for samples in facts["agreement"].values() for pair in samples.values() for share in pair[:2]]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError
+        if facts["temperature"] is not None and not 0 < facts["temperature"] < math.inf:
+            raise ValueError
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: damaged: not the summary that python data.py writes") from None
+    return facts

@@ -281,14 +281,15 @@ def show_sample(enc, rollout, iteration):
 
 def main(cfg):
     check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
-                   "temperature", "kl_target", "snapshots", "sample_every")
+                   "temperature", "kl_target", "snapshots", "sample_every", "clip", "value_clip",
+                   or_zero=("lr", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "kl_ceiling", "save_every"))
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
-    check(cfg.lr >= 0 and math.isfinite(cfg.lr), f"--lr is {cfg.lr}: it must be 0 or more")
+    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
     check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
-    below = cfg.episodes // cfg.minibatches * cfg.minibatches
+    below = max(1, cfg.episodes // cfg.minibatches) * cfg.minibatches
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
-          f"{cfg.minibatches} (try --episodes {below or cfg.minibatches} or {below + cfg.minibatches})")
+          f"{cfg.minibatches} (try --episodes {below} or {below + cfg.minibatches})")
     stage = Stage(cfg)
     device, autocast = set_up(cfg)
 
@@ -303,7 +304,7 @@ def main(cfg):
     vocab = Path(cfg.sft) / "vocab.tiktoken"
     enc = load_tokenizer(vocab)
     check_same_vocab(cfg.sft, cfg.reward)
-    room = prompt_room(policy.config, cfg.response_tokens)
+    room = min(prompt_room(model.config, cfg.response_tokens) for model in (policy, reward))
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     announce(*ppo_budget(policy.config, cfg, prompts, device), device, autocast)

@@ -10,7 +10,6 @@ Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al.
 Left out on purpose: multi-GPU training, and pairs of one prompt split over steps (they would be learned by heart).
 """
 import itertools
-import json
 import math
 import re
 import zlib
@@ -27,7 +26,9 @@ from common import (Log, adamw, check, check_positive, dropout_generator, genera
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
                   read_rankings)
 from model import load_model, load_trunk, prompt_room, score_many
+from people import read_summary
 from sampling import sample_many
+from terminal import visible
 
 
 @dataclass
@@ -98,7 +99,7 @@ def pair_accuracy(scores, mask):
 def split_by_prompt(rows, test_share, seed):
     """Two lists of rankings, to train on and held out: a prompt is in one of them only."""
     prompts = sorted({row["prompt"] for row in rows})
-    check(len(prompts) > 1, "rankings of one prompt only: nothing can be held out")
+    check(len(prompts) > 1, "--train: rankings of one prompt only: nothing can be held out")
     order = torch.randperm(len(prompts), generator=generator(seed)).tolist()
     held = {prompts[i] for i in order[:max(1, round(test_share * len(prompts)))]}
     return [row for row in rows if row["prompt"] not in held], [row for row in rows if row["prompt"] in held]
@@ -113,7 +114,7 @@ def encode_rankings(enc, rows, block_size):
     return encoded
 
 
-def drop_equal(rankings):
+def drop_equal(rankings, flag="--train"):
     """Rankings (lists of texts in ids) without repeated texts, as cutting to the block size may have made two equal.
 
     One that is left with a single text is dropped, and counted on the screen; UserError if none is left.
@@ -122,7 +123,7 @@ def drop_equal(rankings):
     kept = [texts for texts in kept if len(texts) > 1]
     if len(kept) < len(rankings):
         print(f"{len(rankings) - len(kept):,} rankings left out: their texts are equal within the block size")
-    check(kept, "no ranking is left: the texts are equal within the block size")
+    check(kept, f"{flag}: no ranking is left: the texts are equal within the block size")
     return kept
 
 
@@ -179,7 +180,7 @@ def train(model, rankings, cfg, stage, device, autocast):
 @torch.no_grad()
 def normalise(model, policy, prompts, cfg, enc, device, autocast):
     """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
-    room = prompt_room(policy.config, cfg.response_tokens)
+    room = min(prompt_room(each.config, cfg.response_tokens) for each in (policy, model))
     prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], room) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
@@ -263,9 +264,9 @@ def report_card(model, enc, rows, train_rows, agreement, autocast):
     for i, row in enumerate(rows):
         name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
         groups.setdefault(name, []).append(i)
-        if "gap" in row and row.get("sample") == "random":
-            low = [edge for edge in (0, 0.5, 1, 2, 3) if edge <= row["gap"]][-1]
-            groups.setdefault(f"{row['domain']}, gap from {low:g}", []).append(i)
+        if isinstance(row.get("gap"), (int, float)) and row.get("sample") == "random":
+            low = max((edge for edge in (0.5, 1, 2, 3) if edge <= row["gap"]), default=0)
+            groups.setdefault(f"{row.get('domain', 'all')}, gap from {low:g}", []).append(i)
     card = {}
     for name, ids in sorted(groups.items()):
         better, worse = ends[ids].T
@@ -283,16 +284,17 @@ def print_card(card):
           f"{'one person':>11}")
     for name, row in card.items():
         own, people = row["reward model"], row.get("people")
-        print(f"{name:28} {own['pairs']:6} {own['accuracy']:8.3f} ({own['interval'][0]:.3f}-{own['interval'][1]:.3f})"
+        low, high = own["interval"]
+        print(f"{visible(name):28} {own['pairs']:6} {own['accuracy']:8.3f} ({low:.3f}-{high:.3f})"
               f" {row['bag of words']['accuracy']:13.3f} {row['longer wins']['accuracy']:7.3f}"
               f" {f'{people:.3f}' if people else '':>11}")
 
 
 def main(cfg):
     check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "log_every", "samples", "response_tokens",
-                   "temperature")
-    check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
-          "--limit must be 0 or more, --test-share between 0 and 1, --warmup from 0 to below 1")
+                   "temperature", or_zero=("weight_decay", "grad_clip", "save_every"))
+    check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1 < cfg.samples, "--limit must be 0 or more, "
+          "--test-share between 0 and 1, --warmup from 0 to below 1, --samples 2 or more")
     stage = Stage(cfg)
     device, autocast = set_up(cfg)
     model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
@@ -303,14 +305,15 @@ def main(cfg):
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)
     rows = rows[:cfg.limit or len(rows)]
-    rankings, test = (drop_equal(encode_rankings(enc, part, model.config.block_size)) for part in (rows, test_rows))
+    rankings, test = (drop_equal(encode_rankings(enc, part, model.config.block_size), flag) for part, flag in (
+        (rows, "--train"), (test_rows, "--test" if cfg.test else "--train")))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
-    agreement = json.loads(summary.read_text()).get("agreement", {}) if human and summary.is_file() else {}
+    agreement = read_summary(summary)["agreement"] if human else {}
     policy = load_model(cfg.sft, device) if cfg.sft else None
     prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
     if policy:
-        prompt_room(policy.config, cfg.response_tokens)
+        min(prompt_room(each.config, cfg.response_tokens) for each in (policy, model))  # said before the training
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     announce(*reward_budget(model.config, cfg, rankings, test, human, device), device, autocast)

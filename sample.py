@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from common import check, check_positive, run, set_up, words_for
+from common import check, check_positive, run, set_up
 from data import check_same_vocab, encode_prompt, load_tokenizer
 from model import load_model, prompt_room, score_many
 from sampling import sample_many
-from terminal import visible
+from terminal import visible, words_for
 
 
 @dataclass

@@ -109,7 +109,8 @@ def held_out_loss(model, rows, pad_id, device, autocast, size=32):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack")
+    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack",
+                   or_zero=("weight_decay", "grad_clip", "save_every"))
     stage = Stage(cfg)
     device, autocast = set_up(cfg)
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
@@ -120,7 +121,7 @@ def main(cfg):
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
     model.trunk.recompute = cfg.recompute
     check(cfg.max_steps >= 0 and 0 <= cfg.warmup < 1, "--max-steps must be 0 or more, --warmup from 0 to below 1")
-    packed = "text" in read_jsonl(cfg.train, {})[0]
+    packed = "text" in read_jsonl(cfg.train, {"text": str}, {"prompt": str, "completion": str})[0]
     if packed:
         size = model.config.block_size
         check(cfg.pack <= size, f"--pack {cfg.pack} is more than block size {size}")

@@ -1,4 +1,5 @@
-"""Talking with a person at the terminal, for label.py: questions, answers, and a file that no answer gets lost from."""
+"""Talking with a person at the terminal: the words of a command line, text that is safe to show; and for label.py
+questions, answers, and a file that no answer gets lost from."""
 import json
 import os
 import re
@@ -17,6 +18,15 @@ HELP = """Which response would you rather read after the prompt? Type the number
     1=2=3=4           no difference: kept, but not trained on
     s   skip: it is not asked again      u   undo the last answer and give it again
     ?   this help                        q   quit: every answer is on disk already"""
+
+
+def words_for(*flags, several=False):
+    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT.
+    several: any number of words stand for the one flag, with commas between them."""
+    words = []
+    while sys.argv[1:] and not sys.argv[1].startswith("-") and (several or len(words) < len(flags)):
+        words.append(sys.argv.pop(1))
+    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, [",".join(words)] if several and words else words)]
 
 
 def visible(text):

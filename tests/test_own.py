@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import common
 import data
 import gpt2
 import own
+import terminal
 from common import UserError
 
 USER, ANSWER = {"role": "user", "content": " Is it good?\n"}, {"role": "assistant", "content": "Yes, it is. "}
@@ -463,7 +463,7 @@ def test_held_out_prompts(convert):
 def test_words_become_a_flag(monkeypatch, words, left):
     """A file name with a space in two, a flag taken for a file, or the value of a flag."""
     monkeypatch.setattr(sys, "argv", ["data.py own", *words])
-    common.words_for("files", several=True)
+    terminal.words_for("files", several=True)
     assert sys.argv == ["data.py own", *left]
 
 
