@@ -203,6 +203,8 @@ class Stage:
         if changed:
             print(f"{self.folder} is begun again: {changed}", flush=True)
             (self.folder / "resume.pt").unlink(missing_ok=True)
+        if not (self.folder / "resume.pt").exists():  # a fresh start: a model that is there is another run's
+            (self.folder / "model.pt").unlink(missing_ok=True)
         write_json(self.folder / "config.json", {"stage": dataclasses.asdict(self.cfg), "inputs": self.inputs,
                                                  "versions": VERSIONS})
 

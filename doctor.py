@@ -14,18 +14,18 @@ def guard_ratio(error, log):
                  "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)", GUARD)
 
 
-def guard(metrics, seen, kl_ceiling, log):
+def guard(metrics, streak, kl_ceiling, log):
     """Stop a run that has gone wrong; what only looks wrong comes back in words.
 
-    metrics: those of ppo.collect. seen: {"below_zero": rollouts in a row with KL below zero}, changed here.
+    metrics: those of ppo.collect. streak: {"below_zero": rollouts in a row with KL below zero}, changed here.
     kl_ceiling: nats per response; 0: none.
     """
     kl = metrics["kl"].item()
-    seen["below_zero"] = seen["below_zero"] + 1 if kl < BELOW[0] else 0
+    streak["below_zero"] = streak["below_zero"] + 1 if kl < BELOW[0] else 0
     if kl > (kl_ceiling or math.inf):
         log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
                  "--kl-coef or a smaller --lr holds it)", GUARD)
-    if seen["below_zero"] >= BELOW[1]:
+    if streak["below_zero"] >= BELOW[1]:
         log.stop(f"KL is {kl:.2f} nats per response, below zero for {BELOW[1]} rollouts: the responses were not drawn "
                  "from the policy whose log-probabilities are counted", GUARD)
     doubts = {"hardly a response reaches end of text": metrics["end_rate"] < 0.05,

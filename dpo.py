@@ -41,7 +41,7 @@ class Config:
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
     log_every: int = 20                           # steps per log line
-    save_every: float = 120.0                     # seconds between saves of the state that a stopped run goes on from
+    save_every: float = 300.0                     # seconds between saves of the state that a stopped run goes on from
     restart: bool = False                         # begin again where --out holds another run, instead of refusing
     seed: int = 1                                 # split, order
     device: str = "auto"                          # auto, cpu, cuda, mps

@@ -60,7 +60,7 @@ class Config:
     whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
     snapshots: int = 8                  # policies kept along the way, for the evaluation
     sample_every: int = 10              # iterations between printed samples
-    save_every: float = 120.0           # seconds between saves of the state that a stopped run goes on from
+    save_every: float = 300.0           # seconds between saves of the state that a stopped run goes on from
     restart: bool = False               # begin again where --out holds another run, instead of refusing
     seed: int = 1                       # prompts, samples, minibatches
     device: str = "auto"                # auto, cpu, cuda, mps
@@ -313,9 +313,10 @@ def main(cfg):
     optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
-    log, seen, per_epoch = Log(stage.folder), {"below_zero": 0}, len(prompts) // cfg.episodes
+    log, per_epoch = Log(stage.folder), len(prompts) // cfg.episodes
+    streak = {"below_zero": 0}  # rollouts in a row
     first = stage.resume(cfg.iterations, 1 + cfg.snapshots, policy=policy, value=value, optimizer=optimizer, log=log,
-                         controller=vars(controller), sampling=sampling, seen=seen)
+                         controller=vars(controller), sampling=sampling, streak=streak)
     if first == 0:
         shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
 
@@ -328,7 +329,7 @@ def main(cfg):
         rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
                                    sampling)
         log.add(**metrics)
-        warnings = guard(metrics, seen, cfg.kl_ceiling, log)
+        warnings = guard(metrics, streak, cfg.kl_ceiling, log)
         tokens, rolled = rollout["lengths"].sum().item(), time.time()
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))

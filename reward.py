@@ -55,7 +55,7 @@ class Config:
     recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
-    save_every: float = 120.0                # seconds between saves of the state that a stopped run goes on from
+    save_every: float = 300.0                # seconds between saves of the state that a stopped run goes on from
     restart: bool = False                    # begin again where --out holds another run, instead of refusing
     seed: int = 1                            # fresh head, order, dropout, split
     device: str = "auto"                     # auto, cpu, cuda, mps

@@ -45,7 +45,7 @@ class Config:
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
     recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
-    save_every: float = 120.0                       # seconds between saves of the state that a stopped run goes on from
+    save_every: float = 300.0                       # seconds between saves of the state that a stopped run goes on from
     restart: bool = False                           # begin again where --out holds another run, instead of refusing
     seed: int = 1                                   # initial weights, data order, dropout
     device: str = "auto"                            # auto, cpu, cuda, mps

@@ -6,6 +6,7 @@
 After each fault every file that is there must load; the continued run's log lines (times aside), weights, snapshots and
 done.json must equal the unbroken run's bit for bit. Prints a table; exit code 1 if anything differs.
 """
+import contextlib
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # who is killed cleans nothing up
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 import torch  # noqa: E402
@@ -204,8 +206,8 @@ def train_all(folder, out, **how):
 
 
 def break_pipeline(folder, out, breaks, draw):
-    """Start train_all.sh, send a signal (SIGKILL: to all its processes, else: to the shell alone) a moment after a stage
-    has begun, and so on for all breaks (stage, signal), and then to its end. What it printed."""
+    """Start train_all.sh, send a signal (SIGKILL: to all its processes, else: to the shell alone) a moment after a
+    stage has begun, and so on for all breaks (stage, signal), and then to its end. What it printed."""
     text = ""
     for stage, number in (*breaks, (None, None)):
         shell = train_all(folder, out)
@@ -251,7 +253,8 @@ def main(long):
         if long:
             from test_pipeline import prepare
             folder, stages = Path(folder), "base sft labeler judge samples label reward ppo evaluate".split()
-            prepare(folder)
+            with contextlib.redirect_stdout(io.StringIO()):
+                prepare(folder)
             break_pipeline(folder, "unbroken", [], draw)
             for number in (signal.SIGKILL, signal.SIGTERM):
                 text = break_pipeline(folder, number.name, [(stage, number) for stage in stages], draw)

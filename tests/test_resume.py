@@ -28,7 +28,7 @@ LOG = ("log.text", "log.sums", "log.counts", "log.steps")
 # All that a state holds (the test below sees to it that this is all), and a run that goes wrong without it.
 ITEMS = {"sft": ("step", "seconds", "model", "optimizer", "best", "dropout", *LOG),
          "reward": ("step", "seconds", "model", "optimizer", "dropout", *LOG),
-         "ppo": ("step", "seconds", "policy", "value", "optimizer", "controller", "sampling", "seen", *LOG),
+         "ppo": ("step", "seconds", "policy", "value", "optimizer", "controller", "sampling", "streak", *LOG),
          "dpo": ("step", "seconds", "policy", "optimizer", *LOG)}
 # After each iteration PPO has written its line, and nothing is summed up yet: those items are seen in the other stages.
 EMPTY = {("ppo", "log.sums"), ("ppo", "log.counts")}
@@ -159,7 +159,7 @@ def test_a_run_goes_on_bit_for_bit(given, unbroken, tmp_path, stage):
 
 @pytest.mark.parametrize("stage, item", [
     *((stage, item) for stage in ITEMS for item in ITEMS[stage]
-      if (stage, item) not in EMPTY and item not in ("seconds", "log.steps", "seen")),
+      if (stage, item) not in EMPTY and item not in ("seconds", "log.steps", "streak")),
     *((stage, item) for stage in ITEMS for item in ADAM)])
 def test_a_forgotten_item_shows(given, unbroken, tmp_path, monkeypatch, stage, item):
     """A state that lacks this item and a comparison that does not see it: each has to change log or weights."""
@@ -198,7 +198,7 @@ def test_a_fault_after_a_continuation_names_the_right_step(given, tmp_path, monk
     assert f"the last good state is {tmp_path}/resume.pt" in str(stop.value) and stop.value.code == 4
 
 
-@pytest.mark.parametrize("item", ["", "seen"])
+@pytest.mark.parametrize("item", ["", "streak"])
 def test_rollouts_below_zero_are_counted_on(given, tmp_path, monkeypatch, item):
     """A guard that forgets with every continuation how long KL has been below zero."""
     monkeypatch.setattr(doctor, "BELOW", (math.inf, 5))
@@ -280,6 +280,11 @@ def test_restart_begins_again(given, unbroken, tmp_path, capsys):
     run("ppo", given, tmp_path, restart=True)
     assert "is begun again: --seed was 2, is 1" in capsys.readouterr().out
     assert faults.outcome(tmp_path)["lines"] == unbroken("ppo", restart=True)["lines"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "collect", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("ppo", given, tmp_path, restart=True, seed=3)
+    assert not (tmp_path / "model.pt").exists()  # of seed 1: a report on seed 3 must not find it
     broken_off("ppo", given, tmp_path / "same", 3, restart=True)
     run("ppo", given, tmp_path / "same", restart=True)  # the same run: it goes on
     assert "going on after step 3 of 6" in capsys.readouterr().out
