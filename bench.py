@@ -29,10 +29,11 @@ from torch import nn
 
 import ppo
 from budget import flop, sample_flop
-from common import Log, adamw, check, check_positive, generator, optimizer_step, run, set_up
+from common import adamw, check, check_positive, generator, optimizer_step, run, set_up
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel
 from reward import ranking_loss, score_rankings
+from runs import Log
 from sampling import sample
 from sft import row_logprobs
 

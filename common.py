@@ -4,13 +4,11 @@ import ctypes
 import dataclasses
 import inspect
 import io
-import json
 import math
 import os
 import re
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -74,17 +72,17 @@ def run(main, Config, presets=()):
     for stream in (sys.stdin, sys.stdout):  # what is no UTF-8 shows as it is, and stops nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: check(False, "stopped", 143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     try:
         return main(load_config(Config, dict(presets)))
     except UserError as error:
         problem, code = f"{'error: ' * (0 < error.code < 128)}{error}", error.code
     except BrokenPipeError:  # the reader of our output, such as head, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute(sys.stdout)
         sys.exit(141)
     except OSError as error:
-        problem, code = f"error: {error.filename or 'output'}: {error.strerror or error}", DISK
+        problem, code = f"error: {error.filename or 'while writing'}: {error.strerror or error}", DISK
     except KeyboardInterrupt:
         problem, code = "stopped", 130
     except (MemoryError, RuntimeError) as error:
@@ -93,7 +91,11 @@ def run(main, Config, presets=()):
         flags = [name for name in ("microbatch", "response_tokens", "batch_size", "count") if hasattr(Config, name)]
         problem, code = f"error: out of memory: lower --{' or --'.join(flags[:2])}".replace("_", "-"), OUT_OF_MEMORY
     # Names of files and fields may hold anything: one line, and nothing that acts on the terminal.
-    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem), file=sys.stderr if code else sys.stdout)
+    problem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)
+    try:
+        print(problem, file=sys.stderr if code else sys.stdout)
+    except BrokenPipeError:
+        mute(sys.stderr)
     sys.exit(code)
 
 
@@ -182,57 +184,7 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
     log.steps += 1
 
 
-# ---- log -----------------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """Averages metrics between two calls of write, and appends one JSON line per write to folder/log.jsonl."""
-
-    def __init__(self, folder):
-        self.path = Path(folder) / "log.jsonl"
-        self.steps, self.text, self.sums, self.counts = 0, "", {}, {}  # steps of the optimizer, lines so far
-
-    def add(self, weight=1.0, **metrics):
-        """Collect one value per metric (floats or one-element tensors) towards the weighted mean of this interval.
-        A tensor stays on its device for now: asking a GPU for its value would make the loop wait."""
-        for name, value in metrics.items():
-            value = value.detach() if torch.is_tensor(value) else value
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value
-            self.counts[name] = self.counts.get(name, 0.0) + weight
-
-    def check_finite(self, metrics):
-        """Stop the run if one of these is not a finite number."""
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                self.stop(f"{name} is not finite (a lower --lr usually helps)", NOT_FINITE)
-
-    def stop(self, problem, code):
-        """End the run before it does harm: UserError with folder, optimizer step, problem, and what is still good."""
-        good = [path for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]
-        raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
-                        f"{f'the last good state is {good[0]}' if good else 'nothing had been saved yet'}", code)
-
-    def write(self, **facts):
-        """Append the interval's means and these facts as one line; returns them as a dict."""
-        line = {**facts, **{name: float(self.sums[name] / self.counts[name]) for name in self.sums}}
-        self.check_finite({name: value for name, value in line.items() if isinstance(value, float)})
-        rounded = {key: round(v, 6) if isinstance(v, float) else v for key, v in line.items()}
-        self.sums, self.counts, text = {}, {}, json.dumps(rounded) + "\n"
-        with open(self.path, "a" if self.text else "w") as file:  # there may be one of an earlier run
-            file.write(text)
-        self.text += text
-        return line
-
-    def last(self):
-        """The last line, as a dict."""
-        return json.loads(self.text.splitlines()[-1])
-
-    def state_dict(self):
-        return {name: value for name, value in vars(self).items() if name != "path"}
-
-    def load_state_dict(self, state):
-        vars(self).update(state)
-        self.path.write_text(self.text)
+# ---- on the screen -----------------------------------------------------------------------------------------------
 
 
 def progress(iterable, name):
@@ -242,5 +194,13 @@ def progress(iterable, name):
 
 def say(text):
     """Print a line at once, above the progress bar if there is one."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # tee, say, has ended by the same Ctrl-C: the step comes to its end, and the log has it all
+        mute(sys.stdout)
+
+
+def mute(stream):
+    """Send what is written to a stream from now on nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -14,8 +14,9 @@ from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
-from checkpoint import digest, lock, sync
+from checkpoint import digest, sync
 from common import DISK, UserError, check, say
+from runs import lock
 
 WAITS = (1, 2, 4, 8)  # seconds between the five tries
 TIMEOUT = 30  # seconds without a byte until a connection counts as cut

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from budget import announce, dpo_budget
-from checkpoint import Stage
-from common import Log, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up
+from common import adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up
 from data import batches, encode_prompt, encode_response, load_tokenizer, read_rankings
 from model import load_model
 from reward import split_by_prompt
+from runs import Log, Stage
 from sft import row_logprobs
 
 
@@ -110,7 +110,7 @@ def main(cfg):
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
-    stage = Stage(cfg)
+    stage = Stage(cfg, "model", "train")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
     train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)

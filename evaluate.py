@@ -20,10 +20,11 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from checkpoint import Stage, write_atomic, write_json
+from checkpoint import write_atomic, write_json
 from common import check, check_positive, generator, progress, run, set_up
 from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many, token_logprobs
+from runs import Stage
 from sampling import sample_many
 from sft import held_out_loss, packed_rows
 
@@ -154,7 +155,7 @@ def read_log(folder):
 
 def learning_curves(folder, path):
     """Score, KL, KL coefficient, length, end-of-text rate and entropy over a PPO run's episodes."""
-    log = read_log(folder)
+    log = [line for line in read_log(folder) if "episodes" in line]
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5))
     for axis, (name, title) in zip(axes.flat, [
             ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"),
@@ -297,7 +298,7 @@ def main(cfg):
     folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
     check(len(folders) == len(cfg.policies.split(",")) and "sft" not in folders,
           f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
-    stage = Stage(cfg)
+    stage = Stage(cfg, "sft", "policies", "reward", "labeler", "judge", "prompts", "text")
     device, autocast = set_up(cfg)
     ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
     judges = {"proxy": cfg.reward, **({"labeler": cfg.labeler} if cfg.labeler else {}), "judge": cfg.judge}

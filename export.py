@@ -13,11 +13,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from checkpoint import open_folder, read_checkpoint, write_atomic, write_json
+from checkpoint import read_checkpoint, write_atomic, write_json
 from common import check, run
 from data import END, load_tokenizer, save_ranks
 from gpt2 import byte_letters, names
 from model import load_model
+from runs import open_folder
 from terminal import words_for
 
 PAD = "<|pad|>"

@@ -18,11 +18,11 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Stage
 from common import UserError, check, run
 from data import load_tokenizer, save_ranks
 from download import download, hub, verified
 from model import GPT, GPTConfig
+from runs import Stage
 
 # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
 SIZES = {
@@ -210,7 +210,7 @@ def has_gpt2_words(folder):
 
 
 def main(cfg):
-    stage = Stage(cfg)
+    stage = Stage(cfg, "init", "vocab")
     folder = Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent
     vocab = cfg.vocab
     if cfg.init not in SIZES and not vocab:

@@ -28,10 +28,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import open_folder, write_json
+from checkpoint import write_json
 from common import UserError, check
 from data import REPLY, TURN, check_text, read_rows, write_jsonl
 from download import download, hub
+from runs import open_folder
 
 SOURCE = "datasets/Anthropic/hh-rlhf/resolve/09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa/{}/{}.jsonl.gz"
 SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",

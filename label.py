@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Stage, open_folder
 from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many
 from reward import encode_rankings
 from people import read_summary
+from runs import Stage, open_folder
 from sampling import sample_many
 from terminal import HELP, append, ask, parse_order, read_answers, show, visible
 
@@ -112,7 +112,7 @@ def shuffled(texts, *key):
 def sample(cfg):
     check_positive(cfg, "response_tokens", "temperature")
     check(cfg.K > 1 and cfg.prompts_limit >= 0, "--K must be 2 or more, and --prompts-limit 0 (all) or more")
-    stage = Stage(cfg)
+    stage = Stage(cfg, "model", "prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})))
     prompts = prompts[:cfg.prompts_limit or len(prompts)]
     device, autocast = set_up(cfg)
@@ -171,7 +171,7 @@ def read_ratings(path):
 def rank_by_model(samples, cfg, folder):
     """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
     check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
-    stage = Stage(cfg, folder)
+    stage = Stage(cfg, "labeler", "samples", *(["calibrate"] if cfg.noise else []), folder=folder)
     earlier = read_answers(folder / "rankings.jsonl")
     check(all(row.get("labeler") != "me" for row in earlier), f"{folder} holds a person's rankings: change --out")
     mean_of, facts = read_ratings(cfg.calibrate) if cfg.noise else ({}, {})
@@ -212,7 +212,8 @@ def rank_by_person(samples, cfg, folder):
     open_folder(folder)  # locked: two terminals must not add to one file
     files = {name: folder / f"{name}.jsonl" for name in ("rankings", "skipped")}
     stored = [(name, row) for name, path in files.items() for row in read_answers(path)]
-    check(all(row.get("labeler") == "me" for _, row in stored), f"{folder} holds another labeler's work: change --out")
+    check(all(row.get("labeler") == "me" for _, row in stored) and (stored or not (folder / "done.json").exists()),
+          f"{folder} holds another labeler's work: change --out")
     check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
     stored.sort(key=lambda answer: answer[1].get("number", 0))
     number = max((answer.get("number", 0) for _, answer in stored), default=0)
@@ -221,7 +222,7 @@ def rank_by_person(samples, cfg, folder):
     if len(answers) < len(stored):
         print(f"{folder} also holds answers to other samples ({len(stored) - len(answers)}); they stay")
     open_folder(folder, "done.json")  # whatever answers it holds, they stay: never another run's
-    stage, row = Stage(cfg, folder), None
+    stage, row = Stage(cfg, "samples", folder=folder), None
     stage.open()
     print(HELP)
     while True:

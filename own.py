@@ -15,11 +15,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import open_folder, write_json
+from checkpoint import write_json
 from common import UserError, check, progress
 from data import END, TURN, check_text, checked, encode_prompt, encode_response, load_tokenizer, read_rows, write_jsonl
 from hh import first_message, percentiles, stem_of
 from layouts import KINDS, from_best, recognise, sample_names
+from runs import open_folder
 from terminal import visible
 
 

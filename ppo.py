@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from budget import announce, ppo_budget
-from checkpoint import Stage, save_checkpoint
-from common import (Log, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say,
-                    set_up)
+from checkpoint import save_checkpoint
+from common import adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say, set_up
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from doctor import guard, guard_ratio
 from model import entropy, full_precision, load_model, prompt_room, token_logprobs
+from runs import Log, Stage
 from sampling import sample_prompts
 from terminal import visible
 
@@ -285,12 +285,13 @@ def main(cfg):
                    or_zero=("lr", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "kl_ceiling", "save_every"))
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
-    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
+    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1 < cfg.episodes,
+          "--gamma and --lam must be from 0 to 1, --episodes 2 or more")
     check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
     below = max(1, cfg.episodes // cfg.minibatches) * cfg.minibatches
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
           f"{cfg.minibatches} (try --episodes {below} or {below + cfg.minibatches})")
-    stage = Stage(cfg)
+    stage = Stage(cfg, "sft", "reward", "prompts")
     device, autocast = set_up(cfg)
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)

@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoint import lock, write_json
+from checkpoint import write_json
 from common import DISK, UserError
 from data import load_tokenizer, save_ranks, train_bpe, write_jsonl
 from people import agreement, blocks_of, fit_temperature, person_margins
+from runs import lock
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"

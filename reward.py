@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from budget import announce, reward_budget
-from checkpoint import Stage, write_json
-from common import (Log, adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step,
-                    progress, run, say, set_up)
+from checkpoint import write_json
+from common import (adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step, progress,
+                    run, say, set_up)
 from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
                   read_rankings)
 from model import load_model, load_trunk, prompt_room, score_many
 from people import read_summary
+from runs import Log, Stage
 from sampling import sample_many
 from terminal import visible
 
@@ -295,7 +296,7 @@ def main(cfg):
                    "temperature", or_zero=("weight_decay", "grad_clip", "save_every"))
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1 < cfg.samples, "--limit must be 0 or more, "
           "--test-share between 0 and 1, --warmup from 0 to below 1, --samples 2 or more")
-    stage = Stage(cfg)
+    stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     device, autocast = set_up(cfg)
     model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
     enc = load_tokenizer(cfg.model)

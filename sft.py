@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from budget import announce, sft_budget
-from checkpoint import Stage
-from common import (Log, adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step,
-                    progress, run, say, set_up)
+from common import (adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step, progress,
+                    run, say, set_up)
 from data import batches, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl
 from model import GPT, GPTConfig, load_model, token_logprobs
+from runs import Log, Stage
 
 
 @dataclass
@@ -111,7 +111,7 @@ def held_out_loss(model, rows, pad_id, device, autocast, size=32):
 def main(cfg):
     check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack",
                    or_zero=("weight_decay", "grad_clip", "save_every"))
-    stage = Stage(cfg)
+    stage = Stage(cfg, "train", "test", "model" if cfg.model else "vocab")
     device, autocast = set_up(cfg)
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
     enc = load_tokenizer(vocab)

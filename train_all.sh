@@ -22,7 +22,7 @@ esac
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 mkdir -p "$OUT"
 made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
-[ -f "$OUT/made" ] || echo "$made" > "$OUT/made"
+[ -s "$OUT/made" ] || { echo "$made" > "$OUT/made.tmp"; mv "$OUT/made.tmp" "$OUT/made"; }
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
 stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is finished, or where to go on
@@ -34,7 +34,7 @@ stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is
   [ $code != 137 ] || echo "error: $name was killed, perhaps as memory ran out (FLAGS=\"--microbatch 4\" needs less)" >&2
   return $code
 }
-trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
+trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM HUP
 
 if [ -z "${DATA:-}" ]; then
   case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac

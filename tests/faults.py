@@ -28,6 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.e
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
+import runs  # noqa: E402
 from conftest import SENTENCES, make_checkpoints  # noqa: E402
 from data import write_jsonl  # noqa: E402
 
@@ -81,7 +82,7 @@ def outcome(folder):
             "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
     for path in sorted(folder.rglob("*.pt")):
         facts = checkpoint.load(path)
-        facts["stage"] = {name: value for name, value in facts["stage"].items() if name not in checkpoint.FREE}
+        facts["stage"] = {name: value for name, value in facts["stage"].items() if name not in runs.FREE}
         bytes_of = [name.encode() + x.numpy().tobytes() for name, x in facts.pop("weights").items()]
         left[str(path.relative_to(folder))] = repr(facts), hashlib.sha256(b"".join(bytes_of)).hexdigest()
     return left

@@ -26,6 +26,7 @@ import label
 import model as model_module
 import ppo
 import reward
+import runs
 import sample
 import sft
 from common import run
@@ -135,7 +136,7 @@ def desk(good, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [script, *flags])
             if not whole:
-                patch.setattr(checkpoint.Stage, "open", accept)
+                patch.setattr(runs.Stage, "open", accept)
                 patch.setattr(sample, "respond", accept)
                 for module, name in itertools.product((sft, reward, dpo, ppo, label, evaluate, sample), LOADERS):
                     if hasattr(module, name):

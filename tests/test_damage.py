@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import runs
 import faults
 from common import UserError
 from data import write_jsonl
@@ -147,7 +148,7 @@ def test_every_script_refuses_every_damage(given, tmp_path, monkeypatch, capsys,
         assert err.startswith("error: ") and str(folder) in err, f"{name}: {err}"
         assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists(), name
     (folder / "model.pt").write_bytes(good)
-    monkeypatch.setattr(checkpoint.Stage, "open", None)  # where a run would begin
+    monkeypatch.setattr(runs.Stage, "open", None)  # where a run would begin
     for name in ("respond", "save_ranks"):  # sample.py and export.py have no stage
         monkeypatch.setattr(module, name, None, raising=False)
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
@@ -158,13 +159,13 @@ def test_every_script_refuses_every_damage(given, tmp_path, monkeypatch, capsys,
 def test_a_damaged_state_is_refused(given, tmp_path, monkeypatch, capsys, stage):
     """A run that goes on from flipped bits, or from the state of another run."""
     script, flags = faults.settings(stage, given, tmp_path / "out")
-    module, keep = importlib.import_module(script), checkpoint.Stage.keep
+    module, keep = importlib.import_module(script), runs.Stage.keep
 
     def stopped(self, step):
         self.signal = 15
         keep(self, step)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Stage, "keep", stopped)
+        patch.setattr(runs.Stage, "keep", stopped)
         with pytest.raises(UserError, match="stopped after step 1"):
             module.main(module.Config(**flags))
     path = tmp_path / "out" / "resume.pt"

@@ -290,6 +290,11 @@ def test_a_persons_and_a_models_rankings_do_not_overwrite_each_other(folder, tmp
     with pytest.raises(UserError, match="another labeler's"):
         person(folder, tmp_path / "model", monkeypatch, "1234")
     assert (tmp_path / "model/done.json").exists()
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo/done.json").write_text("{}")  # of another stage
+    with pytest.raises(UserError, match="another labeler's"):
+        person(folder, tmp_path / "ppo", monkeypatch, "1234")
+    assert (tmp_path / "ppo/done.json").exists() and not (tmp_path / "ppo/config.json").exists()
 
 
 def test_ctrl_c_and_keys_that_are_no_text(monkeypatch):

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 import common
 import model as model_module
 import ppo
+import runs
 from checkpoint import read_checkpoint
 from common import UserError
 from conftest import END, log_of, ppo_config, ragged_mask, random_model, rollout_of, script
@@ -385,11 +387,12 @@ def one_update(four_models, cfg, seed=0, optimizer=None):
     return policy, value, log.means()
 
 
-class Collected(common.Log):
+class Collected(runs.Log):
     """A log without a file."""
 
     def __init__(self):
-        super().__init__("nowhere")
+        super().__init__("")
+        self.path = Path(os.devnull)
 
     def means(self):
         return {name: float(self.sums[name] / self.counts[name]) for name in self.sums}
@@ -446,7 +449,7 @@ def test_metrics_are_those_of_all_minibatches(four_models):
 
 def test_log_averages_and_starts_anew(tmp_path):
     """A log line with the last value in place of the mean, or with values of the interval before."""
-    log = common.Log(tmp_path)
+    log = runs.Log(tmp_path)
     for loss in (1.0, 2.0, 6.0):
         log.add(loss=loss)
     log.add(norm=torch.tensor(5.0))

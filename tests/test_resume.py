@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import common
 import doctor
 import faults
 import ppo
+import runs
 from common import UserError
 from conftest import log_of
 from model import load_model
@@ -83,14 +85,14 @@ def unbroken(given, tmp_path_factory):
 
 def broken_off(stage, given, out, step, **changes):
     """A run that gets SIGTERM during this step: it leaves its state."""
-    keep = checkpoint.Stage.keep
+    keep = runs.Stage.keep
 
     def interrupted(self, done):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         keep(self, done)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.Stage, "keep", interrupted)
+        patch.setattr(runs.Stage, "keep", interrupted)
         with pytest.raises(UserError, match="the same command goes on") as stop:
             run(stage, given, out, **changes)
     assert stop.value.code == 143
@@ -98,14 +100,14 @@ def broken_off(stage, given, out, step, **changes):
 
 def forget(monkeypatch, item):
     """Have the next run come back without this item of its state: it keeps the value that it starts with."""
-    load, resume, fresh = checkpoint.load, checkpoint.Stage.resume, {}
+    load, resume, fresh = checkpoint.load, runs.Stage.resume, {}
 
     def resumed(self, steps, *args, **parts):
-        fresh.update({name: copy.deepcopy(checkpoint.get_state(part)) for name, part in parts.items()})
+        fresh.update({name: copy.deepcopy(runs.get_state(part)) for name, part in parts.items()})
         return resume(self, steps, *args, **parts)
 
-    def loaded(path):
-        state = load(path)
+    def loaded(path, *advice):
+        state = load(path, *advice)
         if Path(path).name == "resume.pt":
             part, _, within = item.partition(".")
             if part in ("step", "seconds"):
@@ -118,8 +120,8 @@ def forget(monkeypatch, item):
             else:
                 state["parts"][part] = fresh[part]
         return state
-    monkeypatch.setattr(checkpoint.Stage, "resume", resumed)
-    monkeypatch.setattr(checkpoint, "load", loaded)
+    monkeypatch.setattr(runs.Stage, "resume", resumed)
+    monkeypatch.setattr(runs, "load", loaded)
 
 
 # ---- exact resume ----------------------------------------------------------------------------------------------------
@@ -208,15 +210,17 @@ def test_rollouts_below_zero_are_counted_on(given, tmp_path, monkeypatch, item):
         return run("ppo", given, tmp_path)  # three more rollouts are too few for the guard
     with pytest.raises(UserError, match="below zero for 5 rollouts") as stop:
         run("ppo", given, tmp_path)
-    assert stop.value.code == 6 and len(log_of(tmp_path)) == 4
+    *lines, last = log_of(tmp_path)
+    assert stop.value.code == 6 and len(lines) == 4 and "below zero for 5 rollouts" in last["stopped"]
     return None
 
 
 def test_the_state_is_saved_at_its_interval(given, tmp_path, monkeypatch):
     """A state that is never saved, or at every step, whatever --save-every says."""
     saved, clock = [], iter(range(10**6))
-    monkeypatch.setattr(checkpoint.time, "time", lambda: next(clock))  # a second passes whenever one looks
-    monkeypatch.setattr(checkpoint, "save", lambda path, content: saved.append(content.get("step")))
+    monkeypatch.setattr(runs.time, "time", lambda: next(clock))  # a second passes whenever one looks
+    for module in (checkpoint, runs):
+        monkeypatch.setattr(module, "save", lambda path, content: saved.append(content.get("step")))
     run("dpo", given, tmp_path / "a", save_every=1e6)
     assert saved == [8, None]  # at the end, and the checkpoint
     run("dpo", given, tmp_path / "b", save_every=4.0)
@@ -225,7 +229,7 @@ def test_the_state_is_saved_at_its_interval(given, tmp_path, monkeypatch):
 
 def test_a_second_signal_ends_the_run_at_once(given, tmp_path, monkeypatch):
     """A run that cannot be stopped while a step takes long; two signals of one Ctrl-C that lose the state."""
-    stage = checkpoint.Stage(ppo.Config(out=str(tmp_path)))
+    stage = runs.Stage(ppo.Config(out=str(tmp_path)))
     stage.handlers, stage.signal = {}, 0
     stage.interrupt(signal.SIGINT, None)
     stage.interrupt(signal.SIGTERM, None)  # from the shell, with the first
@@ -297,6 +301,98 @@ def test_flags_that_change_no_result_may_change(given, tmp_path):
     assert [line["iteration"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_was_begun_again_is_not_finished(given, tmp_path):
+    """done.json of the run before, beside the state of the next one: it would count as finished."""
+    run("ppo", given, tmp_path)
+    assert len(list((tmp_path / "snapshots").iterdir())) == 3
+    broken_off("ppo", given, tmp_path, 2, restart=True, snapshots=1)
+    assert not (tmp_path / "done.json").exists() and not (tmp_path / "model.pt").exists()
+    run("ppo", given, tmp_path, restart=True, snapshots=1)
+    assert len(list((tmp_path / "snapshots").iterdir())) == 1  # none of the run before
+
+
+@pytest.mark.parametrize("lost", ["model.pt", "vocab.tiktoken", "log.jsonl", "a bit"])
+def test_a_finished_run_without_its_output_is_run_again(given, unbroken, tmp_path, capsys, lost):
+    """"Finished already" here and "run its stage again" there, whatever one does."""
+    run("sft", given, tmp_path)
+    if lost == "a bit":
+        content = (tmp_path / "model.pt").read_bytes()
+        (tmp_path / "model.pt").write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    else:
+        (tmp_path / lost).unlink()
+    run("sft", given, tmp_path)
+    name = "model.pt" if lost == "a bit" else lost
+    assert f"{name} missing or damaged: run again" in capsys.readouterr().out
+    assert faults.outcome(tmp_path) == unbroken("sft")
+
+
+def test_killed_between_its_last_two_files_a_run_is_finished(given, tmp_path, monkeypatch):
+    """The state deleted before the run counts as finished, so that all is lost; or a state that stays for ever."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False, plain=Path.unlink: (
+            1 / 0 if path.name == "resume.pt" and path.exists() else plain(path, missing_ok)))
+        with pytest.raises(ZeroDivisionError):
+            run("dpo", given, tmp_path)
+    assert (tmp_path / "done.json").exists() and (tmp_path / "resume.pt").exists()
+    with pytest.raises(UserError, match="finished already"):
+        run("dpo", given, tmp_path)
+    assert not (tmp_path / "resume.pt").exists()
+
+
+def test_only_the_files_that_are_read_count(given, tmp_path, monkeypatch):
+    """A finished run begun again because of a file that it never reads, or of one that has the name of a flag's value;
+    a changed file that is not noticed as its path holds a comma."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(given.sft, tmp_path / "a, b")
+    run("dpo", given, tmp_path / "dpo", model="a, b")
+    (tmp_path / "cpu").write_text("x")
+    shutil.copytree(given.reward, tmp_path / "a")  # the first part of a name is another folder
+    with pytest.raises(UserError, match="finished already"):
+        run("dpo", given, tmp_path / "dpo", model="a, b")
+    shutil.copy(Path(given.reward) / "model.pt", tmp_path / "a, b" / "model.pt")
+    with pytest.raises(UserError, match="--model was sha256"):
+        run("dpo", given, tmp_path / "dpo", model="a, b")
+    run("sft", given, tmp_path / "sft", vocab="vocab of a new model")
+    (tmp_path / "vocab of a new model").write_text("x")
+    with pytest.raises(UserError, match="finished already"):
+        run("sft", given, tmp_path / "sft", vocab="vocab of a new model")
+
+
+def test_a_run_into_the_folder_of_its_parent(given, tmp_path, monkeypatch, capsys):
+    """The SFT model overwritten by what was to be compared with it."""
+    shutil.copytree(given.sft, tmp_path / "parent")
+    for stage, flag in (("sft", "model"), ("ppo", "sft"), ("dpo", "model")):
+        code, err = guarded(monkeypatch, capsys, stage, given, tmp_path / "parent", **{flag: str(tmp_path / "parent")})
+        assert (code, err) == (2, f"error: --out {tmp_path}/parent: the folder of --{flag}\n")
+    assert guarded(monkeypatch, capsys, "dpo", given, "")[1] == "error: --out is empty: name a folder\n"
+
+
+def test_an_unfinished_model_is_used_with_a_notice(given, tmp_path, capsys):
+    """A reward model on an SFT model that was stopped half-way, without anybody knowing."""
+    broken_off("sft", given, tmp_path / "sft", 5)
+    load_model(tmp_path / "sft")
+    assert f"{tmp_path}/sft: the run that trains this model is not finished" in capsys.readouterr().out
+
+
+def test_a_terminal_that_is_gone(given, tmp_path):
+    """Ctrl-C ends tee first: a run that dies of it before it has saved; a closed terminal that kills it."""
+    script, flags = faults.settings("ppo", given, tmp_path / "out")
+    for number, kept in ((signal.SIGINT, "stdout"), (signal.SIGHUP, None)):
+        flags.update(iterations=2000, save_every=1e9, snapshots=1, out=str(tmp_path / number.name))
+        command = [sys.executable, f"{faults.ROOT}/{script}.py", "--sample-every", "1",
+                   *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while b"iteration 10" not in process.stdout.readline():
+            pass
+        if kept:
+            process.stdout.close()
+        process.send_signal(number)
+        if not kept:
+            process.stdout.read()
+        assert process.wait(60) == 128 + number
+        assert checkpoint.load(tmp_path / number.name / "resume.pt")["step"] >= 10
+
+
 def test_the_same_files_elsewhere_are_the_same_inputs(given, tmp_path):
     """A project folder that was moved, and every run in it begun again."""
     broken_off("dpo", given, tmp_path / "out", 3)
@@ -316,12 +412,13 @@ def test_a_run_of_an_unknown_configuration_is_refused(given, tmp_path):
 def test_two_runs_on_one_folder(given, tmp_path, monkeypatch, capsys):
     """Two processes that write into each other's files."""
     broken_off("dpo", given, tmp_path, 3)
-    os.close(checkpoint.LOCKED.pop(tmp_path.resolve()))
+    os.close(runs.LOCKED.pop(tmp_path.resolve()))
     handle = os.open(tmp_path, os.O_RDONLY)  # as another process has it: a handle of its own
     fcntl.flock(handle, fcntl.LOCK_EX)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    code, err = guarded(monkeypatch, capsys, "dpo", given, tmp_path)
-    assert (code, err.count("\n")) == (2, 1) and "another run is at work there" in err
+    for train in (given.rankings, "nowhere"):  # refused at once: before any input is read
+        code, err = guarded(monkeypatch, capsys, "dpo", given, tmp_path, train=train)
+        assert (code, err.count("\n")) == (2, 1) and "another run is at work there" in err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     os.close(handle)
     run("dpo", given, tmp_path)
@@ -329,15 +426,15 @@ def test_two_runs_on_one_folder(given, tmp_path, monkeypatch, capsys):
 
 def test_a_lock_dies_with_its_process(tmp_path):
     """A lock that outlives kill -9, so that no run can go on."""
-    hold = subprocess.Popen([sys.executable, "-c", "import checkpoint, sys, time; checkpoint.open_folder(sys.argv[1]);"
+    hold = subprocess.Popen([sys.executable, "-c", "import runs, sys, time; runs.open_folder(sys.argv[1]);"
                              "print('held', flush=True); time.sleep(60)", str(tmp_path)], stdout=subprocess.PIPE,
                             cwd=faults.ROOT, text=True)
     assert hold.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another run is at work"):
-        checkpoint.open_folder(tmp_path)
+        runs.open_folder(tmp_path)
     hold.kill()
     hold.wait()
-    checkpoint.open_folder(tmp_path)
+    runs.open_folder(tmp_path)
 
 
 # ---- the disk --------------------------------------------------------------------------------------------------------
@@ -361,11 +458,15 @@ def test_a_disk_that_fills_up(given, unbroken, tmp_path, monkeypatch, capsys, st
 
 
 def test_no_room_is_said_before_the_training(given, tmp_path, monkeypatch, capsys):
-    """A night of training whose checkpoint no longer fits."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-    monkeypatch.setattr(ppo, "update", None)
-    code, err = guarded(monkeypatch, capsys, "ppo", given, tmp_path)
-    assert (code, err.count("\n")) == (3, 1) and "0.0 GB are free on this disk" in err
+    """A night of training whose checkpoint no longer fits: the state, with Adam's two moments, and the checkpoint stand
+    there twice while they are replaced."""
+    model = sum(x.nbytes for x in load_model(given.sft).state_dict().values())
+    for share, expected in ((7.9, 3), (8.1, 143)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=share * model))
+        monkeypatch.setattr(runs.Stage, "keep", lambda *_: signal.raise_signal(signal.SIGTERM) or 1 / 0)
+        monkeypatch.setattr(runs.Stage, "interrupt", lambda *_: common.check(False, "training has begun", 143))
+        code, err = guarded(monkeypatch, capsys, "dpo", given, tmp_path / str(share))
+        assert (code, err.count("\n")) == (expected, 1) and ("MB are free on this disk" in err) == (expected == 3), err
 
 
 def test_a_folder_that_cannot_be_made_or_written(given, tmp_path, monkeypatch, capsys):
@@ -387,8 +488,8 @@ def test_a_folder_that_cannot_be_made_or_written(given, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("stage", ITEMS)
 def test_a_folder_that_is_deleted_under_way(given, tmp_path, monkeypatch, capsys, stage):
     """A traceback when somebody tidies up during a run."""
-    keep = checkpoint.Stage.keep
-    monkeypatch.setattr(checkpoint.Stage, "keep", lambda self, step: (shutil.rmtree(tmp_path / "out", True),
+    keep = runs.Stage.keep
+    monkeypatch.setattr(runs.Stage, "keep", lambda self, step: (shutil.rmtree(tmp_path / "out", True),
                                                                       keep(self, step)))
     code, err = guarded(monkeypatch, capsys, stage, given, tmp_path / "out", save_every=1e9)
     assert (code, err.count("\n")) == (3, 1) and str(tmp_path / "out") in err
@@ -468,7 +569,8 @@ def test_kl_that_runs_away_stops_the_run(given, tmp_path, monkeypatch, capsys):
     code, err = guarded(monkeypatch, capsys, "ppo", given, tmp_path, **fast, kl_ceiling=0.5)
     assert (code, err.count("\n")) == (6, 1) and "above --kl-ceiling 0.5: the policy runs away" in err
     state = checkpoint.load(tmp_path / "resume.pt")
-    assert state["step"] == len(log_of(tmp_path)) and all(line["kl"] <= 0.5 for line in log_of(tmp_path))
+    *lines, last = log_of(tmp_path)
+    assert state["step"] == len(lines) and all(line["kl"] <= 0.5 for line in lines) and "KL is" in last["stopped"]
     run("ppo", given, tmp_path, **fast, kl_ceiling=0.0)  # on, if that is what is wanted
     assert max(line["kl"] for line in log_of(tmp_path)) > 0.5
 

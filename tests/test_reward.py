@@ -8,11 +8,11 @@ import torch
 
 import data
 import reward
-from checkpoint import Stage
 from common import UserError
 from conftest import END, log_of, ragged_mask, random_model
 from model import ScalarModel, load_model, score_many
 from reward import normalise, pair_accuracy, ranking_loss, score_rankings, share
+from runs import Stage
 from sampling import sample_many
 
 LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
