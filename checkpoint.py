@@ -4,6 +4,7 @@ A file is written under another name, put on the disk, and then renamed: a crash
 the new one. A .pt file ends with the sha256 of all that stands before, so that one flipped bit is noticed.
 """
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -31,13 +32,13 @@ def write_atomic(path, write):
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)  # the new name, too
-    except (OSError, RuntimeError) as error:  # torch.save reports some faults of the disk as RuntimeError
+    except OSError as error:
         try:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass
-        problem = getattr(error, "strerror", None) or "no space left, or another fault of the disk"
-        raise UserError(f"{path}: cannot be written: {problem} (what was there before is unharmed)", DISK) from None
+        raise UserError(f"{path}: cannot be written: {error.strerror or error} (what was there before is unharmed)",
+                        DISK) from None
 
 
 def sync(path):
@@ -67,7 +68,10 @@ def digest(path, but=0):
 def save(path, content):
     """Write nested dicts of tensors and plain values, atomically, so that load notices any damage."""
     def write(temporary):
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError:  # so it reports a full disk
+            raise OSError(errno.ENOSPC, "no space left, or another fault of the disk") from None
         with open(temporary, "r+b") as file:  # a zip archive: its last two bytes are the length of a comment
             file.seek(-2, os.SEEK_END)
             file.write((64).to_bytes(2, "little"))
@@ -77,17 +81,13 @@ def save(path, content):
     write_atomic(path, write)
 
 
-def sealed(path):
-    """Whether a file ends with the sha256 of what stands before."""
-    with open(path, "rb") as file:
-        file.seek(max(-64, -os.path.getsize(path)), os.SEEK_END)
-        return file.read() == digest(path, 64).encode()
-
-
 def load(path, advice="run its stage again"):
     """What save wrote to path. UserError for anything else: nothing that is in the file is executed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True) if sealed(path) else None
+        with open(path, "rb") as file:
+            file.seek(-64, os.SEEK_END)
+            whole = file.read() == digest(path, 64).encode()
+        content = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except Exception:  # unreadable, or forbidden content: torch raises several types
         content = None
     check(isinstance(content, dict), f"{path}: damaged, or not a checkpoint of this version ({advice})")

@@ -1,4 +1,7 @@
-"""Run plumbing that a reader may skip: configuration, device and precision, learning rate, log. No RLHF in here."""
+"""Run plumbing that a reader may skip: configuration, exit codes, device and precision, learning rate, the screen.
+
+Nothing in this file knows about RLHF.
+"""
 import argparse
 import ctypes
 import dataclasses
@@ -17,7 +20,7 @@ DISK, NOT_FINITE, OUT_OF_MEMORY, GUARD = 3, 4, 5, 6  # exit codes; 2: bad input 
 
 
 class UserError(Exception):
-    """A fault that the person at the keyboard can mend. Its message is one line: what is wrong, and what to do."""
+    """An end of the run that one line explains: what is wrong, and what to do about it. code: the exit code."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -72,8 +75,8 @@ def run(main, Config, presets=()):
     for stream in (sys.stdin, sys.stdout):  # what is no UTF-8 shows as it is, and stops nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, lambda *_: check(False, "stopped", 143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a job in the background starts with it ignored
+        signal.signal(number, interrupted)
     try:
         return main(load_config(Config, dict(presets)))
     except UserError as error:
@@ -83,8 +86,8 @@ def run(main, Config, presets=()):
         sys.exit(141)
     except OSError as error:
         problem, code = f"error: {error.filename or 'while writing'}: {error.strerror or error}", DISK
-    except KeyboardInterrupt:
-        problem, code = "stopped", 130
+    except KeyboardInterrupt as stop:
+        problem, code = "stopped", stop.args[0] if stop.args else 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|alloc.* memory|bad_alloc", str(error)):
             raise
@@ -97,6 +100,11 @@ def run(main, Config, presets=()):
     except BrokenPipeError:
         mute(sys.stderr)
     sys.exit(code)
+
+
+def interrupted(number, _):
+    """Handle a signal that ends the run, by an exception that no `except Exception` on the way takes for a fault."""
+    raise KeyboardInterrupt(128 + number)
 
 
 # ---- device, precision, randomness ---------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import math
 from common import GUARD
 
 CLOSE = 0.5  # how far a first ratio may be from 1: the rounding of bf16 at an unlikely token, but no bug
-BELOW = -0.1, 5  # nats, rollouts in a row: by chance an estimate of KL is below zero, but not that much for that long
+NEGATIVE = -0.1  # nats per response: by chance an estimate of KL is below zero, but not so far below
+ROLLOUTS = 5  # ... for so many rollouts in a row
 
 
 def guard_ratio(error, log):
@@ -21,12 +22,12 @@ def guard(metrics, streak, kl_ceiling, log):
     kl_ceiling: nats per response; 0: none.
     """
     kl = metrics["kl"].item()
-    streak["below_zero"] = streak["below_zero"] + 1 if kl < BELOW[0] else 0
+    streak["below_zero"] = streak["below_zero"] + 1 if kl < NEGATIVE else 0
     if kl > (kl_ceiling or math.inf):
         log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
-                 "--kl-coef or a smaller --lr holds it)", GUARD)
-    if streak["below_zero"] >= BELOW[1]:
-        log.stop(f"KL is {kl:.2f} nats per response, below zero for {BELOW[1]} rollouts: the responses were not drawn "
+                 "--kl-coef or a smaller --lr holds it, with --restart true)", GUARD)
+    if streak["below_zero"] >= ROLLOUTS:
+        log.stop(f"KL is {kl:.2f} nats per response, below zero for {ROLLOUTS} rollouts: the responses were not drawn "
                  "from the policy whose log-probabilities are counted", GUARD)
     doubts = {"hardly a response reaches end of text": metrics["end_rate"] < 0.05,
               "nearly all responses are the same": metrics["distinct"] < 0.1}

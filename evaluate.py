@@ -155,7 +155,7 @@ def read_log(folder):
 
 def learning_curves(folder, path):
     """Score, KL, KL coefficient, length, end-of-text rate and entropy over a PPO run's episodes."""
-    log = [line for line in read_log(folder) if "episodes" in line]
+    log = [line for line in read_log(folder) if "stopped" not in line]
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5))
     for axis, (name, title) in zip(axes.flat, [
             ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"),

@@ -227,7 +227,7 @@ def main(cfg):
         model = GPT.from_gpt2(cfg.init, cfg.block_size)
     check(len(ranks) + 1 == model.config.vocab_size, f"--init {cfg.init} has a vocabulary of {model.config.vocab_size} "
           f"tokens, {vocab or 'that of GPT-2'} of {len(ranks) + 1} (--vocab names another)")
-    check(cfg.init in SIZES or Path(cfg.out).resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
+    check(cfg.init in SIZES or stage.folder.resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
     stage.open()
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
     stage.save(model, stage.folder / "vocab.tiktoken")

@@ -221,7 +221,7 @@ def rank_by_person(samples, cfg, folder):
     answers = [answer for answer in stored if answer[1]["id"] in ids]
     if len(answers) < len(stored):
         print(f"{folder} also holds answers to other samples ({len(stored) - len(answers)}); they stay")
-    open_folder(folder, "done.json")  # whatever answers it holds, they stay: never another run's
+    open_folder(folder, "done.json")  # so that Stage refuses nothing: a person goes on in any folder of theirs
     stage, row = Stage(cfg, "samples", folder=folder), None
     stage.open()
     print(HELP)

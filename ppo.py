@@ -314,10 +314,10 @@ def main(cfg):
     optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
-    log, per_epoch = Log(stage.folder), len(prompts) // cfg.episodes
-    streak = {"below_zero": 0}  # rollouts in a row
-    first = stage.resume(cfg.iterations, 1 + cfg.snapshots, policy=policy, value=value, optimizer=optimizer, log=log,
-                         controller=vars(controller), sampling=sampling, streak=streak)
+    log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row
+    per_epoch, every = len(prompts) // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
+    first = stage.resume(cfg.iterations, 1 + cfg.iterations // every, policy=policy, value=value, optimizer=optimizer,
+                         log=log, controller=vars(controller), sampling=sampling, streak=streak)  # vars: the live dict
     if first == 0:
         shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
 
@@ -347,7 +347,7 @@ def main(cfg):
                 "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
                 "{seconds} s {warnings}".format(of=cfg.iterations, **line))
             show_sample(enc, rollout, iteration)
-        if (iteration + 1) % max(1, cfg.iterations // cfg.snapshots) == 0:
+        if (iteration + 1) % every == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab,
                             iteration=iteration + 1)
         stage.keep(iteration + 1)

@@ -139,13 +139,14 @@ def main(cfg):
           f"{steps} steps")
     announce(*sft_budget(model.config, cfg, train, test, steps / per_epoch, device), device, autocast)
 
-    log, best, seen, start, order = Log(stage.folder), {"test_loss": math.inf}, 0, time.time(), []
+    log, best, seen, start = Log(stage.folder), {"test_loss": math.inf}, 0, time.time()
     done = stage.resume(steps, model=model, optimizer=optimizer, log=log, best=best, dropout=dropout_generator(device))
     model.train()
     for step in progress(range(done, steps), stage.folder.name):
-        if not order:  # of this epoch, what a stopped run has not had yet
-            order = batches(lengths, cfg.batch_size, cfg.seed, step // per_epoch)[:per_epoch - step % per_epoch]
-        batch = [train[i] for i in order.pop()]
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == done:
+            order = batches(lengths, cfg.batch_size, cfg.seed, epoch)
+        batch = [train[i] for i in order[-1 - place]]  # the last one first
         counted = sum(len(ids) - first for ids, first in batch)  # tokens behind this step
         parts = [batch[i:i + cfg.microbatch] for i in range(0, len(batch), cfg.microbatch)]
         for part in parts:

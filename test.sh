@@ -3,4 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
+# With pytest-xdist (tests/requirements.txt) two processes share the files of tests.
+"$PYTHON" -c 'import xdist' 2>/dev/null && set -- -n 2 --dist loadfile "$@"
 exec "$PYTHON" -m pytest -q tests "$@"

@@ -25,25 +25,28 @@ made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
 [ -s "$OUT/made" ] || { echo "$made" > "$OUT/made.tmp"; mv "$OUT/made.tmp" "$OUT/made"; }
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
-stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is finished, or where to go on
+script() {  # script NAME SCRIPT [FLAGS]
   local name=$1 code=0; shift
   echo "== $name"
-  "$PYTHON" "$@" --out "$OUT/$name" --seed "$SEED" --restart true & child=$!
+  "$PYTHON" "$@" & child=$!
   wait $child || code=$?
-  while kill -0 $child 2>/dev/null; do wait $child || code=$?; done  # a signal ends wait: let the stage save its state
+  while kill -0 $child 2>/dev/null; do wait $child || code=$?; done  # a signal ends wait: let the script save its state
   [ $code != 137 ] || echo "error: $name was killed, perhaps as memory ran out (FLAGS=\"--microbatch 4\" needs less)" >&2
   return $code
+}
+stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is finished, or where to go on
+  script "$@" --out "$OUT/$1" --seed "$SEED" --restart true
 }
 trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM HUP
 
 if [ -z "${DATA:-}" ]; then
   case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac
-  [ -f $DATA/summary.json ] || { echo "== data"; "$PYTHON" data.py $kind --out $DATA; }
+  [ -f $DATA/summary.json ] || script data data.py $kind --out $DATA
 fi
 case $preset in
   gpt2) stage base gpt2.py --block-size 128 "$@" ;;
   hh)   stage base gpt2.py --block-size 512 "$@" ;;
-  *)    stage base sft.py --preset $STEPS-base --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
+  *)    stage base sft.py --preset $STEPS-base $FLAGS --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
 esac
 stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
 if [ $preset = hh ]; then

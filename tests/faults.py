@@ -33,7 +33,8 @@ from conftest import SENTENCES, make_checkpoints  # noqa: E402
 from data import write_jsonl  # noqa: E402
 
 POINTS = ("before the temporary file", "after open", "half-way", "before fsync", "before replace", "after replace")
-TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_mb"}
+TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_mb",
+         "outputs"}  # the last one: sha256 of files that hold times
 # Short runs in which every item of the state matters: dropout, a best loss in the middle, lines of several steps.
 COMMON = {"device": "cpu", "dtype": "float32", "save_every": 0.0}
 STAGES = {
@@ -92,7 +93,7 @@ def outcome(folder):
 
 
 def crash_at(point, number):
-    """Have this process end, as by a power cut, at a step of the save with this number, counted over all .pt files."""
+    """Have this process end at once at a step of the save with this number, counted over all .pt files."""
     saves, write_atomic, save, sync, replace = [0], checkpoint.write_atomic, torch.save, checkpoint.sync, os.replace
 
     def counted(path, write):
@@ -179,18 +180,22 @@ class Lab:
             self.unbroken[stage] = left, seconds, saves
         return self.unbroken[stage]
 
-    def fault(self, stage, point="", number=0, kill=None, after=0.0):
-        """Break a run at a step of a save, or by a signal after some seconds, and continue it: (exit code of the broken
-        run, step after which the other went on, or 0, whether all is as in the unbroken run)."""
+    def fault(self, stage, point="", number=0, kill=None, after=None):
+        """Break a run at a step of a save, or by a signal after some seconds (None: once it has saved a state), and
+        continue it: (exit code of the broken run, step after which the other went on, or 0, whether all is as in the
+        unbroken run)."""
         reference, self.count = self.reference(stage)[0], self.count + 1
         out = self.folder / f"{self.count}" / stage
         out.parent.mkdir()
         process, _ = self.start(stage, out, point, number)
         if kill:
-            time.sleep(after)
+            time.sleep(after or 0)
+            while after is None and process.is_alive() and not (out / "resume.pt").exists():
+                time.sleep(0.001)
             if process.is_alive():
                 os.kill(process.pid, kill)
         process.join(120)
+        assert process.exitcode is not None, f"{stage} hangs"
         for path in out.rglob("*.pt"):
             checkpoint.load(path)
         left, _, text = self.finish(stage, out) if process.exitcode else (outcome(out), 0, "")
@@ -215,13 +220,19 @@ def break_pipeline(folder, out, breaks, draw):
         for line in shell.stdout:
             text += line
             if line == f"== {stage}\n":
-                time.sleep(draw.uniform(1, 3))
-                if number == signal.SIGKILL:
-                    os.killpg(shell.pid, number)
-                else:
-                    shell.send_signal(number)
-        code = shell.wait()
-        assert code == 0 or stage, text
+                break
+        if stage:
+            time.sleep(draw.uniform(1, 3.5))
+            os.killpg(shell.pid, number) if number == signal.SIGKILL else shell.send_signal(number)
+        code = shell.wait(120)
+        if stage and number != signal.SIGKILL:
+            try:
+                os.killpg(shell.pid, 0)
+                raise AssertionError(f"{stage} has outlived train_all.sh")
+            except ProcessLookupError:
+                pass
+        text += shell.stdout.read()
+        assert code in ((0, -9) if number == signal.SIGKILL else (0, 128 + number) if stage else (0,)), (code, text)
     return text
 
 
