@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
-# With pytest-xdist (tests/requirements.txt) two processes share the files of tests.
-"$PYTHON" -c 'import xdist' 2>/dev/null && set -- -n 2 --dist loadfile "$@"
-exec "$PYTHON" -m pytest -q tests "$@"
+# With pytest-xdist (tests/requirements.txt) two processes share the files of tests, the longest first.
+"$PYTHON" -c 'import xdist' 2>/dev/null && set -- -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$PYTHON" -m pytest -q tests/test_pipeline.py tests "$@"
