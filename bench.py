@@ -164,7 +164,7 @@ def limits(bench):
 def stepper(model, loss_of):
     """One training step as a function: forward and backward of loss_of(), clipping, fused AdamW."""
     parameters = list(model.train().parameters())
-    optimizer, log = adamw(parameters, LR, weight_decay=0.1), Log("")  # which is never written
+    optimizer, log = adamw(parameters, LR, weight_decay=0.1), Log("")  # only to add to: nothing is written
 
     def step():
         loss_of().backward()

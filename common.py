@@ -147,7 +147,8 @@ def keep_freed_memory():
 
 
 def dropout_generator(device):
-    """The generator that dropout draws from: part of the state of a run that has dropout."""
+    """The generator that dropout draws from on a CPU or CUDA device: part of the state of a run that has dropout.
+    (Elsewhere it is the CPU's, and a run with dropout goes on with other luck.)"""
     on_gpu = device.startswith("cuda")
     return torch.cuda.default_generators[torch.device(device).index or 0] if on_gpu else torch.default_generator
 
