@@ -192,9 +192,9 @@ def cut(text, taken, rng):
     return None
 
 
-def make_prompts(train, valid, test, seed, dropped):
+def make_prompts(train, valid, test, others, seed, dropped):
     """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
-    texts, "valid" from validation texts.
+    texts, "valid" from validation texts; and of each domain of others its own, from {domain: test texts}.
 
     An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
     demonstrations may share an opening among themselves, as reviews do.
@@ -204,6 +204,7 @@ def make_prompts(train, valid, test, seed, dropped):
     a, b = len(train) // 5, len(train) // 2
     made, taken = {}, set()
     parts = {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid}
+    parts |= others
     for name, texts in parts.items():
         made[name] = []
         for text in texts:
@@ -214,6 +215,8 @@ def make_prompts(train, valid, test, seed, dropped):
             made[name].append(pair)
             if name not in ("demos", "valid"):
                 taken.add(pair[0].casefold())
+        if name == "valid":  # the openings of demonstrations are no prompts of the other domains either
+            taken |= {prompt.casefold() for prompt, _ in made["demos"]}
     return made
 
 
@@ -324,10 +327,11 @@ def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
         write(f"corpus_{name}.jsonl", [{"text": s.text, "domain": s.domain} for s in rows], [s.text for s in rows])
 
     movies = [[s.text for s in rows if s.domain == "movie"] for rows in (train, valid, test)]
-    made = make_prompts(*movies, seed, dropped)
+    others = {domain: [s.text for s in test if s.domain == domain] for domain in FILES if domain != "movie"}
+    made = make_prompts(*movies, others, seed, dropped)
     for name, pairs in {"train": made["demos"], "valid": made["valid"]}.items():
         write(f"demos_{name}.jsonl", [{"prompt": p, "completion": c} for p, c in pairs], [p + c for p, c in pairs])
-    for name in ("label", "ppo", "eval"):
+    for name in ("label", "ppo", "eval", *others):
         write(f"prompts_{name}.jsonl", [{"prompt": p} for p, _ in made[name]], [p for p, _ in made[name]])
 
     for part, rounds in ROUNDS.items():

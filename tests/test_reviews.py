@@ -196,18 +196,20 @@ def test_cut_at_a_word_border():
 def test_prompts_are_disjoint_even_when_reviews_begin_alike():
     """Stops: PPO trained on evaluation prompts, or demonstrations that begin with one, in any case of letters."""
     rng = random.Random(3)
-    texts = [" ".join(rng.choices("aAbc", k=10)) for _ in range(300)]
+    texts = [" ".join(rng.choices("aAbc", k=10)) for _ in range(340)]
     dropped = Counter()
-    made = reviews.make_prompts(texts[:250], [], texts[250:], 1, dropped)
+    alone = reviews.make_prompts(texts[:250], [], texts[250:300], {}, 1, Counter())
+    made = reviews.make_prompts(texts[:250], [], texts[250:300], {"nyt": texts[300:]}, 1, dropped)
+    assert {**made, "nyt": 0} == {**alone, "nyt": 0} and made["nyt"]  # other domains choose last
     prompts = {name: [p.casefold() for p, _ in pairs] for name, pairs in made.items()}
     assert not any(set(prompts[a]) & set(prompts[b]) for a, b in itertools.combinations(prompts, 2))
-    for name in ("eval", "label", "ppo"):
+    for name in ("eval", "label", "ppo", "nyt"):
         assert 0 < len(set(prompts[name])) == len(prompts[name])
     assert len(made["eval"]) == 50  # it chooses first
-    assert sum(map(len, made.values())) + sum(dropped.values()) == 300
+    assert sum(map(len, made.values())) + sum(dropped.values()) == 340
     assert {p + c for p, c in made["eval"]} <= set(texts[250:])
     assert len(set(prompts["demos"])) < len(prompts["demos"])  # among themselves they may
-    made = reviews.make_prompts(texts[:1] * 10, [], texts[:1] * 6 + ["too short"], 1, dropped := Counter())
+    made = reviews.make_prompts(texts[:1] * 10, [], texts[:1] * 6 + ["too short"], {}, 1, dropped := Counter())
     assert {name: len(pairs) for name, pairs in made.items()} == {"eval": 5, "label": 0, "ppo": 0, "demos": 0,
                                                                    "valid": 0}
     assert +dropped == {"eval: under 6 words": 1, "eval: every opening taken": 1, "label: every opening taken": 2,
@@ -410,7 +412,8 @@ def test_vocabulary_is_learned_from_the_training_texts(prepared):
 
 def test_prompts_of_the_files_are_disjoint(prepared):
     """Stops: the same opening in two of the prompt files, or as a demonstration."""
-    names = ("prompts_label", "prompts_ppo", "prompts_eval", "demos_train")
+    names = ("prompts_label", "prompts_ppo", "prompts_eval", "prompts_amazon", "prompts_nyt", "prompts_tweets",
+             "demos_train")
     prompts = {name: {row["prompt"].casefold() for row in rows_of(prepared, name)} for name in names}
     assert all(prompts.values())
     assert not any(prompts[a] & prompts[b] for a, b in itertools.combinations(names, 2))
@@ -425,7 +428,7 @@ def test_files_pass_the_project_reader_and_the_summary_counts_them(prepared):
               "pairs": {"prompt": str, "chosen": str, "rejected": str, "gap": float, "same_sign": bool, "sample": str}}
     ranked = {"prompt": str, "responses": list, "means": list, "domain": str}
     files = sorted(path.name for path in out.glob("*.jsonl"))
-    assert files == sorted(summary["files"]) and len(files) == 15
+    assert files == sorted(summary["files"]) and len(files) == 18
     for name in files:
         rows = read_jsonl(out / name, {k: v for k, v in fields.get(name.split("_")[0], ranked).items() if k != "means"})
         assert summary["files"][name]["rows"] == len(rows)
