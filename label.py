@@ -59,6 +59,7 @@ class RankConfig:
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
     out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, or label-me for --labeler me
     noise: float = 1.0                 # a reward model's noise, as a multiple of people's disagreement; 0: none
+    flip: float = 0.0                  # share of a reward model's rankings that are turned upside down: a bad labeler
     calibrate: str = "data/reviews/rankings_test.jsonl"  # human ratings for the noise, with summary.json beside it
     restart: bool = False              # begin again where --out holds another run, instead of refusing
     seed: int = 1                      # of the noise
@@ -140,9 +141,10 @@ def noisy_order(scores, temperature, random):
     return (scores + temperature * gumbel).argsort(descending=True, stable=True).tolist()
 
 
-def agreement(margins, temperature):
+def agreement(margins, temperature, flip=0.0):
     """Share of pairs, margins (N,) apart in score, that (a noisy and the noiseless, two noisy) rankings order alike."""
     keep = torch.sigmoid(margins.abs() / temperature) if temperature > 0 else torch.ones(1)
+    keep = keep * (1 - flip) + (1 - keep) * flip
     return keep.mean().item(), (keep**2 + (1 - keep)**2).mean().item()
 
 
@@ -171,6 +173,7 @@ def read_ratings(path):
 def rank_by_model(samples, cfg, folder):
     """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
     check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
+    check(0 <= cfg.flip <= 1, f"--flip is {cfg.flip}: it must be from 0 to 1")
     stage = Stage(cfg, "labeler", "samples", *(["calibrate"] if cfg.noise else []), folder=folder)
     earlier = read_answers(folder / "rankings.jsonl")
     check(all(row.get("labeler") != "me" for row in earlier), f"{folder} holds a person's rankings: change --out")
@@ -189,14 +192,16 @@ def rank_by_model(samples, cfg, folder):
         margins["held-out human sentences"] = torch.pdist(human[:2000, None], p=1)
         print(f"{len(means):,} held-out human sentences: std of ratings {means.std():.3f}, scores {human.std():.3f}; "
               f"temperature {facts['temperature']} in ratings, times noise {cfg.noise:g}, {temperature:.3f} in scores")
-    shares = {name: agreement(part, temperature) for name, part in margins.items()}
+    shares = {name: agreement(part, temperature, cfg.flip) for name, part in margins.items()}
     for name, (one, two) in shares.items():
         print(f"{name}: a noisy ranking keeps {one:.3f} of the pairs in order, two noisy ones agree on {two:.3f}")
     if mean_of and "random" in facts["agreement"].get("movie", {}):
         print(f"(of held-out human sentences, two people agree on {facts['agreement']['movie']['random'][1]:.3f})")
     rows = []
     for row, s in zip(samples, scores):  # the noise depends on the id, not on the place in the file
-        order = noisy_order(s, temperature, generator(cfg.seed, zlib.crc32(row["id"].encode())))
+        random = generator(cfg.seed, zlib.crc32(row["id"].encode()))
+        order = noisy_order(s, temperature, random)
+        order = order[::-1] if torch.rand(1, generator=random) < cfg.flip else order
         rows.append({**row, "responses": [row["responses"][i] for i in order], "labeler": cfg.labeler})
     write_jsonl(folder / "rankings.jsonl", rows)
     stage.finish(rankings=len(rows), temperature=round(temperature, 4), order_kept=round(shares["these samples"][0], 4))

@@ -255,6 +255,23 @@ def entropy(logits, temperature=1.0):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+class Ensemble(nn.Module):
+    """Several reward models as one: the mean of their scores, or the least, which all of them must be led to raise.
+
+    Coste et al. 2023 (arXiv:2310.02743), against over-optimisation.
+    """
+
+    def __init__(self, models, how):
+        super().__init__()
+        self.models, self.how = nn.ModuleList(models), how
+        self.config = min((model.config for model in models), key=lambda config: config.block_size)
+
+    def score(self, tokens, pad, last):
+        """As ScalarModel.score."""
+        scores = torch.stack([model.score(tokens, pad, last) for model in self.models])  # (models, B)
+        return scores.mean(0) if self.how == "mean" else scores.amin(0)
+
+
 @torch.no_grad()
 def score_many(model, texts, batch_size=256):
     """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU.
@@ -282,6 +299,13 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
     state, config = read_checkpoint(folder, [kind])
     return fill((GPT if kind == "lm" else ScalarModel), folder, state, config, device, dropout, recompute)
+
+
+def load_reward(folders, device="cpu", ensemble="mean"):
+    """The reward model in a checkpoint folder, or the Ensemble of those in several, with commas between."""
+    check(ensemble in ("mean", "min"), f"--ensemble is {ensemble!r}: write mean or min")
+    models = [load_model(folder, device, kind="reward") for folder in folders.split(",")]
+    return models[0] if len(models) == 1 else Ensemble(models, ensemble).eval()
 
 
 def fill(Model, folder, state, config, device, dropout, recompute):

@@ -23,7 +23,7 @@ from checkpoint import save_checkpoint
 from common import adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say, set_up
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from doctor import guard, guard_ratio
-from model import entropy, full_precision, load_model, prompt_room, token_logprobs
+from model import entropy, full_precision, load_model, load_reward, prompt_room, token_logprobs
 from runs import Log, Stage
 from sampling import sample_prompts
 from terminal import visible
@@ -33,7 +33,8 @@ from terminal import visible
 class Config:
     out: str = "out/tiny/ppo"           # folder for the checkpoint
     sft: str = "out/tiny/sft"           # the policy starts here, and the reference stays here
-    reward: str = "out/tiny/reward"     # reward model; the value model starts from it too
+    reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
+    ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
     value: str = "separate"             # separate: another model, from the reward model; shared: a head on the policy
     iterations: int = 32                # rollouts
@@ -295,16 +296,16 @@ def main(cfg):
     device, autocast = set_up(cfg)
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
-    reward = load_model(cfg.reward, device, kind="reward")
+    reward, rewards = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
     if cfg.value == "separate":
-        value = load_model(cfg.reward, device, kind="reward", recompute=cfg.recompute)
+        value = load_model(rewards[0], device, kind="reward", recompute=cfg.recompute)
     else:
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         torch.nn.init.zeros_(value.weight)
         torch.nn.init.zeros_(value.bias)
     vocab = Path(cfg.sft) / "vocab.tiktoken"
     enc = load_tokenizer(vocab)
-    check_same_vocab(cfg.sft, cfg.reward)
+    check_same_vocab(cfg.sft, *rewards)
     room = min(prompt_room(model.config, cfg.response_tokens) for model in (policy, reward))
     prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")

@@ -45,6 +45,7 @@ class Config:
     samples: int = 512                       # how many samples
     response_tokens: int = 32                # longest sample
     temperature: float = 0.7                 # of those samples
+    split_seed: int = -1                     # of the split alone, as an ensemble shares its data; -1: --seed
     limit: int = 0                           # train on this many rankings only; 0: all
     epochs: int = 1                          # passes over the rankings
     batch_size: int = 16                     # rankings behind one optimizer step
@@ -215,6 +216,15 @@ def share(margins, ends):
             "interval": [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]}
 
 
+def ranking_card(rankings, scores):
+    """share() of all pairs of some rankings (lists of texts in ids, best first); scores: (K,) of each ranking."""
+    texts = [tuple(text) for ranking in rankings for text in ranking]
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text that stands there twice is one
+    names = torch.tensor([number[text] for text in texts]).split([len(ranking) for ranking in rankings])
+    better, worse = torch.cat([torch.combinations(part) for part in scores]).T
+    return share(better - worse, torch.cat([torch.combinations(part) for part in names]))
+
+
 def features(text, size=2**18):
     """Words and pairs of neighbouring words, lower-cased, as hashed ids, each once: for the bag of words."""
     words = re.findall(r"\w+|[^\w\s]", text.lower())
@@ -304,7 +314,7 @@ def main(cfg):
     if cfg.test:
         test_rows = read_rankings(cfg.test)
     else:
-        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)
+        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed if cfg.split_seed == -1 else cfg.split_seed)
     rows = rows[:cfg.limit or len(rows)]
     rankings, test = (drop_equal(encode_rankings(enc, part, model.config.block_size), flag) for part, flag in (
         (rows, "--train"), (test_rows, "--test" if cfg.test else "--train")))
@@ -323,11 +333,7 @@ def main(cfg):
     train(model, rankings, cfg, stage, device, autocast)
     with autocast():
         scores = score_many(model, [text for texts in test for text in texts])
-    number = {text: i for i, text in enumerate(dict.fromkeys(tuple(text) for texts in test for text in texts))}
-    places = torch.arange(len(scores)).split([len(texts) for texts in test])
-    pairs = torch.cat([torch.combinations(place) for place in places])  # (N, 2), the better one first
-    names = torch.tensor([number[tuple(text)] for texts in test for text in texts])
-    card = {"held-out rankings": share(scores[pairs[:, 0]] - scores[pairs[:, 1]], names[pairs])}
+    card = {"held-out rankings": ranking_card(test, scores.split([len(texts) for texts in test]))}
     print("accuracy on held-out rankings: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
           .format(**card["held-out rankings"]))
     if human:
