@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -30,7 +31,7 @@ from torch import nn
 import ppo
 from budget import flop, sample_flop
 from common import adamw, check, check_positive, generator, optimizer_step, run, set_up
-from dpo import dpo_loss
+from dpo import Config as DPOConfig, measure, response_logprobs
 from model import GPT, GPTConfig, ScalarModel
 from reward import ranking_loss, score_rankings
 from runs import Log
@@ -41,8 +42,8 @@ from sft import row_logprobs
 @dataclass
 class Config:
     size: str = "tiny"       # tiny: 4 layers of width 256, vocabulary 2048; small: GPT-2 124M
-    only: str = ""           # figures, comma between them: limits,train,sample,ppo,reward,dpo; empty: these. Or scaling
-    against: str = ""        # a peer to run too: transformers (train, sample) or trl (ppo, reward, dpo)
+    only: str = ""           # of limits,train,sample,ppo,reward,dpo,dpo-ranked (empty: all of these), or scaling
+    against: str = ""        # a peer to run too: transformers (train, sample) or trl (ppo, reward, dpo, dpo-ranked)
     value: str = "separate"  # value model of ppo: separate, or shared (the peer's is separate in any case)
     gelu: str = "none"       # ours and the peer's: none is exact, as in our models; tanh is GPT-2's approximation
     graph: bool = False      # our sampler on CUDA: with a step recorded as a CUDA graph
@@ -62,6 +63,7 @@ SHAPES = {"tiny": {"train": (32, 128), "sample": (64, 16, 32), "ppo": (64, 16, 3
 SCALES = {"batch": (16, 32, 64, 128, 256), "prompt": (4, 16, 32, 64, 96), "response": (8, 16, 32, 64, 96),
           "width": (64, 128, 256, 512)}
 PAIRS, PROMPT, TEXT = 32, 16, 48  # reward and dpo: pairs behind a step, tokens of a prompt, tokens of a whole text
+RANKINGS, K = 8, 4  # dpo-ranked: rankings behind a step, each of so many responses (48 pairs)
 TEMPERATURE, LR = 0.7, 1e-5
 NEVER = -1  # an end id that cannot be drawn: every response has its full length
 
@@ -276,23 +278,29 @@ def reward_step(bench):
                  "pairs/s", 3 * 2 * PAIRS * flop(bench.config, TEXT, 1))
 
 
-def dpo_step(bench):
+def dpo_step(bench, figure="dpo", rankings=None, K=2):
     """A training step of DPO; the reference's log-probabilities are known, as in dpo.py."""
-    model = GPT(bench.config).to(bench.device)
-    texts = [(ids, PROMPT) for ids in bench.tokens(2 * PAIRS, TEXT)]  # the chosen half, then the rejected half
+    rankings = rankings or PAIRS
+    model, pairs = GPT(bench.config).to(bench.device), rankings * math.comb(K, 2)
+    texts = [[(ids, PROMPT) for ids in ranking] for ranking in bench.tokens(rankings, K, TEXT)]
     with torch.no_grad():
-        ref_logprobs = row_logprobs(model, texts, 0, bench.device, bench.autocast)
+        ref_logprobs = response_logprobs(model, texts, 0, bench.device, bench.autocast)
 
     def loss():
-        logprobs = row_logprobs(model, texts, 0, bench.device, bench.autocast)
-        return dpo_loss(*logprobs.chunk(2), *ref_logprobs.chunk(2), beta=0.1)[0].mean()
-    bench.record("dpo", f"one step on {PAIRS} pairs of {PROMPT} + {TEXT - PROMPT} tokens",
-                 bench.time(stepper(model, loss)), PAIRS, "pairs/s",
-                 3 * 2 * PAIRS * flop(bench.config, TEXT - 1, TEXT - PROMPT, True))
+        logprobs = response_logprobs(model, texts, 0, bench.device, bench.autocast)
+        return measure(logprobs, ref_logprobs, DPOConfig())["loss"]
+    bench.record(figure, f"one step on {pairs} pairs of {rankings} rankings of {K}, {PROMPT} + {TEXT - PROMPT} tokens",
+                 bench.time(stepper(model, loss)), pairs, "pairs/s",
+                 3 * rankings * K * flop(bench.config, TEXT - 1, TEXT - PROMPT, True))
+
+
+def dpo_ranked(bench):
+    """The same on rankings, whose responses are in several pairs each: a peer that takes pairs computes them again."""
+    dpo_step(bench, "dpo-ranked", RANKINGS, K)
 
 
 FIGURES = {"limits": limits, "train": train, "sample": sampling, "ppo": ppo_iteration, "reward": reward_step,
-           "dpo": dpo_step, "scaling": scaling}
+           "dpo": dpo_step, "dpo-ranked": dpo_ranked, "scaling": scaling}
 
 
 def main(cfg):

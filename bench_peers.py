@@ -5,13 +5,14 @@
 import contextlib
 import importlib
 import io
+import math
 import os
 import tempfile
 import warnings
 
 import torch
 
-from bench import LR, PAIRS, PROMPT, TEMPERATURE, TEXT, stepper
+from bench import K, LR, PAIRS, PROMPT, RANKINGS, TEMPERATURE, TEXT, stepper
 from common import UserError
 
 
@@ -69,7 +70,8 @@ def peer_trl(bench, figure):
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    name = {"ppo": "PPO", "reward": "Reward", "dpo": "DPO"}[figure]
+    name = {"ppo": "PPO", "reward": "Reward", "dpo": "DPO", "dpo-ranked": "DPO"}[figure]
+    pairs = RANKINGS * math.comb(K, 2) if figure == "dpo-ranked" else PAIRS
     module = importlib.import_module("trl.experimental.ppo" if figure == "ppo" else "trl")
     V, steps, ends = bench.config.vocab_size, bench.cfg.repeats + 1, []
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
@@ -77,7 +79,7 @@ def peer_trl(bench, figure):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"t{V - 1}", pad_token=f"t{V - 2}",
                                         padding_side="left")
     model, parts = peer_model(bench, scalar=figure == "reward"), {}
-    how = {"per_device_train_batch_size": PAIRS, "max_steps": steps, "logging_strategy": "no"}
+    how = {"per_device_train_batch_size": pairs, "max_steps": steps, "logging_strategy": "no"}
     if figure == "ppo":
         B, P, R = bench.shapes["ppo"]
         parts = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
@@ -87,10 +89,10 @@ def peer_trl(bench, figure):
                "total_episodes": B * steps, "temperature": TEMPERATURE, "stop_token": "eos",
                "num_sample_generations": 0, "local_rollout_forward_batch_size": B}
     elif figure == "reward":
-        data = {side: bench.tokens(PAIRS * steps, TEXT) for side in ("chosen_ids", "rejected_ids")}
+        data = {side: bench.tokens(pairs * steps, TEXT) for side in ("chosen_ids", "rejected_ids")}
     else:  # takes words only, and adds an end to a response without one
         def text(size, end=""):
-            return ["".join(f" t{i}" for i in ids) + end for ids in bench.tokens(PAIRS * steps, size)]
+            return ["".join(f" t{i}" for i in ids) + end for ids in bench.tokens(pairs * steps, size)]
         chosen, rejected = (text(TEXT - PROMPT - 1, f" t{V - 1}") for _ in range(2))
         data = {"prompt": text(PROMPT), "chosen": chosen, "rejected": rejected}
         how["precompute_ref_log_probs"] = True
@@ -113,4 +115,4 @@ def peer_trl(bench, figure):
 
 
 PEERS = {"transformers": {"train": peer_train, "sample": peer_sample},
-         "trl": dict.fromkeys(("ppo", "reward", "dpo"), peer_trl)}
+         "trl": dict.fromkeys(("ppo", "reward", "dpo", "dpo-ranked"), peer_trl)}

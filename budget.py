@@ -73,14 +73,15 @@ def reward_budget(config, cfg, rankings, test, human, device):
             model_bytes(config, 1, bool(cfg.sft)) + size)
 
 
-def dpo_budget(config, cfg, texts, pairs, test_texts, device):
-    """(operations, bytes) of dpo.py: texts are (ids, length of the prompt), pairs their numbers."""
+def dpo_budget(config, cfg, rankings, test, device):
+    """(operations, bytes) of dpo.py: rankings, to train on and to test, are lists of (ids, length of the prompt)."""
+    texts, test_texts = ([text for ranking in part for text in ranking] for part in (rankings, test))
     work, held_out = ([flop(config, len(ids) - 1, len(ids) - first, head=True) for ids, first in part]
                       for part in (texts, test_texts))
     row = row_bytes(config, 1, max(len(ids) for ids, _ in texts), max(len(ids) - first for ids, first in texts),
                     cfg.recompute, device)
-    return (sum(work) + 2 * sum(held_out) + 3 * cfg.epochs * sum(work[i] + work[j] for i, j in pairs),
-            model_bytes(config, 1, 0) + 2 * min(cfg.microbatch, cfg.batch_size) * row)
+    behind = min(cfg.microbatch, cfg.batch_size) * max(map(len, rankings))  # texts behind one backward, at most
+    return (1 + 3 * cfg.epochs) * sum(work) + 2 * sum(held_out), model_bytes(config, 1, 0) + behind * row
 
 
 def ppo_budget(config, cfg, prompts, device):
@@ -93,9 +94,10 @@ def ppo_budget(config, cfg, prompts, device):
                + 3 * cfg.epochs * (policy + value))
     longest = max(map(len, prompts)) + R
     row = row_bytes(config, 1 + values, longest, R, cfg.recompute, device)
+    rewards = len(cfg.reward.split(","))  # one, or those of an ensemble
     cache = min(TOKENS, cfg.episodes * longest) * config.n_layer * config.width * 4  # keys and values in bf16
     return (cfg.iterations * cfg.episodes * episode,
-            model_bytes(config, 1 + values, 2) + max(cache, min(cfg.microbatch, cfg.episodes) * row))
+            model_bytes(config, 1 + values, 1 + rewards) + max(cache, min(cfg.microbatch, cfg.episodes) * row))
 
 
 def duration(seconds):

@@ -2,13 +2,17 @@
 
     python dpo.py --model out/tiny/sft --train out/tiny/label/rankings.jsonl --out out/tiny/dpo
 
-PPO's best policy for a reward r is known: the SFT model's probabilities times exp(r / beta), normalised. Turned around,
-beta times the log-ratio of policy and SFT model is a reward, so the policy itself can be trained as a reward model.
+PPO maximises score - beta * KL to the SFT model (beta is its kl_coef). The best policy for that is known: the SFT
+model's probability of a response times exp(score / beta), divided by a sum that depends on the prompt alone. Hence
+score = beta * (log p(policy) - log p(SFT)) + a term of the prompt. Put this into the reward model's loss,
+-log sigmoid(chosen score - rejected score): the term cancels, and only the policy is left to train (dpo_loss).
+
+Log-probabilities are at temperature 1, as in the paper. (PPO's are at its sampling temperature, at which evaluate.py
+samples and measures KL.)
 
 Papers: Rafailov et al. 2023 (DPO); Ouyang et al. 2022, section 3.5 (all pairs of K ranked responses).
 Left out on purpose: a loss on demonstrations beside it, other losses of the family, several GPUs.
 """
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from budget import announce, dpo_budget
+from checkpoint import write_json
 from common import adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up
 from data import batches, encode_prompt, encode_response, load_tokenizer, read_rankings
 from model import load_model
-from reward import split_by_prompt
+from reward import ranking_card, split_by_prompt
 from runs import Log, Stage
 from sft import row_logprobs
 
@@ -29,18 +34,20 @@ from sft import row_logprobs
 class Config:
     out: str = "out/tiny/dpo"                     # folder for the checkpoint
     model: str = "out/tiny/sft"                   # the policy starts here, and the reference stays here
-    train: str = "out/tiny/label/rankings.jsonl"  # {"prompt", "responses": best to worst}, or chosen and rejected
-    test_share: float = 0.1                       # share of the prompts held out
-    beta: float = 0.1                             # price of one nat away from the SFT model
+    train: str = "out/tiny/label/rankings.jsonl"  # {"prompt", "responses": best to worst}; several files: a,b
+    test: str = ""                                # held-out rankings; empty: --test-share of the training prompts
+    test_share: float = 0.1                       # share of the prompts held out when --test is empty
+    beta: float = 0.1                             # PPO's kl_coef: larger stays closer to the SFT model
     label_smoothing: float = 0.0                  # share of the labels believed to be the wrong way round
-    epochs: int = 1                               # passes over the pairs
-    batch_size: int = 32                          # pairs behind one optimizer step
-    microbatch: int = 32                          # pairs behind one backward; smaller: less memory, the same result
-    lr: float = 1e-4                              # peak learning rate, linear to 0
+    comparisons: str = "all"                      # pairs of a ranking: all, or ends (the best against the worst)
+    epochs: int = 2                               # passes over the rankings
+    batch_size: int = 16                          # rankings behind one optimizer step
+    microbatch: int = 32                          # rankings behind one backward; fewer: less memory, the same result
+    lr: float = 3e-4                              # peak learning rate, linear to 0
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
-    log_every: int = 20                           # steps per log line
+    log_every: int = 10                           # steps per log line
     save_every: float = 300.0                     # seconds between saves of the state that a stopped run goes on from
     restart: bool = False                         # begin again where --out holds another run, instead of refusing
     seed: int = 1                                 # split, order
@@ -48,15 +55,17 @@ class Config:
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-GPT2 = {"lr": 1e-6, "batch_size": 64, "microbatch": 16}  # Rafailov et al. 2023, appendix B (with RMSprop there)
-PRESETS = {"tiny": {}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": GPT2}
+# Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop. Here hh: 64 rankings of one pair, gpt2: 16 of six.
+GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}
+# tiny: epochs, batch and learning rate of the reward model that it is compared with.
+PRESETS = {"tiny": {}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": {**GPT2, "batch_size": 64}}
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.
 
     Rafailov et al. 2023, eq. 7: -log sigmoid of the difference of the implicit rewards, which are beta * (logprobs -
-    ref_logprobs) and carry no gradient. label_smoothing: the share of pairs expected to be the wrong way round.
+    ref_logprobs) and returned detached. label_smoothing: the share of pairs expected to be the wrong way round.
     """
     chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
@@ -65,43 +74,49 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def make_pairs(enc, rows, block_size):
-    """All pairs of each ranking: a list of texts (ids, length of prompt), and pairs of their numbers, better first.
+def encode(enc, rows, block_size, comparisons, flag="--train"):
+    """Rankings: lists of texts, best first, each (ids, length of the prompt). comparisons: see Config.
 
-    Two texts that are equal once cut to the block size make no pair.
+    Of texts that are equal once cut to the block size the best stays; a ranking of one text compares nothing.
     """
-    texts, pairs = [], []
+    rankings = []
     for row in rows:
         prompt = encode_prompt(enc, row["prompt"], block_size // 2)
-        numbers = range(len(texts), len(texts) + len(row["responses"]))
-        texts += [(prompt + encode_response(enc, text, block_size - len(prompt)), len(prompt))
-                  for text in row["responses"]]
-        pairs += [(i, j) for i, j in itertools.combinations(numbers, 2) if texts[i] != texts[j]]
-    check(pairs, "--train: no pair to compare: the responses are equal within the block size")
-    return texts, pairs
+        room = block_size - len(prompt)
+        cut = list(dict.fromkeys(tuple(encode_response(enc, text, room)) for text in row["responses"]))
+        if len(cut) > 1:
+            cut = cut if comparisons == "all" else [cut[0], cut[-1]]
+            rankings.append([(prompt + list(response), len(prompt)) for response in cut])
+    check(rankings, f"{flag}: nothing to compare: the responses are equal within the block size")
+    return rankings
 
 
-@torch.no_grad()
-def all_logprobs(model, texts, end, device, autocast, size=64):
-    """Log-probability of every response, (N,), size texts at a time: each text once, however many pairs it is in."""
-    logprobs = torch.empty(len(texts), device=device)
-    for batch in batches([len(ids) for ids, _ in texts], size, 0):
-        logprobs[batch] = row_logprobs(model, [texts[i] for i in batch], end, device, autocast)
-    return logprobs
+def response_logprobs(model, rankings, end, device, autocast, size=32):
+    """Log-probability in nats of every response, summed over its tokens: one (K,) per ranking."""
+    texts = [text for ranking in rankings for text in ranking]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))  # similar lengths share a forward pass
+    sums = [row_logprobs(model, [texts[i] for i in order[start:start + size]], end, device, autocast)
+            for start in range(0, len(order), size)]
+    place = torch.tensor(order).argsort().to(device)  # where each text's sum is now
+    return torch.cat(sums)[place].split([len(ranking) for ranking in rankings])
 
 
-def measure(logprobs, ref_logprobs, pairs, cfg):
-    """Mean dpo_loss over pairs of places in logprobs and ref_logprobs (N,), and the metrics of the log."""
-    better, worse = torch.tensor(pairs).T
-    chosen, rejected = logprobs[better], logprobs[worse]
-    losses, good, bad = dpo_loss(chosen, rejected, ref_logprobs[better], ref_logprobs[worse], cfg.beta,
-                                 cfg.label_smoothing)
-    # Both log-probabilities often fall, the chosen one's too: only their difference is trained, and the probability
-    # that the pair loses goes to responses that nobody ranked.
-    return losses.mean(), {
-        "loss": losses.mean().item(), "accuracy": (good > bad).float().mean().item(),
-        "margin": (good - bad).mean().item(), "chosen_reward": good.mean().item(), "rejected_reward": bad.mean().item(),
-        "chosen_logprobs": chosen.mean().item(), "rejected_logprobs": rejected.mean().item()}
+def measure(logprobs, ref_logprobs, cfg):
+    """{metric: its mean over a ranking's pairs, then over rankings}; logprobs, ref_logprobs: one (K,) per ranking.
+
+    Averaged as in reward.py's ranking_loss: a response is one forward pass, however many pairs it is in.
+    """
+    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprobs", "rejected_logprobs")
+    means = []
+    for own, ref in zip(logprobs, ref_logprobs):
+        i, j = torch.triu_indices(len(own), len(own), offset=1, device=own.device)  # all pairs: i chosen, j rejected
+        losses, chosen_rewards, rejected_rewards = dpo_loss(own[i], own[j], ref[i], ref[j], cfg.beta,
+                                                            cfg.label_smoothing)
+        margins = chosen_rewards - rejected_rewards
+        accuracy = 0.5 + 0.5 * torch.sign(margins)  # a tie is a half
+        means.append(torch.stack([x.mean() for x in (losses, accuracy, margins, chosen_rewards, rejected_rewards,
+                                                     own[i], own[j])]))
+    return dict(zip(names, torch.stack(means).mean(0)))
 
 
 def main(cfg):
@@ -110,48 +125,61 @@ def main(cfg):
     check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
-    stage = Stage(cfg, "model", "train")
+    check(cfg.comparisons in ("all", "ends"), f"--comparisons is {cfg.comparisons!r}: write all or ends")
+    stage = Stage(cfg, "model", "train", "test")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
-    train_rows, test_rows = split_by_prompt(read_rankings(cfg.train), cfg.test_share, cfg.seed)
-    texts, pairs = make_pairs(enc, train_rows, policy.config.block_size)
-    test_texts, test_pairs = make_pairs(enc, test_rows, policy.config.block_size)
-    parameters = list(policy.parameters())
-    optimizer = adamw(parameters, cfg.lr, weight_decay=0.0)
-    lengths = [len(texts[i][0]) + len(texts[j][0]) for i, j in pairs]
-    steps = cfg.epochs * math.ceil(len(pairs) / cfg.batch_size)
-    print(f"{len(pairs):,} pairs to train on, {len(test_pairs):,} held out, {steps} steps")
-    announce(*dpo_budget(policy.config, cfg, texts, pairs, test_texts, device), device, autocast)
+    rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
+    if cfg.test:
+        test_rows = read_rankings(cfg.test)
+    else:
+        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)  # as in reward.py: the same are held out
+    rankings = encode(enc, rows, policy.config.block_size, cfg.comparisons)
+    test = encode(enc, test_rows, policy.config.block_size, "all", "--test" if cfg.test else "--train")
+    optimizer = adamw(policy.parameters(), cfg.lr, weight_decay=0.0)
+    steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
+    print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
+    announce(*dpo_budget(policy.config, cfg, rankings, test, device), device, autocast)
 
     stage.open()
-    # The policy is still the SFT model: its log-probabilities now are the reference's for good.
-    size, end = 2 * cfg.microbatch, enc.eot_token
-    ref_logprobs = all_logprobs(policy, texts, end, device, autocast, size)
-    test_ref_logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
-    log = Log(stage.folder)
+    end = enc.eot_token
+    with torch.no_grad():  # the policy is still the SFT model: its log-probabilities now are the reference's for good
+        ref_logprobs = response_logprobs(policy, rankings, end, device, autocast)
+        test_ref_logprobs = response_logprobs(policy, test, end, device, autocast)
+    # As in reward.py: rankings of similar length share a batch, but in steps of 64 tokens.
+    lengths = [max(len(ids) - 1 for ids, _ in ranking) // 64 for ranking in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
+    log = Log(stage.folder)
     done = stage.resume(steps, policy=policy, optimizer=optimizer, log=log)
-    for step in progress(range(done, steps), "dpo"):
+    for step in progress(range(done, steps), "dpo"):  # in eval mode: no dropout, so that the first margins are 0
         batch = order[step]
-        for begin in range(0, len(batch), cfg.microbatch):
-            chosen, rejected = zip(*[pairs[i] for i in batch[begin:begin + cfg.microbatch]])
-            B, numbers = len(chosen), torch.tensor(chosen + rejected)  # the chosen half, then the rejected half
-            logprobs = row_logprobs(policy, [texts[i] for i in numbers], end, device, autocast)  # (2 B,)
-            loss, metrics = measure(logprobs, ref_logprobs[numbers], [(i, B + i) for i in range(B)], cfg)
-            (loss * (B / len(batch))).backward()  # how a batch is split changes nothing
-            log.add(B, **metrics)
+        for first in range(0, len(batch), cfg.microbatch):
+            part = batch[first:first + cfg.microbatch]  # numbers of rankings
+            logprobs = response_logprobs(policy, [rankings[i] for i in part], end, device, autocast)
+            metrics = measure(logprobs, [ref_logprobs[i] for i in part], cfg)
+            (metrics["loss"] * (len(part) / len(batch))).backward()  # how a batch is split changes nothing
+            log.add(len(part), **metrics)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
+        optimizer_step(optimizer, list(policy.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
+            # Both log-probabilities often fall, the chosen one's too: the loss sees only their difference, and the
+            # probability that the two lose goes to texts that nobody ranked.
             say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
                 "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
         stage.keep(step + 1)
-    logprobs = all_logprobs(policy, test_texts, end, device, autocast, size)
-    _, held_out = measure(logprobs, test_ref_logprobs, test_pairs, cfg)
-    print("held out: loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f}".format(**held_out))
-    stage.save(policy, Path(cfg.model) / "vocab.tiktoken", held_out=held_out)
-    stage.finish(held_out_accuracy=round(held_out["accuracy"], 4))
+
+    with torch.no_grad():
+        logprobs = response_logprobs(policy, test, end, device, autocast)
+    held_out = {name: round(x.item(), 4) for name, x in measure(logprobs, test_ref_logprobs, cfg).items()}
+    # How often the implicit reward orders as the ranking does, over pairs, as reward.py has it of the reward model.
+    rewards = [cfg.beta * (own - ref).cpu() for own, ref in zip(logprobs, test_ref_logprobs)]
+    card = ranking_card([[ids for ids, _ in ranking] for ranking in test], rewards)
+    print("held out: loss {0[loss]:.3f} margin {0[margin]:.3f} accuracy {1[accuracy]:.3f} ({1[interval][0]:.3f}-"
+          "{1[interval][1]:.3f}), {1[pairs]} pairs".format(held_out, card))
+    write_json(stage.folder / "report_card.json", {"held-out rankings": card})
+    stage.save(policy, Path(cfg.model) / "vocab.tiktoken", held_out={**held_out, "accuracy": card["accuracy"]})
+    stage.finish(held_out_accuracy=card["accuracy"])
 
 
 if __name__ == "__main__":

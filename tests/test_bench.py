@@ -51,23 +51,25 @@ def test_every_figure_runs(monkeypatch, tmp_path, capsys):
     """A benchmark that no longer fits the scripts it measures: every figure once, on a toy model."""
     monkeypatch.setitem(bench.SIZES, "tiny", (64, 32, 2, 2, 16))
     monkeypatch.setitem(bench.SHAPES, "tiny", {"train": (2, 8), "sample": (4, 4, 4), "ppo": (4, 4, 4)})
-    for name, value in {"PAIRS": 2, "PROMPT": 3, "TEXT": 8, "SCALES": {"batch": (4, 8), "width": (16, 32)}}.items():
+    for name, value in {"PAIRS": 2, "PROMPT": 3, "TEXT": 8, "RANKINGS": 2,
+                        "SCALES": {"batch": (4, 8), "width": (16, 32)}}.items():
         monkeypatch.setattr(bench, name, value)
-    for only, value in (("train,sample,ppo,reward,dpo,scaling", "separate"), ("ppo", "shared")):
+    for only, value in (("train,sample,ppo,reward,dpo,dpo-ranked,scaling", "separate"), ("ppo", "shared")):
         bench.main(bench.Config(only=only, value=value, dtype="bfloat16", device="cpu", repeats=2,
                                 out=str(tmp_path / "lines")))
     table = capsys.readouterr().out
-    for name in ("matrix product", "copy", "train", "sample", "ppo.rollout", "ppo.update", "reward", "dpo", "batch 8"):
+    for name in ("matrix product", "copy", "train", "sample", "ppo.rollout", "ppo.update", "reward", "dpo",
+                 "dpo-ranked", "batch 8"):
         assert f"\n{name} " in table, name
-    assert len((tmp_path / "lines").read_text().splitlines()) == 2 + 8 + 4 + 2 + 4
+    assert len((tmp_path / "lines").read_text().splitlines()) == 2 + 9 + 4 + 2 + 4
 
 
-@pytest.mark.parametrize("library, figures", [("transformers", "train,sample"), ("trl", "ppo,reward,dpo")])
+@pytest.mark.parametrize("library, figures", [("transformers", "train,sample"), ("trl", "ppo,reward,dpo,dpo-ranked")])
 def test_every_peer_runs(monkeypatch, capsys, library, figures):
     """A comparison that no longer fits what it compares with; only where that is installed."""
     pytest.importorskip(library)
     import bench_peers
-    for name, value in {"PAIRS": 2, "PROMPT": 3, "TEXT": 8}.items():
+    for name, value in {"PAIRS": 2, "PROMPT": 3, "TEXT": 8, "RANKINGS": 2}.items():
         monkeypatch.setattr(bench, name, value)
         monkeypatch.setattr(bench_peers, name, value)
     monkeypatch.setitem(bench.SIZES, "tiny", (64, 32, 2, 2, 16))

@@ -10,7 +10,7 @@ rm -f $folder/bench.jsonl $folder/bench.txt
 bench() { "$PYTHON" bench.py --out $folder/bench.jsonl "$@" | grep -v '^{' | tee -a $folder/bench.txt; }
 for gelu in tanh none; do
   for dtype in float32 bfloat16; do
-    bench --gelu $gelu --dtype $dtype --only ppo,reward,dpo --against trl
+    bench --gelu $gelu --dtype $dtype --only ppo,reward,dpo,dpo-ranked --against trl
     bench --gelu $gelu --dtype $dtype --only train,sample --against transformers
     bench --gelu $gelu --dtype $dtype --only ppo --value shared
   done

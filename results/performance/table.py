@@ -8,7 +8,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 FOLDER = Path(__file__).parent
-PEERS = {"train": "transformers", "sample": "transformers", "ppo": "trl", "reward": "trl", "dpo": "trl"}
+PEERS = {"train": "transformers", "sample": "transformers", "ppo": "trl", "reward": "trl", "dpo": "trl",
+         "dpo-ranked": "trl"}
 lines = [json.loads(line) for line in (FOLDER / "bench.jsonl").read_text().splitlines()]
 scales, found = {}, {}
 for line in lines:
