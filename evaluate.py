@@ -1,14 +1,14 @@
-"""Everything on one footing: policies against the SFT model on held-out prompts, and a report to look at.
+"""Everything on one footing: policies and best-of-n against the SFT model on held-out prompts.
 
-    python evaluate.py --sft out/tiny/sft --policies out/tiny/ppo --out out/tiny/evaluate
+    python evaluate.py --sft out/tiny/sft --policies out/tiny/dpo,out/tiny/ppo --out out/tiny/evaluate
 
-Every policy answers the same prompts at the same temperature. Three reward models score the answers: the reward model
-that PPO optimised (proxy), the labeler that it was learned from (gold, in the words of Gao et al. 2022; none where it
-learned from people themselves), and the judge, which learned from other ratings, of other sentences, and which nothing
+Every policy answers the same prompts at the same temperature. Three reward models score the answers: the one that PPO
+optimised (proxy), the labeler that ranked the proxy's training data (Gao et al. 2022 call it gold; there is none in the
+preset hh, where people ranked), and the judge, which learned from other ratings, of other sentences, and which nothing
 was trained on. Win rates are the judge's.
 
-Writes results.json, report.md and figures. Papers: Stiennon et al. 2020 (win rates, over-optimisation); Gao et al. 2022
-(proxy and gold against KL); Dubois et al. 2024 (length control).
+Writes samples.jsonl, and results.json, from which report.py makes report.md and the figures. Papers: Stiennon et al.
+2020 (win rates, over-optimisation); Nakano et al. 2021 (best-of-n); Dubois et al. 2024 (length control).
 """
 import json
 import math
@@ -17,33 +17,35 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
 
-from checkpoint import write_atomic, write_json
+import report
+from checkpoint import write_json
 from common import check, check_positive, generator, progress, run, set_up
 from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
-from model import load_model, prompt_room, score_many, token_logprobs
+from estimators import best_of_kl, distinct_2, expected_best, length_controlled, mean_interval, same_order
+from model import load_model, load_reward, prompt_room, score_many, token_logprobs
 from runs import Stage
 from sampling import sample_many
 from sft import held_out_loss, packed_rows
-
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
 class Config:
     out: str = "out/tiny/evaluate"           # folder for the report
     sft: str = "out/tiny/sft"                # the model to beat, and the reference for KL
-    policies: str = "out/tiny/ppo"           # policies to compare with it: folder,folder
-    reward: str = "out/tiny/reward"          # the proxy
-    labeler: str = "out/tiny/labeler"        # the gold reward model; empty: there is none
+    policies: str = "out/tiny/dpo,out/tiny/ppo"  # policies to compare with it: folder,folder
+    reward: str = "out/tiny/reward"          # the proxy, by which best-of-n chooses, too; several: folder,folder
+    ensemble: str = "mean"                   # of several reward models' scores: mean or min
+    labeler: str = "out/tiny/labeler"        # the labeler behind the rankings; empty: people ranked
     judge: str = "out/tiny/judge"            # the independent examiner
     prompts: str = "data/reviews/prompts_eval.jsonl"  # held-out prompts
+    others: str = ""                         # prompts of kinds that no policy was trained on: file,file; empty: none
     text: str = "data/reviews/corpus_test.jsonl"  # held-out text for perplexity
     count: int = 1000                        # prompts per policy
-    snapshot_count: int = 256                # prompts per snapshot of a policy
+    snapshot_count: int = 256                # prompts per snapshot of a policy, and per file of --others
+    best_of: int = 16                        # responses per prompt from which best-of-n takes the best; 0: leave it out
+    best_of_count: int = 1000                # prompts for best-of-n
     response_tokens: int = 32                # longest response
     temperature: float = 0.7                 # of every policy
     bootstrap: int = 2000                    # resamples behind each interval
@@ -54,51 +56,19 @@ class Config:
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast)
 
 
-PRESETS = {"tiny": {}, "smoke": {"count": 32, "snapshot_count": 16, "response_tokens": 16, "bootstrap": 100},
-           "gpt2": {"response_tokens": 24}, "hh": {"count": 500, "snapshot_count": 128, "response_tokens": 128}}
+PRESETS = {"tiny": {}, "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16,
+                                 "bootstrap": 100},
+           "gpt2": {"response_tokens": 24},
+           "hh": {"count": 500, "snapshot_count": 128, "best_of_count": 128, "response_tokens": 128}}
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
-
-
-def mean_interval(x, resamples, random):
-    """Mean of x (N,) and its 95 % bootstrap interval over the rows."""
-    means = x[torch.randint(len(x), (resamples, len(x)), generator=random)].mean(1)
-    return round(x.mean().item(), 4), [round(q, 4) for q in means.quantile(torch.tensor([0.025, 0.975])).tolist()]
-
-
-def length_controlled(wins, longer, resamples, random):
-    """Win rate at equal length, with a 95 % bootstrap interval: logistic regression of the win on the difference.
-
-    wins (N,) in {0, 0.5, 1}; longer (N,) tokens that the policy's response is longer by. Fits P(win) = sigmoid(a +
-    b * tanh(longer / std)) by Newton's method and reports sigmoid(a), the idea of Dubois et al. 2024 in two parameters.
-    """
-    x = torch.tanh(longer / longer.std(correction=min(1, len(longer) - 1)).clamp(min=1e-6))
-    X = torch.stack([torch.ones_like(x), x], dim=1).double()  # (N, 2)
-    rows = torch.randint(len(x), (resamples, len(x)), generator=random)
-    rows[0] = torch.arange(len(x))  # the first fit is of the data itself
-    X, y = X[rows], wins.double()[rows]  # (S, N, 2), (S, N)
-    weights = torch.zeros(resamples, 2, dtype=torch.double)
-    for _ in range(20):
-        p = torch.sigmoid((X @ weights[:, :, None]).squeeze(2))  # (S, N)
-        # A trace of ridge keeps the step finite where every answer won; it is subtracted from the gradient too.
-        gradient = (X * (y - p)[:, :, None]).sum(1) - 1e-3 * weights
-        hessian = torch.einsum("snj,sn,snk->sjk", X, p * (1 - p), X) + 1e-3 * torch.eye(2, dtype=torch.double)
-        weights = weights + torch.linalg.solve(hessian, gradient).clamp(-2, 2)
-    rates = torch.sigmoid(weights[:, 0])
-    low, high = rates[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return round(rates[0].item(), 4), [round(low, 4), round(high, 4)]
-
-
-def distinct_2(responses):
-    """Share of different pairs of neighbouring tokens among all such pairs, over all responses (Li et al. 2016)."""
-    pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
-    return len(set(pairs)) / max(1, len(pairs))
+# ---- answers and what is measured of them ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
-    """log p(policy) - log p(ref) of each response, summed over its tokens: (N,) nats, k1."""
+    """log p(policy) - log p(ref) of each response, summed over its tokens: (N,) nats. As the policy drew the response,
+    this is an unbiased estimate of the KL from one sample; it can be negative."""
     device, kl = next(policy.parameters()).device, torch.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     for start in range(0, len(order), 32):
@@ -113,251 +83,229 @@ def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
     return kl
 
 
-def answer(model, ref, judges, prompts, enc, cfg, autocast):
-    """Sample the model's responses and measure them: a dict with texts, and per response scores, kl and length (N,)."""
-    random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
+def answer(model, ref, scorers, prompts, enc, cfg, autocast, seed=0):
+    """Sample the model's responses and measure them: a dict with responses (ids), texts, scores of each scorer, and kl,
+    length and ended (N,)."""
+    random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed + seed)
     with autocast():
         responses = sample_many(model, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
                                 random=random)
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
-        scores = {name: score_many(judge, texts) for name, judge in judges.items()}
+        scores = {name: score_many(scorer, texts) for name, scorer in scorers.items()}
     ended = torch.tensor([float(ids[-1] == enc.eot_token) for ids in responses])
-    return {"texts": [enc.decode(ids[:-1] if e else ids) for ids, e in zip(responses, ended)], "scores": scores,
-            "kl": kl_to(ref, model, prompts, responses, enc.eot_token, cfg, autocast),
-            "length": torch.tensor([float(len(ids)) for ids in responses]), "ended": ended,
-            "distinct_2": distinct_2(responses)}
+    return {"responses": responses, "texts": [enc.decode(ids[:-1] if e else ids) for ids, e in zip(responses, ended)],
+            "scores": scores, "length": torch.tensor([float(len(ids)) for ids in responses]), "ended": ended,
+            "kl": torch.zeros(len(prompts)) if model is ref else
+            kl_to(ref, model, prompts, responses, enc.eot_token, cfg, autocast)}
+
+
+def select(answers, rows):
+    """Some rows (a list) of answers."""
+    def pick(x):
+        return {k: pick(v) for k, v in x.items()} if isinstance(x, dict) else (
+            x[rows] if torch.is_tensor(x) else [x[i] for i in rows])
+    return pick(answers)
+
+
+def wins_over(answers, base, scorer="judge"):
+    """1 where the scorer prefers the answer to the SFT model's, 0 where not, 0.5 for a tie: (N,)."""
+    margin = answers["scores"][scorer] - base["scores"][scorer]
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
+
+
+def means(answers, base):
+    """Mean scores, KL and win rate, as a point of a curve."""
+    return {"kl": answers["kl"].mean().item(), "win_rate_judge": wins_over(answers, base).mean().item(),
+            **{name: scores.mean().item() for name, scores in answers["scores"].items()}}
 
 
 def summarise(answers, base, cfg):
     """The row of the table for one policy; base: the SFT model's answers to the same prompts."""
     random = generator(cfg.seed)
     row = {name: round(scores.mean().item(), 4) for name, scores in answers["scores"].items()}
-    row.update(kl=round(answers["kl"].mean().item(), 3), length=round(answers["length"].mean().item(), 2),
-               end_rate=round(answers["ended"].mean().item(), 4), distinct_2=round(answers["distinct_2"], 4))
+    row.update(prompts=len(answers["texts"]), kl=round(answers["kl"].mean().item(), 3),
+               length=round(answers["length"].mean().item(), 2), end_rate=round(answers["ended"].mean().item(), 4),
+               distinct_2=round(distinct_2(answers["responses"]), 4))
     if answers is not base:
-        for judge in answers["scores"]:
-            margin = answers["scores"][judge] - base["scores"][judge]
-            wins = (margin > 0).float() + 0.5 * (margin == 0).float()
-            row[f"win_rate_{judge}"], row[f"win_rate_{judge}_interval"] = mean_interval(wins, cfg.bootstrap, random)
-            if judge == "judge":
-                row["length_controlled"], row["length_controlled_interval"] = length_controlled(
-                    wins, answers["length"] - base["length"], cfg.bootstrap, random)
+        for scorer in answers["scores"]:
+            wins = wins_over(answers, base, scorer)
+            row[f"win_rate_{scorer}"], row[f"win_rate_{scorer}_interval"] = mean_interval(wins, cfg.bootstrap, random)
+        row["length_controlled"], row["length_controlled_interval"] = length_controlled(
+            wins_over(answers, base), answers["length"] - base["length"], cfg.bootstrap, random)
     return row
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+def best_of_n(pool, base, n):
+    """From a pool of n responses of the SFT model to each prompt (pool, row by row): the answers that the proxy thinks
+    best, a curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy."""
+    M = len(base["texts"])
+    proxy = pool["scores"]["proxy"].view(M, n)
+    best = select(pool, (proxy.argmax(1) + n * torch.arange(M)).tolist())
+    best["kl"] = torch.full((M,), best_of_kl(n))
+    repeated = {"scores": {name: scores.repeat_interleave(n) for name, scores in base["scores"].items()}}
+    values = {**pool["scores"], "win_rate_judge": wins_over(pool, repeated)}
+    sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    curve = [{"n": k, "kl": best_of_kl(k), **{
+        name: expected_best(proxy, x.view(M, n), k).mean().item() for name, x in values.items()}} for k in sizes]
+    return best, curve, {name: round(same_order(proxy, scores.view(M, n)), 4)
+                         for name, scores in pool["scores"].items() if name != "proxy"}
 
 
-def read_log(folder):
-    """The lines of a stage's log.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def learning_curves(folder, path):
-    """Score, KL, KL coefficient, length, end-of-text rate and entropy over a PPO run's episodes."""
-    log = [line for line in read_log(folder) if "stopped" not in line]
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5))
-    for axis, (name, title) in zip(axes.flat, [
-            ("score", "reward-model score"), ("kl", "KL to the SFT model, nats per response"),
-            ("kl_coef", "KL coefficient"), ("length", "response length, tokens"),
-            ("end_rate", "share that reach end of text"),
-            ("entropy", "entropy, nats per token")]):
-        axis.plot([line["episodes"] for line in log], [line[name] for line in log])
-        axis.set(title=title, xlabel="episodes")
-        axis.grid(alpha=0.3)
-    save(figure, path)
-
-
-def over_optimisation(snapshots, path):
-    """Scores of the reward models against KL, over a policy's snapshots; the SFT model is the point at KL 0."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    for name, style in {"proxy": "o-", "labeler": "s-", "judge": "^-"}.items():
-        if name in snapshots[0]:
-            axis.plot([row["kl"] for row in snapshots], [row[name] for row in snapshots], style, label=name)
-    axis.set(xlabel="KL to the SFT model, nats per response", ylabel="mean score (SFT samples: mean 0, std 1)")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save(figure, path)
-
-
-def histograms(base, answers, name, path):
-    """Scores of the reward models before and after."""
-    figure, axes = plt.subplots(1, len(base["scores"]), figsize=(11, 3.2), sharey=True)
-    for axis, judge in zip(axes, base["scores"]):
-        both = torch.cat([base["scores"][judge], answers["scores"][judge]])
-        bins = torch.linspace(both.min().item(), both.max().item(), 31).tolist()
-        axis.hist(base["scores"][judge].tolist(), bins, alpha=0.6, label="sft")
-        axis.hist(answers["scores"][judge].tolist(), bins, alpha=0.6, label=name)
-        axis.set(title=judge, xlabel="score")
-    axes[0].set_ylabel("responses")
-    axes[0].legend()
-    save(figure, path)
-
-
-def save(figure, path):
-    """Write a figure as PNG, atomically, and close it."""
-    figure.tight_layout()
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    plt.close(figure)
-
-
-def escape(text):
-    """Text from a model as plain text inside a Markdown table."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    for special in "\\`*_[]<>|#&":
-        text = text.replace(special, "\\" + special if special not in "<>&" else f"&#{ord(special)};")
-    return text
-
-
-def sample_table(prompts, base, answers):
-    """Markdown rows of the largest, the middle and the smallest changes of the judge's score."""
+def extremes(prompts, base, answers):
+    """The answers with the largest, the middle and the smallest changes of the judge's score, for the report."""
     change = answers["scores"]["judge"] - base["scores"]["judge"]
-    order, middle = change.argsort(descending=True).tolist(), len(change) // 2
-    lines = ["| | prompt | SFT | judge | policy | judge |", "|---|---|---|---|---|---|"]
-    for title, rows in [("best", order[:4]), ("median", order[middle - 2:middle + 2]), ("worst", order[-4:])]:
-        lines += [f"| {title} | {escape(prompts[i][-300:])} | {escape(base['texts'][i])} "
-                  f"| {base['scores']['judge'][i]:.2f} | {escape(answers['texts'][i])} "
-                  f"| {answers['scores']['judge'][i]:.2f} |" for i in rows]
-    return lines
+    order, middle = change.argsort(descending=True).tolist(), max(2, len(change) // 2)
+    return [{"change": name, "prompt": prompts[i][-300:], "sft": base["texts"][i], "text": answers["texts"][i],
+             "sft_judge": base["scores"]["judge"][i].item(), "judge": answers["scores"]["judge"][i].item()}
+            for name, rows in [("best", order[:4]), ("median", order[middle - 2:middle + 2]), ("worst", order[-4:])]
+            for i in rows]
+
+
+def histograms(everyone):
+    """{scorer: {"edges", "counts": {policy: responses per bin}}}."""
+    made = {}
+    for scorer in everyone["sft"]["scores"]:
+        scores = {name: answers["scores"][scorer] for name, answers in everyone.items()}
+        edges = torch.linspace(min(x.min() for x in scores.values()), max(x.max() for x in scores.values()), 31)
+        counts = {name: torch.histogram(x, edges)[0].int().tolist() for name, x in scores.items()}
+        made[scorer] = {"edges": edges.tolist(), "counts": counts}
+    return made
+
+
+# ---- what is read of other stages ------------------------------------------------------------------------------------
+
+
+def policy_folders(cfg):
+    """{name: folder} of the policies; UserError if a name is taken, as names are columns of tables."""
+    folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
+    taken = ["sft", "prompt", "proxy", "labeler", "judge", f"best-of-{cfg.best_of}"]
+    check(len(folders) == len(cfg.policies.split(",")) and not folders.keys() & set(taken), f"--policies "
+          f"{cfg.policies}: the folder names must differ from each other and from {', '.join(taken)}")
+    return folders
+
+
+def load_models(cfg, folders, device):
+    """The SFT model, {name: reward model that scores} and {name: policy}."""
+    ref = load_model(cfg.sft, device)
+    check_same_vocab(cfg.sft, *cfg.reward.split(","), *filter(None, [cfg.labeler]), cfg.judge, *folders.values())
+    scorers = {"proxy": load_reward(cfg.reward, device, cfg.ensemble)}
+    for name, folder in {"labeler": cfg.labeler, "judge": cfg.judge}.items():
+        scorers |= {name: load_model(folder, device, kind="reward")} if folder else {}
+    policies = {name: load_model(folder, device) for name, folder in folders.items()}
+    block_size = min(model.config.block_size for model in (*scorers.values(), *policies.values()))
+    check(block_size >= ref.config.block_size, f"--sft {cfg.sft}: its block size is {ref.config.block_size}, another "
+                                               f"model's only {block_size}")
+    return ref, scorers, policies
+
+
+def read_prompts(path, count, enc, room):
+    """The first so many prompts of a file: texts, and their ids."""
+    texts = [row["prompt"] for row in read_jsonl(path, {"prompt": str})][:count]
+    return texts, [encode_prompt(enc, text, room) for text in texts]
+
+
+def load_json(path):
+    """The content of a JSON file, {} if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def training_log(folder):
+    """The lines of a policy's log.jsonl; [] if there is no such log, or a damaged one: it is for a figure only."""
+    try:
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        return [line for line in lines if isinstance(line, dict) and "stopped" not in line]
+    except (OSError, ValueError):
+        return []
+
+
+def stage_facts(cfg, folders, scorers):
+    """What the stages before this one left: report cards, flags, logs, seconds and memory, for results.json."""
+    cards = {name: load_json(Path(folder) / "report_card.json") if folder else {} for name, folder in (
+        ("proxy", cfg.reward), ("labeler", cfg.labeler), ("judge", cfg.judge), *folders.items())}  # none: an ensemble
+    human = {name: cards[name].get("human comparisons") for name in scorers}
+    done = sorted(Path(cfg.sft).parent.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
+    same_run = Path(cfg.out).resolve().parent == Path(cfg.sft).resolve().parent
+    return {"reward_models": human if all(human.values()) else {},
+            "held_out_rankings": {name: card["held-out rankings"] for name, card in cards.items()
+                                  if card and name not in ("labeler", "judge")},
+            "flags": {name: {flag: value for flag, value in load_json(folder / "config.json").get("stage", {}).items()
+                             if value == value} for name, folder in folders.items()},  # nan is not JSON
+            "training": {name: training_log(folder) for name, folder in folders.items()},
+            "stages": {path.parent.name: load_json(path) for path in done if same_run}}
 
 
 def hardware():
     """The processor or GPU, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cpu = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in (cpu.read_text().splitlines() if cpu.is_file() else [])
+             if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _lines(path):
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
-
-
-def report(results, prompts, base, answered):
-    """The lines of report.md."""
-    def rate(row, name):
-        if f"{name}_interval" not in row:
-            return "-"
-        return f"{row[name]:.3f} ({row[f'{name}_interval'][0]:.3f} to {row[f'{name}_interval'][1]:.3f})"
-
-    lines = [f"# Report: {', '.join(answered)} against sft", "",
-             f"{results['prompts']} held-out prompts, temperature {results['config']['temperature']}, seed "
-             f"{results['config']['seed']}; {results['hardware']}, torch {results['torch']}, {results['date']}.",
-             "Win rates are the judge's, against the SFT model's answer to the same prompt, ties counted half, with "
-             "95 % bootstrap intervals. Scores: SFT samples have mean 0 and standard deviation 1.", "",
-             "| policy | win rate | at equal length | proxy | labeler | judge | KL, nats | length | ends | distinct-2 "
-             "| perplexity |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, row in results["policies"].items():
-        labeler = f"{row['labeler']:.2f}" if "labeler" in row else "-"
-        lines.append(f"| {name} | {rate(row, 'win_rate_judge')} | {rate(row, 'length_controlled')} | "
-                     f"{row['proxy']:.2f} | {labeler} | {row['judge']:.2f} | "
-                     f"{row['kl']:.2f} | {row['length']:.1f} | "
-                     f"{row['end_rate']:.3f} | {row['distinct_2']:.3f} | {row['perplexity']:.1f} |")
-    lines += ["", "Perplexity: on text that no stage has seen, per token. KL: mean of log p(policy) - log p(SFT).", ""]
-    if results["reward_models"]:
-        teacher = "labeler" if "labeler" in results["reward_models"] else "proxy"  # learned from people
-        lines += ["## Reward models on held-out human comparisons", "",
-                  "| comparisons | " + " | ".join(results["reward_models"]) +
-                  f" | bag of words (of the {teacher}'s half) | longer wins | one person |",
-                  "|---|" + "---|" * (len(results["reward_models"]) + 3)]
-        for group, row in results["reward_models"][teacher].items():
-            if "gap" in group:
-                continue  # by rating gap: in report_card.json of each reward model
-            cells = [card[group]["reward model"] for card in results["reward_models"].values()]
-            cells = [f"{c['accuracy']:.3f} ({c['interval'][0]:.3f} to {c['interval'][1]:.3f})" for c in cells]
-            people = f"{row['people']:.3f}" if "people" in row else ""
-            lines.append(f"| {group} | {' | '.join(cells)} | {row['bag of words']['accuracy']:.3f} | "
-                         f"{row['longer wins']['accuracy']:.3f} | {people} |")
-        lines += ["", "Chance is 0.5. One person: how often one rater agrees with the mean of the others, where "
-                  "neither ties (which flatters people: they tie on close pairs). Intervals: 95 %, jackknife over "
-                  "sentences.", ""]
-    for name in answered:
-        lines += [f"## {name}", ""]
-        if (Path(results["config"]["out"]) / f"{name}_curves.png").is_file():
-            lines += [f"![learning curves]({name}_curves.png)", "", "Learning curves of the run.", ""]
-        if results["snapshots"].get(name):
-            lines += [f"![scores against KL]({name}_kl.png)", "",
-                      "Proxy, labeler and judge against KL over the run's snapshots "
-                      f"({results['config']['snapshot_count']} prompts each); where the proxy climbs and the judge "
-                      "does not, the proxy is being over-optimised.", ""]
-        lines += [f"![score histograms]({name}_histograms.png)", "", "Scores before (sft) and after.", "",
-                  "Samples with the largest, the middle and the smallest change of the judge's score:", "",
-                  *sample_table(prompts, base, answered[name]), ""]
-    if results["stages"]:
-        lines += ["## Time and memory", "", "| stage | seconds | peak memory, MB |", "|---|---|---|"]
-        lines += [f"| {name} | {row['seconds']} | {row['peak_memory_mb']} |" for name, row in results["stages"].items()]
-        lines += [f"| in all | {sum(row['seconds'] for row in results['stages'].values()):.0f} | "
-                  f"{max(row['peak_memory_mb'] for row in results['stages'].values())} |", ""]
-    return lines
-
-
 def main(cfg):
-    check_positive(cfg, "count", "snapshot_count", "response_tokens", "temperature")
+    check_positive(cfg, "count", "snapshot_count", "best_of_count", "response_tokens", "temperature",
+                   or_zero=("best_of",))
     check(cfg.bootstrap > 1, f"--bootstrap is {cfg.bootstrap}: it must be 2 or more")
-    folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
-    check(len(folders) == len(cfg.policies.split(",")) and "sft" not in folders,
-          f"--policies {cfg.policies}: the folder names must differ from each other and from sft")
-    stage = Stage(cfg, "sft", "policies", "reward", "labeler", "judge", "prompts", "text")
+    check(cfg.best_of != 1, "--best-of is 1: it must be 0 (left out), or 2 or more")
+    folders = policy_folders(cfg)
+    stage = Stage(cfg, "sft", "policies", "reward", "labeler", "judge", "prompts", "others", "text")
     device, autocast = set_up(cfg)
-    ref, enc = load_model(cfg.sft, device), load_tokenizer(cfg.sft)
-    judges = {"proxy": cfg.reward, **({"labeler": cfg.labeler} if cfg.labeler else {}), "judge": cfg.judge}
-    cards = {name: folder / "report_card.json" for name, folder in ((n, Path(f)) for n, f in judges.items())}
-    check_same_vocab(cfg.sft, *judges.values(), *folders.values())
-    judges = {name: load_model(folder, device, kind="reward") for name, folder in judges.items()}
-    policies = {name: load_model(folder, device) for name, folder in folders.items()}
-    block_size = min(model.config.block_size for model in (*judges.values(), *policies.values()))
-    check(block_size >= ref.config.block_size, f"--sft {cfg.sft}: its block size is {ref.config.block_size}, another "
-                                               f"model's only {block_size}")
-    texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
-    prompts = [encode_prompt(enc, text, prompt_room(ref.config, cfg.response_tokens)) for text in texts]
+    (ref, scorers, policies), enc = load_models(cfg, folders, device), load_tokenizer(cfg.sft)
+    room, others = prompt_room(ref.config, cfg.response_tokens), [path for path in cfg.others.split(",") if path]
+    check(len({Path(path).stem for path in [cfg.prompts, *others]}) == 1 + len(others),
+          f"--others {cfg.others}: the names of the files must differ from each other and from that of --prompts")
+    texts, prompts = read_prompts(cfg.prompts, cfg.count, enc, room)
+    others = {Path(path).stem: read_prompts(path, cfg.snapshot_count, enc, room)[1] for path in others}
     held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]
     stage.open()
 
+    def measure(model, prompts, seed=0):
+        return answer(model, ref, scorers, prompts, enc, cfg, autocast, seed)
+
     def perplexity(model):
-        loss = held_out_loss(model, held_out, enc.eot_token, device, autocast)
-        return round(math.exp(loss), 2)
+        return round(math.exp(held_out_loss(model, held_out, enc.eot_token, device, autocast)), 2)
 
-    base = answer(ref, ref, judges, prompts, enc, cfg, autocast)
-    rows = {"sft": {**summarise(base, base, cfg), "perplexity": perplexity(ref)}}
-    answered, snapshots = {}, {}
-    for name, folder in folders.items():
-        policy = policies[name]
-        answered[name] = answer(policy, ref, judges, prompts, enc, cfg, autocast)
-        rows[name] = {**summarise(answered[name], base, cfg), "perplexity": perplexity(policy)}
-        print(f"{name}: win rate {rows[name]['win_rate_judge']:.3f} {rows[name]['win_rate_judge_interval']}, "
-              f"at equal length {rows[name]['length_controlled']:.3f}, KL {rows[name]['kl']:.2f}, "
-              f"length {rows[name]['length']:.1f} (sft {rows['sft']['length']:.1f})", flush=True)
-        snapshots[name] = []
-        for snapshot in progress(sorted(folder.glob("snapshots/*/model.pt")), f"{name} snapshots"):
-            model = load_model(snapshot.parent, device)
-            measured = answer(model, ref, judges, prompts[:cfg.snapshot_count], enc, cfg, autocast)
-            snapshots[name].append({"iteration": int(snapshot.parent.name), "kl": measured["kl"].mean().item(),
-                                    **{judge: scores.mean().item() for judge, scores in measured["scores"].items()}})
-        histograms(base, answered[name], name, stage.folder / f"{name}_histograms.png")
-        if (folder / "log.jsonl").is_file() and "iteration" in read_log(folder)[0]:
-            learning_curves(folder, stage.folder / f"{name}_curves.png")
-        if snapshots[name]:
-            start = {"kl": 0.0, **{n: s[:cfg.snapshot_count].mean().item() for n, s in base["scores"].items()}}
-            over_optimisation([start] + snapshots[name], stage.folder / f"{name}_kl.png")
+    base = measure(ref, prompts)
+    base_few = select(base, range(min(cfg.snapshot_count, len(prompts))))
+    everyone, rows = {"sft": base}, {"sft": {**summarise(base, base, cfg), "perplexity": perplexity(ref)}}
+    curve, agreement, snapshots, elsewhere = [], {}, {}, {}
+    if cfg.best_of:
+        name, base_pool = f"best-of-{cfg.best_of}", select(base, range(min(cfg.best_of_count, len(prompts))))
+        repeated = [ids for ids in prompts[:cfg.best_of_count] for _ in range(cfg.best_of)]
+        pool = measure(ref, repeated, seed=1)  # not the draws of base, against which they win or lose
+        everyone[name], curve, agreement = best_of_n(pool, base_pool, cfg.best_of)
+        rows[name] = summarise(everyone[name], base_pool, cfg)
+    for name, policy in policies.items():
+        everyone[name] = measure(policy, prompts)
+        rows[name] = {**summarise(everyone[name], base, cfg), "perplexity": perplexity(policy)}
+        snapshots[name] = [{"iteration": 0, **means(base_few, base_few)}]
+        for path in progress(sorted(folders[name].glob("snapshots/*/model.pt")), f"{name} snapshots"):
+            answers = measure(load_model(path.parent, device), prompts[:cfg.snapshot_count])
+            snapshots[name].append({"iteration": int(path.parent.name), **means(answers, base_few)})
+    for kind, ids in others.items():
+        base_there = measure(ref, ids)
+        elsewhere[kind] = {name: summarise(measure(policy, ids), base_there, cfg) for name, policy in policies.items()}
 
-    stages = {path.parent.name: json.loads(path.read_text())
-              for path in sorted(Path(cfg.sft).parent.glob("*/done.json"), key=lambda path: path.stat().st_mtime)}
-    cards = {name: json.loads(path.read_text()).get("human comparisons")
-             for name, path in cards.items() if path.is_file()}
     results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__,
-               "prompts": len(prompts), "config": asdict(cfg), "policies": rows, "snapshots": snapshots,
-               "reward_models": cards if len(cards) == len(judges) and all(cards.values()) else {}, "stages": stages}
-    everyone = {"sft": base, **answered}.items()
-    write_jsonl(stage.folder / "samples.jsonl",
-                [{"prompt": text, **{name: x["texts"][i] for name, x in everyone},
-                  "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in everyone}}
-                 for i, text in enumerate(texts)])
+               "prompts": len(prompts), "config": asdict(cfg), "policies": rows, "best_of_n": curve,
+               "proxy_agreement": agreement, "snapshots": snapshots, "others": elsewhere,
+               "histograms": histograms(everyone),
+               "samples": {name: extremes(texts, base, everyone[name]) for name in policies},
+               **stage_facts(cfg, folders, scorers)}
+    write_jsonl(stage.folder / "samples.jsonl", [{
+        "prompt": text, **{name: x["texts"][i] for name, x in everyone.items() if i < len(x["texts"])},
+        "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in everyone.items()
+                  if i < len(x["texts"])}} for i, text in enumerate(texts)])
     write_json(stage.folder / "results.json", results)
-    lines = report(results, texts, base, answered)
-    write_atomic(stage.folder / "report.md", lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))
+    report.write(stage.folder, results)
+    for name in [*everyone][1:]:
+        row = rows[name]
+        print(f"{name}: win rate {row['win_rate_judge']:.3f} {row['win_rate_judge_interval']}, at equal length "
+              f"{row['length_controlled']:.3f}, KL {row['kl']:.2f}, length {row['length']:.1f}")
     print(f"report: {stage.folder / 'report.md'}")
-    below = [name for name in answered if rows[name]["win_rate_judge"] < cfg.min_win_rate]
+    below = [name for name in policies if rows[name]["win_rate_judge"] < cfg.min_win_rate]
     check(not below, f"win rate of {', '.join(below)} below --min-win-rate {cfg.min_win_rate}", 1)
     stage.finish()
 

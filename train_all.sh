@@ -18,31 +18,18 @@ case $preset in
   gpt2|hh) ;;
   *) echo "error: no preset '$preset' (tiny, smoke, gpt2, hh)" >&2; exit 2 ;;
 esac
-. ./setup.sh
-OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
-mkdir -p "$OUT"
-made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
-[ -s "$OUT/made" ] || { echo "$made" > "$OUT/made.tmp"; mv "$OUT/made.tmp" "$OUT/made"; }
-[ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
-
-script() {  # script NAME SCRIPT [FLAGS]
-  local name=$1 code=0; shift
-  echo "== $name"
-  "$PYTHON" "$@" & child=$!
-  wait $child || code=$?
-  while kill -0 $child 2>/dev/null; do wait $child || code=$?; done  # a signal ends wait: let the script save its state
-  [ $code != 137 ] || echo "error: $name was killed, perhaps as memory ran out (FLAGS=\"--microbatch 4\" needs less)" >&2
-  return $code
-}
-stage() {  # stage NAME SCRIPT [FLAGS]: the script sees for itself whether it is finished, or where to go on
-  script "$@" --out "$OUT/$1" --seed "$SEED" --restart true
-}
-trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM HUP
+. ./stages.sh
 
 if [ -z "${DATA:-}" ]; then
   case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac
-  [ -f $DATA/summary.json ] || script data data.py $kind --out $DATA
+  last=$DATA/summary.json
+  [ $preset = hh ] || [ ! -f $last ] || last=$DATA/prompts_tweets.jsonl  # which an earlier version of data.py did not make
+  [ -f $last ] || script data data.py $kind --out $DATA
 fi
+others=""  # prompts of other domains, where the data has them
+for domain in amazon nyt tweets; do
+  [ ! -f "$DATA/prompts_$domain.jsonl" ] || others=$others${others:+,}$DATA/prompts_$domain.jsonl
+done
 case $preset in
   gpt2) stage base gpt2.py --block-size 128 "$@" ;;
   hh)   stage base gpt2.py --block-size 512 "$@" ;;
@@ -50,23 +37,25 @@ case $preset in
 esac
 stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
 if [ $preset = hh ]; then
-  labeler=""  # the judge starts from the base model, as elsewhere: the less it shares with the reward model, the better
+  labeler="" rankings=$DATA/pairs_reward.jsonl held_out=$DATA/pairs_test.jsonl
+  # The judge starts from the base model, as elsewhere: the less it shares with the reward model, the better.
   stage judge  reward.py --preset $STEPS $FLAGS --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
                          --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
-  stage reward reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$DATA/pairs_reward.jsonl" --test "$DATA/pairs_test.jsonl" \
+  stage reward reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out" \
                          --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_ppo.jsonl"
 else
-  labeler=$OUT/labeler
+  labeler=$OUT/labeler rankings=$OUT/label/rankings.jsonl held_out=""
   for half in labeler judge; do
     stage $half  reward.py --preset $STEPS-people $FLAGS --model "$OUT/base" --train "$DATA/rankings_$half.jsonl" --test "$DATA/rankings_test.jsonl" \
                            --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
   done
   stage samples  label.py sample --preset $STEPS --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
   stage label    label.py rank --labeler "$labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
-  stage reward   reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --pairs "$DATA/pairs_test.jsonl" \
+  stage reward   reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --pairs "$DATA/pairs_test.jsonl" \
                            --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
 fi
+stage dpo      dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out"
 stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
-                         --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --text "$DATA/corpus_test.jsonl"
+stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
+                         --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

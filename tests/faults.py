@@ -240,7 +240,8 @@ def results_of(folder, out):
     """What an evaluation found, without times, places and dates."""
     results = json.loads((folder / out / "evaluate" / "results.json").read_text())
     samples = (folder / out / "evaluate" / "samples.jsonl").read_text()
-    return {name: results[name] for name in ("policies", "snapshots", "reward_models", "prompts")}, samples
+    return {name: results[name] for name in ("policies", "snapshots", "reward_models", "prompts", "best_of_n",
+                                              "proxy_agreement", "others", "held_out_rankings")}, samples
 
 
 def main(long):
@@ -264,7 +265,7 @@ def main(long):
                       f"{' '.join(map(str, sorted(set(steps)))):>28}  {sum(equal)} of {len(equal)}", flush=True)
         if long:
             from test_pipeline import prepare
-            folder, stages = Path(folder), "base sft labeler judge samples label reward ppo evaluate".split()
+            folder, stages = Path(folder), "base sft labeler judge samples label reward dpo ppo evaluate".split()
             with contextlib.redirect_stdout(io.StringIO()):
                 prepare(folder)
             break_pipeline(folder, "unbroken", [], draw)

@@ -62,7 +62,7 @@ SCRIPTS = {  # name: its guard's arguments, and the flags of a tiny run in the n
     "label rank me": ((label.rank, label.RankConfig), "--labeler me --samples {samples}"),
     "evaluate": ((evaluate.main, evaluate.Config, evaluate.PRESETS), "--sft {sft} --policies {policy} --reward {reward}"
                  " --labeler {reward} --judge {reward} --prompts {prompts} --text {texts} --response-tokens 8 "
-                 "--bootstrap 20"),
+                 "--bootstrap 20 --best-of 3"),
     "sample": ((sample.main, sample.Config), "--model {sft} --reward {reward} --response-tokens 8"),
 }
 READERS = [  # (script, flag, kind of file)
@@ -72,7 +72,7 @@ READERS = [  # (script, flag, kind of file)
     ("dpo", "--train", "rankings"), ("dpo", "--train", "pairs"), ("ppo", "--prompts", "prompts"),
     ("label sample", "--prompts", "prompts"), ("label rank", "--samples", "samples"),
     ("label rank", "--calibrate", "ratings"), ("label rank me", "--samples", "samples"),
-    ("evaluate", "--prompts", "prompts"), ("evaluate", "--text", "texts")]
+    ("evaluate", "--prompts", "prompts"), ("evaluate", "--others", "prompts"), ("evaluate", "--text", "texts")]
 EVERY_READER = pytest.mark.parametrize("script, flag, kind", [pytest.param(*reader, id=" ".join(reader))
                                                               for reader in READERS])
 
@@ -436,7 +436,11 @@ FLAGS = [  # (scripts, flags, what the message says)
     (["label rank"], "--noise nan", "--noise is nan: "), (["reward"], "--samples 0", "--samples is 0: "),
     (["reward"], "--samples 1", "--samples"), (["reward", "dpo"], "--test-share 1", "--test-share"),
     (["reward", "dpo"], "--test-share nan", "--test-share"), (["dpo"], "--beta 0", "--beta is 0.0: "),
-    (["evaluate"], "--bootstrap 1", "--bootstrap is 1: "),
+    (["evaluate"], "--bootstrap 1", "--bootstrap is 1: "), (["evaluate"], "--best-of 1", "--best-of is 1: "),
+    (["evaluate"], "--best-of -2", "--best-of is -2: "), (["evaluate"], "--best-of-count 0", "--best-of-count is 0: "),
+    (["ppo", "evaluate"], "--ensemble max", "--ensemble is 'max': write mean or min"),
+    (["dpo"], "--comparisons some", "--comparisons is 'some': write all or ends"),
+    (["label rank"], "--flip 1.5", "--flip is 1.5: "), (["label rank"], "--flip nan", "--flip is nan: "),
     *[(["reward", "ppo", "label sample", "evaluate"], f"--temperature {t}", f"--temperature is {float(t)}: ")
       for t in ("0", "-1", "nan", "inf")],
     *[(["sample"], f"--temperature {t}", f"--temperature is {float(t)}: ") for t in ("-1", "nan")],
@@ -471,7 +475,8 @@ def test_bad_flag(desk, script, flags, problem):
 @pytest.mark.parametrize("script, flags", [
     ("ppo", ["--lr", "0"]), ("sample", ["--temperature", "0", "--prompt", "the"]), ("sft", ["--seed", "-1"]),
     ("ppo", ["--no-end-score", "nan"]), ("label rank", ["--noise", "0", "--calibrate", "nowhere"]),
-    ("reward", ["--pairs", ""]), ("evaluate", ["--labeler", ""]), ("reward", ["--sft", "", "--prompts", "nowhere"])])
+    ("reward", ["--pairs", ""]), ("evaluate", ["--labeler", ""]),
+    ("evaluate", ["--best-of", "0"]), ("reward", ["--sft", "", "--prompts", "nowhere"])])
 def test_flags_that_mean_something(desk, script, flags):
     """A check too strict: learning rate 0 tests PPO, temperature 0 takes the likeliest token, and some files may be
     left out."""

@@ -19,8 +19,10 @@ import gpt2
 import hh
 import own
 import ppo
+import report
 import reward
 import sft
+import study
 from common import UserError
 from conftest import SENTENCES
 from data import (END, batches, encode_prompt, encode_response, length_mask, load_tokenizer, pad_prompts, pad_responses,
@@ -304,7 +306,8 @@ def test_generator_depends_on_the_whole_key():
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-SCRIPTS = pytest.mark.parametrize("script", [data, gpt2, hh, own, sft, reward, ppo, dpo, evaluate, export],
+SCRIPTS = pytest.mark.parametrize("script", [data, gpt2, hh, own, sft, reward, ppo, dpo, evaluate, report, study,
+                                             export],
                                   ids=lambda script: script.__name__)
 
 

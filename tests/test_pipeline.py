@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -52,9 +53,9 @@ def finished(tmp_path_factory):
 def test_every_stage_finishes_and_logs(finished):
     """A stage that is skipped, or that dies without stopping the script."""
     out = finished[0] / "the output"
-    stages = ["base", "sft", "labeler", "judge", "samples", "label", "reward", "ppo", "evaluate"]
+    stages = ["base", "sft", "labeler", "judge", "samples", "label", "reward", "dpo", "ppo", "evaluate"]
     assert sorted(path.parent.name for path in out.glob("*/done.json")) == sorted(stages)
-    for stage in ("base", "sft", "labeler", "judge", "reward", "ppo"):
+    for stage in ("base", "sft", "labeler", "judge", "reward", "dpo", "ppo"):
         lines = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert lines and all(value == value for line in lines for value in line.values()), f"{stage}: NaN in the log"
 
@@ -63,13 +64,30 @@ def test_results_hold_what_the_report_shows(finished):
     """A figure in the report that does not come from results.json, or a broken link to a picture."""
     folder = finished[0] / "the output" / "evaluate"
     results, text = json.loads((folder / "results.json").read_text()), (folder / "report.md").read_text()
-    row = results["policies"]["ppo"]
-    assert 0 <= row["win_rate_judge_interval"][0] <= row["win_rate_judge"] <= row["win_rate_judge_interval"][1] <= 1
-    assert f"{row['win_rate_judge']:.3f}" in text and f"{row['kl']:.2f}" in text
-    assert results["policies"]["sft"]["kl"] == 0
+    assert list(results["policies"]) == ["sft", "best-of-4", "dpo", "ppo"] and results["policies"]["sft"]["kl"] == 0
+    for name in ("best-of-4", "dpo", "ppo"):
+        row = results["policies"][name]
+        low, high = row["win_rate_judge_interval"]
+        assert 0 <= low <= row["win_rate_judge"] <= high <= 1
+        assert f"| {name} | {row['win_rate_judge']:.3f} ({low:.3f} to {high:.3f}) |" in text
+        assert f"| {row['kl']:.2f} |" in text
     assert {"hardware", "date", "stages", "reward_models", "snapshots"} <= set(results)
-    for picture in ("ppo_curves.png", "ppo_kl.png", "ppo_histograms.png"):
-        assert picture in text and (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert set(results["others"]) == {"prompts_amazon", "prompts_nyt", "prompts_tweets"}
+    assert results["reward_models"] and set(results["held_out_rankings"]) == {"proxy", "dpo"}
+    pictures = {"frontier.png", "ppo_curves.png", "ppo_kl.png", "ppo_histograms.png", "dpo_curves.png",
+                "dpo_histograms.png"}
+    assert pictures == {path.name for path in folder.glob("*.png")} == set(re.findall(r"\]\((.*?)\)", text))
+    assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_the_report_is_drawn_from_its_results_alone(finished, tmp_path):
+    """A figure that can't be drawn again once the models are gone."""
+    folder = finished[0] / "the output" / "evaluate"
+    shutil.copy(folder / "results.json", tmp_path)
+    result = subprocess.run([sys.executable, str(ROOT / "report.py"), str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for made in [*folder.glob("*.png"), folder / "report.md"]:
+        assert (tmp_path / made.name).read_bytes() == made.read_bytes()
 
 
 def test_finished_stages_are_not_run_again(finished):
@@ -77,7 +95,7 @@ def test_finished_stages_are_not_run_again(finished):
     out = finished[0] / "the output"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     result = train_all(finished[0])
-    assert result.returncode == 0 and result.stdout.count("finished already") == 9
+    assert result.returncode == 0 and result.stdout.count("finished already") == 10
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -86,7 +104,7 @@ def test_what_changed_runs_again_and_what_follows(finished):
     with open(finished[0] / "the data" / "prompts_ppo.jsonl", "a") as file:
         file.write('{"prompt": "Another one"}\n')
     result = train_all(finished[0])
-    assert result.returncode == 0 and result.stdout.count("finished already") == 7
+    assert result.returncode == 0 and result.stdout.count("finished already") == 8
     ppo, evaluate = (finished[0] / "the output" / name for name in ("ppo", "evaluate"))
     assert f"{ppo} is begun again: --prompts was sha256" in result.stdout
     assert f"{evaluate} is begun again: --policies was sha256" in result.stdout
@@ -97,7 +115,7 @@ def test_killed_and_started_again_it_ends_the_same(finished):
     folder stays locked)."""
     folder, breaks = finished[0], [("labeler", signal.SIGKILL), ("ppo", signal.SIGTERM)]
     text = faults.break_pipeline(folder, "killed", breaks, random.Random(1))
-    assert "another run" not in text and text.count("finished already") >= 2 + 7
+    assert "another run" not in text and text.count("finished already") >= 2 + 8
     assert faults.results_of(folder, "killed") == faults.results_of(folder, "the output")
 
 
@@ -127,7 +145,7 @@ def test_gpt2_and_dialogues(tmp_path_factory, checkpoints):
     result = train_all(folder, "hh", "--init", str(base), STEPS="smoke")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     out = folder / "the output"
-    stages = ["base", "sft", "judge", "reward", "ppo", "evaluate"]
+    stages = ["base", "sft", "judge", "reward", "dpo", "ppo", "evaluate"]
     assert sorted(path.parent.name for path in out.glob("*/done.json")) == sorted(stages)
     assert json.loads((out / "ppo" / "config.json").read_text())["model"]["block_size"] == 512
     results = json.loads((out / "evaluate" / "results.json").read_text())
