@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from checkpoint import write_atomic
 from common import UserError, check, run
@@ -80,6 +81,11 @@ def policies_of(results, kind):
     return sorted(rows, key=lambda row: row["kl"])
 
 
+def signed_root(x):
+    """The root of KL: the scale on which Gao et al. 2022 draw it. An estimate near 0 may be below it."""
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
 def frontier(runs, path):
     """The judge's win rate and score against KL: best-of-n, PPO's and DPO's policies (joined in order of KL), and PPO's
     snapshots (pale), of one or several runs. As in figure 2 of Rafailov et al. 2023.
@@ -98,7 +104,9 @@ def frontier(runs, path):
             draw(results["best_of_n"], "k.-", "best-of-n")
             draw(policies_of(results, "ppo"), "C0o-", "PPO")
             draw(policies_of(results, "dpo"), "C1s-", "DPO")
-        axis.set(xlabel="KL to the SFT model, nats per response", ylabel=title)
+        axis.set_xscale("function", functions=(signed_root, lambda x: x * abs(x)))
+        axis.set(xlabel="KL to the SFT model, nats per response (root scale)", ylabel=title,
+                 xticks=[tick for tick in (0, 1, 3, 6, 12, 25, 50, 100, 200, 400) if tick <= axis.get_xlim()[1]])
         axis.grid(alpha=0.3)
     axes[0].axhline(0.5, color="gray", linewidth=1)
     axes[0].legend()
