@@ -46,6 +46,7 @@ class Config:
     snapshot_count: int = 256                # prompts per snapshot of a policy, and per file of --others
     best_of: int = 16                        # responses per prompt from which best-of-n takes the best; 0: leave it out
     best_of_count: int = 1000                # prompts for best-of-n
+    no_end_score: float = -1.0               # what a response without end of text counts when best-of-n chooses; as PPO
     response_tokens: int = 32                # longest response
     temperature: float = 0.7                 # of every policy
     bootstrap: int = 2000                    # resamples behind each interval
@@ -135,18 +136,22 @@ def summarise(answers, base, cfg):
     return row
 
 
-def best_of_n(pool, base, n):
+def best_of_n(pool, base, n, no_end_score):
     """From a pool of n responses of the SFT model to each prompt (pool, row by row): the answers that the proxy thinks
-    best, a curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy."""
+    best, a curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy.
+
+    It chooses by what PPO maximises: without the rule for responses that do not end, best-of-n prefers those.
+    """
     M = len(base["texts"])
     proxy = pool["scores"]["proxy"].view(M, n)
-    best = select(pool, (proxy.argmax(1) + n * torch.arange(M)).tolist())
+    judged = proxy if math.isnan(no_end_score) else torch.where(pool["ended"].view(M, n) > 0, proxy, no_end_score)
+    best = select(pool, (judged.argmax(1) + n * torch.arange(M)).tolist())
     best["kl"] = torch.full((M,), best_of_kl(n))
     repeated = {"scores": {name: scores.repeat_interleave(n) for name, scores in base["scores"].items()}}
     values = {**pool["scores"], "win_rate_judge": wins_over(pool, repeated)}
     sizes = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
     curve = [{"n": k, "kl": best_of_kl(k), **{
-        name: expected_best(proxy, x.view(M, n), k).mean().item() for name, x in values.items()}} for k in sizes]
+        name: expected_best(judged, x.view(M, n), k).mean().item() for name, x in values.items()}} for k in sizes]
     return best, curve, {name: round(same_order(proxy, scores.view(M, n)), 4)
                          for name, scores in pool["scores"].items() if name != "proxy"}
 
@@ -218,6 +223,11 @@ def training_log(folder):
         return []
 
 
+def flags(stage):
+    """The flags of a stage without those that are nan, which is not JSON."""
+    return {flag: value for flag, value in stage.items() if value == value}
+
+
 def stage_facts(cfg, folders, scorers):
     """What the stages before this one left: report cards, flags, logs, seconds and memory, for results.json."""
     cards = {name: load_json(Path(folder) / "report_card.json") if folder else {} for name, folder in (
@@ -228,8 +238,7 @@ def stage_facts(cfg, folders, scorers):
     return {"reward_models": human if all(human.values()) else {},
             "held_out_rankings": {name: card["held-out rankings"] for name, card in cards.items()
                                   if card and name not in ("labeler", "judge")},
-            "flags": {name: {flag: value for flag, value in load_json(folder / "config.json").get("stage", {}).items()
-                             if value == value} for name, folder in folders.items()},  # nan is not JSON
+            "flags": {name: flags(load_json(path / "config.json").get("stage", {})) for name, path in folders.items()},
             "training": {name: training_log(folder) for name, folder in folders.items()},
             "stages": {path.parent.name: load_json(path) for path in done if same_run}}
 
@@ -275,7 +284,7 @@ def main(cfg):
         name, base_pool = f"best-of-{cfg.best_of}", select(base, range(min(cfg.best_of_count, len(prompts))))
         repeated = [ids for ids in prompts[:cfg.best_of_count] for _ in range(cfg.best_of)]
         pool = measure(ref, repeated, seed=1)  # not the draws of base, against which they win or lose
-        everyone[name], curve, agreement = best_of_n(pool, base_pool, cfg.best_of)
+        everyone[name], curve, agreement = best_of_n(pool, base_pool, cfg.best_of, cfg.no_end_score)
         rows[name] = summarise(everyone[name], base_pool, cfg)
     for name, policy in policies.items():
         everyone[name] = measure(policy, prompts)
@@ -289,7 +298,7 @@ def main(cfg):
         elsewhere[kind] = {name: summarise(measure(policy, ids), base_there, cfg) for name, policy in policies.items()}
 
     results = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__,
-               "prompts": len(prompts), "config": asdict(cfg), "policies": rows, "best_of_n": curve,
+               "prompts": len(prompts), "config": flags(asdict(cfg)), "policies": rows, "best_of_n": curve,
                "proxy_agreement": agreement, "snapshots": snapshots, "others": elsewhere,
                "histograms": histograms(everyone),
                "samples": {name: extremes(texts, base, everyone[name]) for name in policies},

@@ -40,7 +40,7 @@ for beta in 0.05 0.5 1; do
   stage study/dpo-beta$beta dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --beta $beta
   policies=$policies,$S/dpo-beta$beta
 done
-measure frontier "$OUT/reward" "$policies" --best-of 64
+measure frontier "$OUT/reward" "$policies" --best-of 64 --best-of-count 256
 
 # 42 rankings of four are 252 comparisons, 167 are 1,002. Epochs: the best held-out accuracy in seed 1, of 2, 8, 30 for 250
 # (0.565, 0.547, 0.581) and of 2, 4, 8, 16 for 1,000 (0.609, 0.638, 0.667, 0.664).

@@ -67,7 +67,7 @@ def test_the_pool_gives_the_answers_that_the_proxy_likes():
     drawn = {"responses": [[i] for i in range(6)], "texts": list("abcdef"), "scores": scores, "kl": torch.zeros(6),
              "length": torch.arange(6.0), "ended": torch.ones(6)}
     base = {"texts": ["x", "y"], "scores": {name: torch.zeros(2) for name in scores}}
-    best, curve, agreement = evaluate.best_of_n(drawn, base, 3)
+    best, curve, agreement = evaluate.best_of_n(drawn, base, 3, -1.0)
     chosen = [scores["proxy"][:3].argmax().item(), 3 + scores["proxy"][3:].argmax().item()]
     assert best["texts"] == ["abcdef"[i] for i in chosen] and best["kl"].tolist() == pytest.approx([1.0986 - 2 / 3] * 2,
                                                                                                  abs=1e-3)
@@ -77,6 +77,17 @@ def test_the_pool_gives_the_answers_that_the_proxy_likes():
     assert curve[-1]["judge"] == pytest.approx(scores["judge"][chosen].mean().item())
     assert agreement == {"judge": pytest.approx(estimators.same_order(*(scores[name].view(2, 3) for name in scores)),
                                                 abs=1e-4)}
+
+
+def test_best_of_n_takes_no_response_without_an_end_unless_all_are_worse():
+    """A comparison with PPO, which pays for such responses, that is not on one footing."""
+    drawn = {"responses": [[i] for i in range(4)], "texts": list("abcd"), "kl": torch.zeros(4), "length": torch.ones(4),
+             "scores": {"proxy": torch.tensor([2.0, 1.0, 3.0, -2.0]), "judge": torch.zeros(4)},
+             "ended": torch.tensor([0.0, 1.0, 0.0, 1.0])}
+    base = {"texts": ["x", "y"], "scores": {name: torch.zeros(2) for name in drawn["scores"]}}
+    best, curve, _ = evaluate.best_of_n(drawn, base, 2, -1.0)
+    assert best["texts"] == ["b", "c"] and curve[-1]["proxy"] == pytest.approx((1.0 + 3.0) / 2)
+    assert evaluate.best_of_n(drawn, base, 2, math.nan)[0]["texts"] == ["a", "c"]
 
 
 def test_kl_of_a_policy_is_the_sum_over_its_tokens(autocast_off):
