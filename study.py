@@ -172,7 +172,7 @@ def turn_table(seeds):
             cells = [f"{best[key]:{form}}, {last[key]:{form}}" for key, form in (
                 ("kl", ".1f"), ("labeler", ".2f"), ("proxy", ".2f"), ("judge", ".2f"))]
             lines.append(f"| {title} | {results['config']['seed']} | {results['proxy_agreement']['labeler']:.3f} | "
-                         f"{'yes' if turned else 'no'} | {' | '.join(cells)} | {last['win_rate']:.3f} |")
+                         f"{'yes' if turned else 'no'} | {' | '.join(cells)} | {last['win_rate_judge']:.3f} |")
     return lines
 
 
