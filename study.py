@@ -83,21 +83,20 @@ def curves(seeds, size):
 
 
 def draw_over_optimisation(seeds, path):
-    """A column per reward model, PPO above best-of-n: the scorers of each seed (pale), the forms fitted to all seeds,
-    and where the labeler turns."""
+    """A column per reward model, PPO above best-of-n: the scorers of each seed, the form fitted to the labeler's score,
+    and where that turns."""
     figure, axes = plt.subplots(2, len(SIZES), figsize=(3.4 * len(SIZES), 6.4), sharey="row", sharex="row")
     for column, (size, title) in zip(axes.T, SIZES.items()):
         for axis, (method, runs) in zip(column, curves(seeds, size).items()):
-            for scorer, style in SCORERS.items():
-                d = torch.cat([root_kl(points) for points in runs])
-                scores = torch.cat([gains(points, scorer) for points in runs])
-                for points in runs:
-                    axis.plot(root_kl(points), gains(points, scorer), style, color=COLORS[scorer], markersize=3,
-                              linewidth=0.8, alpha=0.5, label=scorer if points is runs[0] else None)
-                a, b, *_ = fit(d, scores, method)
-                x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
-                axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "--", color=COLORS[scorer])
             for points in runs:
+                d = root_kl(points)
+                for scorer, style in SCORERS.items():
+                    axis.plot(d, gains(points, scorer), style, color=COLORS[scorer], markersize=3, linewidth=0.8,
+                              alpha=0.6, label=scorer if points is runs[0] else None)
+                a, b, *_ = fit(d, gains(points, "labeler"), method)
+                x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
+                axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "--", color="k", linewidth=1,
+                          label="labeler, fitted" if points is runs[0] else None)
                 point, turned = turn(points)
                 if turned:
                     axis.plot(root_kl([point]), point["labeler"] - points[0]["labeler"], "k*", markersize=11)
@@ -145,16 +144,16 @@ def equal_kl(runs):
 
 
 def fit_table(seeds):
-    """The fitted forms: coefficients, peak and residuals."""
-    lines = ["| reward model | method | scorer | a | b | peak at KL | measured up to KL | residual |",
+    """The forms fitted to the labeler's score: coefficients, peak and residuals."""
+    lines = ["| reward model | method | seed | a | b | peak at KL | measured up to KL | residual |",
              "|---|---|---|---|---|---|---|---|"]
     for size, title in SIZES.items():
         for method, runs in curves(seeds, size).items():
-            d = torch.cat([root_kl(points) for points in runs])
-            for scorer in SCORERS:
-                a, b, peak, residual = fit(d, torch.cat([gains(points, scorer) for points in runs]), method)
+            for seed, points in zip(seeds, runs):
+                d, number = root_kl(points), seed["frontier"]["config"]["seed"]
+                a, b, peak, residual = fit(d, gains(points, "labeler"), method)
                 where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
-                lines.append(f"| {title} | {method} | {scorer} | {a:.3f} | {b:.3f} | {where} | {d.max()**2:.1f} | "
+                lines.append(f"| {title} | {method} | {number} | {a:.3f} | {b:.3f} | {where} | {d.max()**2:.1f} | "
                              f"{residual:.3f} |")
     return lines
 
@@ -211,9 +210,9 @@ def main(cfg):
              "turn: from there to the end the labeler falls by more than 0.1 while the proxy climbs (a star in the "
              "figure). The scores of three reward models together are not normalised again.", "",
              *turn_table(seeds), "",
-             "Fitted to all seeds, with d the root of KL: d (a - b d) for best-of-n, d (a - b ln d) for PPO, which Gao "
-             "et al. found for the gold score, here the labeler's; proxy and judge are fitted for comparison. "
-             "Residual: root mean square, in units of score.", "", *fit_table(seeds), "", "## Labels that disagree", "",
+             "Fitted to the labeler's score above SFT, which Gao et al. call gold, with d the root of KL: d (a - b d) "
+             "for best-of-n, d (a - b ln d) for PPO. Residual: root mean square, in units of score.", "",
+             *fit_table(seeds), "", "## Labels that disagree", "",
              *labels_table(seeds), ""]
     write_atomic(out / "study.md", lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))
     print(f"study: {out / 'study.md'}")
