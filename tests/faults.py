@@ -46,7 +46,7 @@ STAGES = {
     "ppo": ("ppo", {"iterations": 6, "episodes": 4, "epochs": 2, "minibatches": 2, "microbatch": 3, "lr": 1e-3,
                     "response_tokens": 6, "kl_horizon": 8.0, "kl_target": 0.01, "snapshots": 3,
                     "no_end_score": float("nan")}),
-    "dpo": ("dpo", {"batch_size": 4, "epochs": 2, "lr": 1e-3, "log_every": 3, "test_share": 0.25}),
+    "dpo": ("dpo", {"batch_size": 5, "epochs": 4, "lr": 1e-3, "log_every": 3, "test_share": 0.25}),
 }
 
 

@@ -509,6 +509,8 @@ def test_recompute_reaches_policy_and_value(checkpoints, tmp_path, monkeypatch):
     trunks = {}
     monkeypatch.setattr(ppo, "load_model", lambda *args, **how: trunks.setdefault(
         len(trunks), model_module.load_model(*args, **how)))
+    monkeypatch.setattr(ppo, "load_reward", lambda *args: trunks.setdefault(
+        len(trunks), model_module.load_reward(*args)))
     lines = tiny_run(checkpoints, tmp_path / "a", recompute=True)
     assert [model.trunk.recompute for model in trunks.values()] == [True, False, False, True]
     plain = tiny_run(checkpoints, tmp_path / "b")
@@ -615,6 +617,7 @@ def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, value):
         model, (tokens, pad) = model_module.load_model(folder), pad_prompts([[269], [269, 100, 200, 50]], 269)
         return model(tokens, pad)[:, -1].softmax(-1)[:, :liked].sum(1).mean().item()
     monkeypatch.setattr(ppo, "load_model", load)
+    monkeypatch.setattr(ppo, "load_reward", lambda folder, device, _: load(folder, device, "reward"))
     tiny_run(checkpoints, tmp_path, **FAST, value=value, kl_coef=0.0)
     before, after = share(checkpoints.sft), share(tmp_path)
     assert sign * (after - before) > 0.1, (before, after)
