@@ -193,8 +193,8 @@ def cut(text, taken, rng):
 
 
 def make_prompts(train, valid, test, others, seed, dropped):
-    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
-    texts, "valid" from validation texts; and of each domain of others its own, from {domain: test texts}.
+    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train texts,
+    "valid" from validation texts, and each domain of others, {domain: test texts}.
 
     An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
     demonstrations may share an opening among themselves, as reviews do.
@@ -203,8 +203,7 @@ def make_prompts(train, valid, test, others, seed, dropped):
     train = rng.sample(train, len(train))
     a, b = len(train) // 5, len(train) // 2
     made, taken = {}, set()
-    parts = {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid}
-    parts |= others
+    parts = {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid, **others}
     for name, texts in parts.items():
         made[name] = []
         for text in texts:
@@ -215,7 +214,7 @@ def make_prompts(train, valid, test, others, seed, dropped):
             made[name].append(pair)
             if name not in ("demos", "valid"):
                 taken.add(pair[0].casefold())
-        if name == "valid":  # the openings of demonstrations are no prompts of the other domains either
+        if name == "valid":  # what demonstrations begin with is no prompt of the other domains either
             taken |= {prompt.casefold() for prompt, _ in made["demos"]}
     return made
 
