@@ -193,8 +193,8 @@ def cut(text, taken, rng):
 
 
 def make_prompts(train, valid, test, others, seed, dropped):
-    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train texts,
-    "valid" from validation texts, and each domain of others, {domain: test texts}.
+    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
+    texts, "valid" from validation texts, and each domain of others, {domain: test texts}.
 
     An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
     demonstrations may share an opening among themselves, as reviews do.
