@@ -320,8 +320,7 @@ def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
     train = [s for part in ("labeler", "judge") for rows in parts[part].values() for s in rows]
     test = [s for rows in parts["test"].values() for s in rows]
     train, test = rng.sample(train, len(train)), rng.sample(test, len(test))
-    # 4 % of the training sentences choose checkpoints of base and SFT, so that the test part only ever examines.
-    valid, train = train[:len(train) // 25], train[len(train) // 25:]
+    valid, train = train[:len(train) // 25], train[len(train) // 25:]  # chooses checkpoints; test only ever examines
     for name, rows in {"train": train, "valid": valid, "test": test}.items():
         write(f"corpus_{name}.jsonl", [{"text": s.text, "domain": s.domain} for s in rows], [s.text for s in rows])
 

@@ -1,5 +1,6 @@
 # Sourced by train_all.sh and study.sh, with the preset in $preset and its flags in $@: the folders of the run, and how a
 # stage is run. Leaves OUT, SEED, STEPS, FLAGS as train_all.sh explains them, and refuses a folder of another run.
+case $preset in tiny|smoke) [ $# = 0 ] || { echo "error: $preset takes no flags, found: $*" >&2; exit 2; } ;; esac
 . ./setup.sh
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 mkdir -p "$OUT"
