@@ -218,14 +218,14 @@ def read_jsonl(path, *layouts):
     return read_rows(path, accept, f"an object with {' or '.join(map(', '.join, layouts))}")
 
 
-def read_rows(path, accept, expected, array=False):
+def read_rows(path, accept, expected, array=False, text=None):
     """[accept(row) for each JSON object of a JSONL file]; accept raises ValueError("field: problem") for a bad one.
 
     Raises UserError "file:line: field: problem" that counts all bad lines and shows the first five. Blank lines are
     skipped, CRLF and a byte-order mark are accepted. expected: what a row should be, in words. array: the file may also
-    be one JSON array of the rows.
+    be one JSON array of the rows. text: the content of the file, if it has been read.
     """
-    text, rows, bad = read_text(path), [], []
+    text, rows, bad = read_text(path) if text is None else text, [], []
     lines = [(number, line, parse) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if array and text.lstrip().startswith("["):
         try:  # the rows of one array are parsed already

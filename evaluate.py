@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import torch
 import report
 from checkpoint import write_json
 from common import check, check_positive, generator, progress, run, set_up
-from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
+from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl,
+                  read_rankings, write_jsonl)
 from estimators import best_of_kl, distinct_2, expected_best, length_controlled, mean_interval, same_order
 from model import load_model, load_reward, prompt_room, score_many, token_logprobs
 from runs import Stage
@@ -238,9 +240,27 @@ def stage_facts(cfg, folders, scorers):
     return {"reward_models": human if all(human.values()) else {},
             "held_out_rankings": {name: card["held-out rankings"] for name, card in cards.items()
                                   if card and name not in ("labeler", "judge")},
+            "labelers": labelers(folders),
             "flags": {name: flags(load_json(path / "config.json").get("stage", {})) for name, path in folders.items()},
             "training": {name: training_log(folder) for name, folder in folders.items()},
             "stages": {path.parent.name: load_json(path) for path in done if same_run}}
+
+
+def labelers(folders):
+    """{policy: what its reward model learned from, and how good that model is} of the policies trained on one."""
+    found = {}
+    for name, folder in folders.items():
+        reward = Path(load_json(folder / "config.json").get("stage", {}).get("reward") or "none")
+        train = load_json(reward / "config.json").get("stage", {}).get("train", "")
+        paths = [path for path in train.split(",") if Path(path).is_file()]
+        if paths and (card := load_json(reward / "report_card.json")):
+            rows = [row for path in paths for row in read_rankings(path)]
+            names = Counter(Path(str(row.get("labeler", "people"))).name for row in rows)
+            found[name] = {"labeler": ", ".join(names), "rankings": len(rows), "held-out": card["held-out rankings"],
+                           "people": {sample: card["human comparisons"][sample]["reward model"]
+                                      for sample in ("movie, random", "movie, same_sign")
+                                      if sample in card.get("human comparisons", {})}}
+    return found
 
 
 def hardware():

@@ -2,8 +2,13 @@
 
     python label.py sample --model out/tiny/sft          K responses per prompt, drawn from the SFT model
     python label.py rank --labeler out/tiny/labeler      order them best to worst: a reward model in people's place
-    python label.py rank --labeler me                    order them yourself, at the terminal
-    python label.py sample --help, rank --help           the flags of a step
+    python label.py rank --labeler ann                   order them yourself, at the terminal, under any name
+    python label.py rank --labeler vader                 ... or by VADER's rules
+    python label.py rank --labeler http://localhost:8080/v1 --model NAME     ... or by a language model: RLAIF
+    python label.py page                                 a page to rank in, for a browser or a phone
+    python label.py merge FILE FILE ...                  put the answers of several labelers together
+    python label.py report FILE FILE ...                 how far labelers, and reward models, agree
+    python label.py sample --help, ...                   the flags of a step
 
 People disagree at times, so the stand-in does too. Sorting score + temperature * Gumbel noise draws a ranking from the
 Plackett-Luce model, whose pairs are Bradley-Terry: P(i above j) = sigmoid((score_i - score_j) / temperature). The data
@@ -12,7 +17,7 @@ Not a regression: its slope shrinks with the labeler's errors, and so would coun
 rankings now differ as people's do, around the labeler's own opinion; how good that opinion is, reward.py measures.
 
 Papers: Luce 1959, Plackett 1975 (rankings); Stiennon et al. 2020; Ouyang et al. 2022 (K responses per prompt).
-Left out on purpose: putting several people's rankings together, a page to label in.
+What an answer and a ranking are: answers.py. Machines other than reward models: rlaif.py.
 """
 import hashlib
 import json
@@ -20,6 +25,7 @@ import math
 import re
 import shlex
 import sys
+import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -27,14 +33,18 @@ from pathlib import Path
 
 import torch
 
+from answers import (MergeConfig, levels_of, merge, parse_order, read_answers, read_samples, shown_to, shuffled, uncut,
+                     write_answers, write_order)
+from checkpoint import write_atomic
 from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many
 from reward import encode_rankings
+from page import PageConfig, page
 from people import read_summary
 from runs import Stage, open_folder
 from sampling import sample_many
-from terminal import HELP, append, ask, parse_order, read_answers, show, visible
+from terminal import HELP, append, ask, show, visible, words_for
 
 
 @dataclass
@@ -55,14 +65,23 @@ class SampleConfig:
 
 @dataclass
 class RankConfig:
-    labeler: str = "out/tiny/labeler"  # folder of a reward model, or me
+    labeler: str = "out/tiny/labeler"  # folder of a reward model, a person's name, vader, or a server's URL
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
-    out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, or label-me for --labeler me
+    limit: int = 0                     # only the first so many samples; 0: all
+    out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, -NAME behind it for a person
     noise: float = 1.0                 # a reward model's noise, as a multiple of people's disagreement; 0: none
     flip: float = 0.0                  # share of a reward model's rankings that are turned upside down: a bad labeler
     calibrate: str = "data/reviews/rankings_test.jsonl"  # human ratings for the noise, with summary.json beside it
+    model: str = ""                    # a server: the name under which it knows the model
+    rubric: str = "rubrics/mood.txt"   # a server: file with what makes a response better
+    max_calls: int = 1000              # a server: stop after so many calls; the same command goes on
+    parallel: int = 4                  # a server: calls at the same time
+    timeout: float = 60.0              # a server: seconds without an answer until a call is tried again
+    dry_run: bool = False              # a server: print the first question and the number of calls, and call nothing
+    pairs: str = "data/reviews/pairs_test.jsonl"  # a server, vader: people's comparisons to agree with; empty: none
+    pairs_count: int = 200             # a server, vader: how many of them; 0: all
     restart: bool = False              # begin again where --out holds another run, instead of refusing
-    seed: int = 1                      # of the noise
+    seed: int = 1                      # of the noise, and of the choice of --pairs
     device: str = "auto"               # auto, cpu, cuda, mps
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast; the weights stay float32)
 
@@ -103,11 +122,6 @@ def draw_responses(model, enc, prompts, cfg, autocast):
 def sample_id(prompt, responses):
     """A short name that depends on the texts, whatever their order."""
     return hashlib.sha256(json.dumps([prompt, sorted(responses)]).encode()).hexdigest()[:12]
-
-
-def shuffled(texts, *key):
-    """The texts in a random order that is a function of the key (integers)."""
-    return [texts[i] for i in torch.randperm(len(texts), generator=generator(*key)).tolist()]
 
 
 def sample(cfg):
@@ -175,8 +189,7 @@ def rank_by_model(samples, cfg, folder):
     check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
     check(0 <= cfg.flip <= 1, f"--flip is {cfg.flip}: it must be from 0 to 1")
     stage = Stage(cfg, "labeler", "samples", *(["calibrate"] if cfg.noise else []), folder=folder)
-    earlier = read_answers(folder / "rankings.jsonl")
-    check(all(row.get("labeler") != "me" for row in earlier), f"{folder} holds a person's rankings: change --out")
+    check(not (folder / "answers.jsonl").exists(), f"{folder} holds the work of another kind of labeler: change --out")
     mean_of, facts = read_ratings(cfg.calibrate) if cfg.noise else ({}, {})
     device, autocast = set_up(cfg)
     model, enc = load_model(cfg.labeler, device, kind="reward"), load_tokenizer(cfg.labeler)
@@ -207,40 +220,41 @@ def rank_by_model(samples, cfg, folder):
     stage.finish(rankings=len(rows), temperature=round(temperature, 4), order_kept=round(shares["these samples"][0], 4))
 
 
-def rank_by_person(samples, cfg, folder):
-    """Ask for the order of one sample after another; an answer is on disk before the next question.
+def own_answers(path, labeler):
+    """The answers that a person has given in a file, [] if there is none. A last line that was cut short is removed."""
+    if not path.exists():
+        return []
+    text = uncut(path)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    answers = read_answers(path)
+    check(all(row["labeler"] == labeler for row in answers), f"{path.parent} holds another labeler's work: change --out")
+    return answers
 
-    Tied responses must not become pairs to train on: "responses" has one of each tie, the first shown (in a random
-    order), and "ties" each tie in full, that one first. What compares nothing goes to skipped.jsonl. "number" grows
-    over both files, so that undo knows which answer came last.
-    """
+
+def rank_by_person(samples, labeler, folder):
+    """Ask for the order of one sample after another; an answer is on disk before the next question. All answers."""
+    check(all(len(row["responses"]) < 10 for row in samples), "a sample has more than nine responses to order")
     open_folder(folder)  # locked: two terminals must not add to one file
-    files = {name: folder / f"{name}.jsonl" for name in ("rankings", "skipped")}
-    stored = [(name, row) for name, path in files.items() for row in read_answers(path)]
-    check(all(row.get("labeler") == "me" for _, row in stored) and (stored or not (folder / "done.json").exists()),
+    path = folder / "answers.jsonl"
+    stored = own_answers(path, labeler)
+    check(stored or not any((folder / name).exists() for name in ("done.json", "rankings.jsonl")),
           f"{folder} holds another labeler's work: change --out")
-    check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
-    stored.sort(key=lambda answer: answer[1].get("number", 0))
-    number = max((answer.get("number", 0) for _, answer in stored), default=0)
-    ids = {row["id"] for row in samples}
-    answers = [answer for answer in stored if answer[1]["id"] in ids]
-    if len(answers) < len(stored):
-        print(f"{folder} also holds answers to other samples ({len(stored) - len(answers)}); they stay")
-    open_folder(folder, "done.json")  # so that Stage refuses nothing: a person goes on in any folder of theirs
-    stage, row = Stage(cfg, "samples", folder=folder), None
-    stage.open()
+    ids, row = {sample["id"] for sample in samples}, None
+    if others := sum(answer["id"] not in ids for answer in stored):
+        print(f"{folder} also holds answers to other samples ({others}); they stay")
     print(HELP)
     while True:
-        answered = {answer["id"] for _, answer in answers}
-        left = [sample for sample in samples if sample["id"] not in answered]
+        answered = [answer for answer in stored if answer["id"] in ids]
+        done = {answer["id"] for answer in answered}
+        left = [sample for sample in samples if sample["id"] not in done]
         if left and left[0] is not row:
-            row = left[0]
-            shown = shuffled(row["responses"], zlib.crc32(row["id"].encode()))
-            show(f"{len(answers) + 1} of {len(samples)}", row["prompt"], shown)
+            row, start = left[0], time.monotonic()
+            shown = shown_to(labeler, row)
+            show(f"{len(answered) + 1} of {len(samples)}", row["prompt"], shown)
         reply = ask("> " if left else "\nall answered: u undoes the last, Enter ends > ")
-        if reply == "u" and answers:
-            name, last = answers.pop()
-            write_jsonl(files[name], [answer for answer in read_answers(files[name]) if answer["id"] != last["id"]])
+        if reply == "u" and answered:
+            stored.remove(answered[-1])
+            write_jsonl(path, stored)
             row = None  # it is asked again
         elif reply == "q" or not left:
             break
@@ -248,45 +262,51 @@ def rank_by_person(samples, cfg, folder):
             print(HELP if reply == "?" else "there is nothing to undo")
         else:
             try:
-                levels = parse_order(reply, len(shown)) if reply != "s" else []
+                levels = parse_order(reply.removesuffix("!"), len(shown)) if reply != "s" else []
             except ValueError as error:
                 print(f"{error}: try again, or ? for help")
                 continue
-            number += 1
-            name, answer = "skipped", {"id": row["id"], "why": "all equal" if levels else "skipped"}
-            if len(levels) > 1:  # the answer holds a comparison
-                texts = [[shown[n - 1] for n in sorted(level)] for level in levels]
-                name, answer = "rankings", {**row, "responses": [t[0] for t in texts],
-                                            "ties": [t for t in texts if len(t) > 1]}
-            answer.update(labeler="me", number=number)
-            append(files[name], answer)
-            answers.append((name, answer))
-    ranked = sum(name == "rankings" for name, _ in answers)
-    print(f"\n{ranked} ranked, {len(answers) - ranked} skipped, {len(left)} left")
-    source, out, reward = map(shlex.quote, (cfg.samples, str(folder), str(folder.parent / "reward-me")))
-    if ranked:
-        print(f"to train:  python reward.py --train {out}/rankings.jsonl --out {reward}")
-    if left:
-        print(f"to go on:  python label.py rank --labeler me --samples {source} --out {out}")
-    else:
-        stage.finish(rankings=ranked, skipped=len(answers) - ranked)
+            stored.append({"id": row["id"], "prompt": row["prompt"], "labeler": labeler, "shown": shown,
+                           "order": write_order(levels), **({"acceptable": False} if reply.endswith("!") else {}),
+                           "seconds": round(time.monotonic() - start, 1)})
+            append(path, stored[-1])
+    rankings = write_answers(folder, stored)
+    print(f"\n{len(answered)} answered, {sum(len(levels_of(answer)) > 1 for answer in answered)} of them rankings, "
+          f"{len(left)} left")
+    return stored, rankings
 
 
 def rank(cfg):
-    fields = {"id": str, "prompt": str, "responses": list}
-    samples = [{name: row[name] for name in fields} for row in read_jsonl(cfg.samples, fields)]
-    check(len({row["id"] for row in samples}) == len(samples), f"{cfg.samples}: id: the same one twice")
-    rank_by, folder = (rank_by_person, "label-me") if cfg.labeler == "me" else (rank_by_model, "label")
-    rank_by(samples, cfg, Path(cfg.out or f"out/tiny/{folder}"))
+    samples = read_samples(cfg.samples, cfg.limit)
+    person = re.fullmatch(r"[\w.-]{1,40}", cfg.labeler) and not Path(cfg.labeler).is_dir()
+    check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
+    folder = Path(cfg.out or "out/tiny/label" + (f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""))
+    if "://" in cfg.labeler or cfg.labeler == "vader":
+        import rlaif  # only machines need it
+        rlaif.rank(samples, cfg, folder)
+    elif not person:
+        rank_by_model(samples, cfg, folder)
+    else:
+        rankings = rank_by_person(samples, cfg.labeler, folder)[1]
+        out, reward = map(shlex.quote, (str(folder), str(folder.parent / folder.name.replace("label", "reward", 1))))
+        if rankings:
+            print(f"to train:  python reward.py --train {out}/rankings.jsonl --out {reward}")
+        print("to go on, or to undo: the same command")
+
+
+STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),
+         "merge": (merge, MergeConfig)}
 
 
 if __name__ == "__main__":
     step = sys.argv[1] if len(sys.argv) > 1 else "nothing"
-    if step in ("sample", "rank"):
+    if step in STEPS:
         sys.argv[:2] = [f"label.py {step}"]  # the flags that follow are the step's
-        run(*(sample, SampleConfig, PRESETS) if step == "sample" else (rank, RankConfig))
+        if step == "merge":
+            words_for("files", several=True)
+        run(*STEPS[step])
     elif step in ("-h", "--help"):
         print(__doc__)
     else:
-        print(f"{__doc__}\nerror: expected sample or rank, found {step}", file=sys.stderr)
+        print(f"{__doc__}\nerror: expected {', '.join(STEPS)}, found {step}", file=sys.stderr)
         sys.exit(2)

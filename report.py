@@ -204,6 +204,24 @@ def policy_section(name, results):
                     f"{escape(row['text'])} | {row['judge']:.2f} |" for row in results["samples"][name]] + [""]
 
 
+def labeler_section(results):
+    """Reward models that learned from different labelers, and the policies that they lead to."""
+    samples = ("movie, random", "movie, same_sign")
+    lines = ["## Who ranked", "", "| labeler | rankings | in the order of its own held-out rankings | " + " | ".join(
+        f"as people ({sample.replace('_', ' ')})" for sample in samples) + " | policy | win rate | at equal length | KL, nats |",
+        "|---|---|---|---|---|---|---|---|---|"]
+    for name, row in results["labelers"].items():
+        cells = [row["held-out"]] + [row["people"].get(sample) for sample in samples]
+        policy = results["policies"][name]
+        lines.append(f"| {escape(row['labeler'])} | {row['rankings']} | " + " | ".join(
+            interval(cell["accuracy"], cell["interval"]) if cell else "-" for cell in cells)
+            + f" | {name} | {rate(policy, 'win_rate_judge')} | {rate(policy, 'length_controlled')} | "
+              f"{policy['kl']:.2f} |")
+    return lines + ["", "A reward model from each labeler's rankings of the same samples: its accuracy on rankings of "
+                    "its labeler that it has not seen, and on people's held-out comparisons, which no labeler here "
+                    "made; and the policy that PPO trained on it.", ""]
+
+
 def report_lines(results):
     """The lines of report.md."""
     cfg, policies = results["config"], list(results["samples"])
@@ -231,6 +249,8 @@ def report_lines(results):
     if agreement := results["proxy_agreement"]:
         lines += ["On pairs of fresh SFT samples for one prompt, the proxy orders as the others do: " + ", ".join(
             f"{name} {share:.3f}" for name, share in agreement.items()) + " of the pairs.", ""]
+    if len(results.get("labelers", {})) > 1:
+        lines += labeler_section(results)
     if results["others"]:
         lines += ["## Prompts of other kinds", "",
                   f"{cfg['snapshot_count']} prompts of each file. No demonstration, ranking or prompt of PPO was of "

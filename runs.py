@@ -26,7 +26,8 @@ from checkpoint import VERSIONS, digest, load, save, save_checkpoint, write_json
 from common import DISK, NOT_FINITE, UserError, check
 
 # Flags that may change between a run and its continuation: they change no result, up to rounding and dropout's luck.
-FREE = {"out", "restart", "save_every", "microbatch", "recompute", "graph", "sample_every", "kl_ceiling"}
+FREE = {"out", "restart", "save_every", "microbatch", "recompute", "graph", "sample_every", "kl_ceiling",
+        "max_calls", "parallel", "timeout", "dry_run"}
 LOCKED = {}  # folder that this process has locked: its open handle
 
 

@@ -1,21 +1,20 @@
 """Talking with a person at the terminal: the words of a command line, text that is safe to show; and for label.py
-questions, answers, and a file that no answer gets lost from."""
+questions, and a file that no answer gets lost from."""
+import itertools
 import json
 import os
-import re
 import shutil
 import sys
 import textwrap
 import unicodedata
 
-from checkpoint import write_atomic
 from common import DISK, UserError
-from data import read_jsonl
 
 HELP = """Which response would you rather read after the prompt? Type the numbers, best first.
     3142 or 3 1 4 2   3 is best, 2 is worst
     3=1 4 2           3 and 1 are equally good
     1=2=3=4           no difference: kept, but not trained on
+    3142!             3 is best, but you would accept none of them
     s   skip: it is not asked again      u   undo the last answer and give it again
     ?   this help                        q   quit: every answer is on disk already"""
 
@@ -37,38 +36,26 @@ def visible(text):
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def cells(text):
+    """How many columns of the terminal a line takes."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
 def show(title, prompt, responses):
-    """Print one question, wrapped to the width of the terminal."""
-    width = max(20, min(100, shutil.get_terminal_size().columns - 1))
-    print(f"\n{'-' * width}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', width)}\n")
-    for number, text in enumerate(responses, start=1):
-        print(textwrap.fill(visible(text), width, initial_indent=f"  {number}  ...", subsequent_indent=" " * 8))
+    """Print one question: the responses side by side if each gets 36 columns, else one below the other."""
+    width = max(20, shutil.get_terminal_size().columns - 1)
+    column = (width - 3 * (len(responses) - 1)) // len(responses)
+    texts = [f"{number}  ...{visible(text)}" for number, text in enumerate(responses, start=1)]
+    print(f"\n{'-' * min(100, width)}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', min(100, width))}\n")
+    if column >= 36:
+        column = min(column, 60)
+        blocks = [textwrap.wrap(text, column, subsequent_indent="   ") for text in texts]
+        for lines in itertools.zip_longest(*blocks, fillvalue=""):
+            print("   ".join(line + " " * (column - cells(line)) for line in lines).rstrip())
+    else:
+        for text in texts:
+            print(textwrap.fill(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8))
     print("\nbest to worst, = for a tie; s skip, u undo, q quit, ? help")
-
-
-def parse_order(reply, K):
-    """Response numbers in levels, best first: "3=1 4 2" is [[3, 1], [4], [2]]. ValueError says what is wrong."""
-    reply = re.sub(r"[\s,]", "", reply)
-    if not re.fullmatch("[0-9](=?[0-9])*", reply):
-        raise ValueError("that is not an order")
-    if sorted(reply.replace("=", "")) != [str(number) for number in range(1, K + 1)]:
-        raise ValueError(f"each of 1 to {K} has to stand there once")
-    return [[int(number) for number in level.split("=")] for level in re.findall("[0-9](?:=[0-9])*", reply)]
-
-
-def read_answers(path):
-    """Rows of a file that answers are appended to. A last line that a crash cut short is dropped, with a notice."""
-    content = path.read_bytes() if path.exists() else b""
-    whole, _, last = content.rpartition(b"\n")
-    if last:
-        try:
-            json.loads(last)  # if it can be read, only its line end is missing
-            whole = content
-        except ValueError:
-            print(f"{path}: the last line was cut short and is dropped")
-        content = whole + b"\n" if whole else b""
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
-    return read_jsonl(path, {"id": str}) if content.strip() else []
 
 
 def append(path, row):

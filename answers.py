@@ -1,0 +1,168 @@
+"""What labelers said, in one format, whether they are people at the terminal, people at the page, or machines.
+
+An answer, a line of answers.jsonl: {"id", "prompt", "labeler", "shown", "order", "seconds"}. shown holds the sample's
+responses as the labeler saw them; order has their numbers, best first: "3=1 4 2" says that 3 and 1 are equally good,
+"" that the sample was skipped. "acceptable": false is there if the labeler would accept none of them.
+
+A ranking, a line of rankings.jsonl, is what reward.py and dpo.py train on: {"id", "prompt", "responses", "ties",
+"labeler"}. Tied responses must not become pairs to train on: "responses" has one of each tie, the first shown (in a
+random order), and "ties" each tie in full, that one first. An answer that compares nothing makes no ranking.
+"""
+import json
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common import check, generator
+from data import check_text, checked, read_jsonl, read_rows, read_text, write_jsonl
+from runs import open_folder
+from terminal import visible
+
+
+@dataclass
+class MergeConfig:
+    files: str = ""  # answers.jsonl or rankings.jsonl of several labelers: file,file
+    samples: str = "out/tiny/samples/samples.jsonl"  # what they were asked about: {"id", "prompt", "responses"}
+    out: str = "out/tiny/label-people"  # folder for answers.jsonl and rankings.jsonl
+
+
+def parse_order(text, K):
+    """Response numbers in levels, best first: "3=1 4 2" is [[3, 1], [4], [2]]. ValueError says what is wrong."""
+    text = re.sub(r"[\s,]", "", text)
+    if not re.fullmatch("[0-9](=?[0-9])*", text):
+        raise ValueError("that is not an order")
+    if sorted(text.replace("=", "")) != [str(number) for number in range(1, K + 1)]:
+        raise ValueError(f"each of 1 to {K} has to stand there once")
+    return [[int(number) for number in level.split("=")] for level in re.findall("[0-9](?:=[0-9])*", text)]
+
+
+def write_order(levels):
+    """The reverse of parse_order, each level in the order of the numbers."""
+    return " ".join("=".join(map(str, sorted(level))) for level in levels)
+
+
+def levels_of(answer):
+    """The responses (texts) of an answer, or of a ranking, in levels, best first; [] if it was skipped."""
+    if "shown" in answer:
+        order = answer["order"].strip()
+        levels = parse_order(order, len(answer["shown"])) if order else []
+        return [[answer["shown"][number - 1] for number in sorted(level)] for level in levels]
+    ties = {tie[0]: tie for tie in answer.get("ties", [])}
+    return [ties.get(text, [text]) for text in answer["responses"]]
+
+
+def ranking_of(answer):
+    """The ranking that an answer makes; None if it compares nothing."""
+    levels = levels_of(answer)
+    if len(levels) < 2:
+        return None
+    return {"id": answer["id"], "prompt": answer["prompt"], "responses": [level[0] for level in levels],
+            "ties": [level for level in levels if len(level) > 1], "labeler": answer["labeler"]}
+
+
+def write_answers(folder, answers):
+    """Write answers.jsonl, and rankings.jsonl beside it: the number of rankings."""
+    rankings = list(filter(None, map(ranking_of, answers)))
+    for name, rows in {"answers": answers, "rankings": rankings}.items():
+        write_jsonl(Path(folder) / f"{name}.jsonl", rows)
+    return len(rankings)
+
+
+def shuffled(texts, *key):
+    """The texts in a random order that is a function of the key (integers)."""
+    return [texts[i] for i in torch.randperm(len(texts), generator=generator(*key)).tolist()]
+
+
+def shown_to(labeler, sample):
+    """A sample's responses in the order in which a labeler sees them: another one for each labeler."""
+    return shuffled(sample["responses"], zlib.crc32(sample["id"].encode()), zlib.crc32(labeler.encode()))
+
+
+# ---- files that came from elsewhere ----------------------------------------------------------------------------------
+
+
+def read_samples(path, limit=0):
+    """The first so many (0: all) rows {"id", "prompt", "responses"} of a file that label.py sample wrote."""
+    fields = {"id": str, "prompt": str, "responses": list}
+    samples = [{name: row[name] for name in fields} for row in read_jsonl(path, fields)]
+    check(len({row["id"] for row in samples}) == len(samples), f"{path}: id: the same one twice")
+    check(limit >= 0, f"--limit is {limit}: it must be 0 (all) or more")
+    return samples[:limit or len(samples)]
+
+
+def uncut(path):
+    """The text of a file of answers, without a last line that a crash or a broken transfer cut short (said so)."""
+    text = read_text(path)
+    whole, _, last = text.rpartition("\n")
+    try:
+        json.loads(last.strip() or "0")  # if it can be read, only its line end is missing
+        return text + "\n" if last else text
+    except ValueError:
+        print(f"{path}: the last line was cut short and is left out")
+        return whole + "\n" if whole else ""
+
+
+def check_answer(row):
+    """The row, if it is an answer or a ranking; else ValueError "field: problem"."""
+    asked = "order" in row or "shown" in row
+    checked(row, {"id": str, "prompt": str, "labeler": str, "shown" if asked else "responses": list})
+    if asked and not isinstance(row.get("order"), str):
+        raise ValueError("order: missing, or no text")
+    if asked and row["order"].strip():
+        try:
+            parse_order(row["order"], len(row["shown"]))
+        except ValueError as error:
+            raise ValueError(f"order: {error}") from None
+    ties = row.get("ties", [])
+    if not isinstance(ties, list) or not all(isinstance(tie, list) and len(tie) > 1 for tie in ties):
+        raise ValueError("ties: expected lists of two or more responses")
+    for text in (text for tie in ties for text in tie):
+        check_text(text, "ties")
+    seconds = row.get("seconds", 0)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
+        raise ValueError("seconds: expected a number, 0 or more")
+    return row
+
+
+def read_answers(path):
+    """The rows of a file of answers, or of rankings, checked; a last line that was cut short is left out."""
+    text = uncut(path)
+    return read_rows(path, check_answer, "an answer", text=text) if text.strip() else []
+
+
+def merge(cfg):
+    """Put the answers of several labelers together, each checked against the samples, no answer twice."""
+    samples = {row["id"]: row for row in read_samples(cfg.samples)}
+    merged = {}  # (labeler, id): answer, file
+
+    def accept(row):
+        check_answer(row)
+        sample = samples.get(row["id"])
+        if not sample:
+            raise ValueError(f"id: {row['id']!r} is not in {cfg.samples}")
+        texts = row["shown"] if "shown" in row else [text for level in levels_of(row) for text in level]
+        if row["prompt"] != sample["prompt"] or sorted(texts) != sorted(sample["responses"]):
+            raise ValueError(f"id: {row['id']!r} has other texts in {cfg.samples}")
+        earlier, where = merged.setdefault((row["labeler"], row["id"]), (row, path))
+        if list(map(sorted, levels_of(earlier))) != list(map(sorted, levels_of(row))):
+            raise ValueError(f"id: {row['labeler']!r} has answered {row['id']!r} otherwise in {where} (keep one of them; "
+                             "what a page saved later holds all that it saved before)")
+        return earlier is not row
+
+    check(cfg.files, "name the files to merge: python label.py merge FILE FILE ...")
+    for path in cfg.files.split(","):
+        text = uncut(path)
+        check(text.strip(), f"{path}: empty (expected answers)")
+        if repeated := sum(read_rows(path, accept, "an answer", text=text)):
+            print(f"{path}: {repeated} answers that are there already")
+    folder, answers = open_folder(cfg.out), [row for row, _ in merged.values()]
+    check(not (folder / "done.json").exists(), f"{folder} holds another stage's work: change --out")
+    rankings = write_answers(folder, answers)
+    for labeler, count in Counter(row["labeler"] for row in answers).items():
+        print(f"{visible(labeler)}: {count} answers")
+    print(f"{folder}: {len(answers)} answers, {rankings} rankings to train on:  "
+          f"python reward.py --train {folder}/rankings.jsonl --out {folder.parent}/reward-people")

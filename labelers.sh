@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What difference does it make who ranks, and how much? On top of a finished train_all.sh:
+#   bash labelers.sh [tiny|smoke]                   (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
+# 1. VADER's rules rank the samples (RLAIF without a server; pip install vaderSentiment==3.3.2). From their rankings, and
+#    from all others that lie in $OUT/label-NAME/rankings.jsonl (yours: label.py rank, label.py merge), a reward model and a
+#    PPO policy, beside those of train_all.sh: $OUT/labelers/report.md.
+# 2. Reward models from 100, 200, 400 and 800 of the stand-in's rankings: label.py report says what a doubling brings.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+preset=${1:-tiny}
+[ $# = 0 ] || shift
+case $preset in
+  tiny|smoke) ;;
+  *) echo "error: no preset '$preset' here (tiny, smoke)" >&2; exit 2 ;;
+esac
+[ -f "${OUT:-out/$preset}/evaluate/done.json" ] || { echo "error: ${OUT:-out/$preset} holds no finished run: bash train_all.sh $preset comes first" >&2; exit 2; }
+. ./stages.sh
+DATA=${DATA:-data/reviews}  # not before stages.sh, which compares it with train_all.sh's
+
+reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epochs, 80 steps at least (see study.sh)
+  local epochs=$((80 * 16 / $3))
+  stage "$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" \
+             --prompts "$DATA/prompts_label.jsonl" --epochs $((epochs > 2 ? epochs : 2)) "${@:4}"
+}
+
+stage label-vader label.py rank --labeler vader --samples "$OUT/samples/samples.jsonl" --pairs "$DATA/pairs_test.jsonl" --pairs-count 0
+policies=$OUT/ppo
+for rankings in "$OUT"/label-*/rankings.jsonl; do
+  name=$(basename "$(dirname "$rankings")")
+  name=${name#label-}
+  reward "reward-$name" "$rankings" "$(wc -l < "$rankings")"
+  stage "ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"
+  policies=$policies,$OUT/ppo-$name
+done
+stage labelers evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$policies" --reward "$OUT/reward" --labeler "$OUT/labeler" --judge "$OUT/judge" \
+               --prompts "$DATA/prompts_eval.jsonl" --text "$DATA/corpus_test.jsonl" --best-of 0
+for count in 100 200 400 800; do
+  reward "study/reward-first-$count" "$OUT/label/rankings.jsonl" $count --limit $count
+done
+echo "done in $SECONDS s: $OUT/labelers/report.md"
