@@ -134,35 +134,42 @@ def read_answers(path):
     return read_rows(path, check_answer, "an answer", text=text) if text.strip() else []
 
 
-def merge(cfg):
-    """Put the answers of several labelers together, each checked against the samples, no answer twice."""
-    samples = {row["id"]: row for row in read_samples(cfg.samples)}
-    merged = {}  # (labeler, id): answer, file
+def collect(paths, samples):
+    """The answers in several files, each checked against the samples (a path), none twice. UserError names the line of
+    what does not fit."""
+    known = {row["id"]: row for row in read_samples(samples)}
+    collected = {}  # (labeler, id): answer, file
 
     def accept(row):
         check_answer(row)
-        sample = samples.get(row["id"])
+        sample = known.get(row["id"])
         if not sample:
-            raise ValueError(f"id: {row['id']!r} is not in {cfg.samples}")
+            raise ValueError(f"id: {row['id']!r} is not in {samples}")
         texts = row["shown"] if "shown" in row else [text for level in levels_of(row) for text in level]
         if row["prompt"] != sample["prompt"] or sorted(texts) != sorted(sample["responses"]):
-            raise ValueError(f"id: {row['id']!r} has other texts in {cfg.samples}")
-        earlier, where = merged.setdefault((row["labeler"], row["id"]), (row, path))
+            raise ValueError(f"id: {row['id']!r} has other texts in {samples}")
+        earlier, where = collected.setdefault((row["labeler"], row["id"]), (row, path))
         if list(map(sorted, levels_of(earlier))) != list(map(sorted, levels_of(row))):
             raise ValueError(f"id: {row['labeler']!r} has answered {row['id']!r} otherwise in {where} (keep one of them; "
                              "what a page saved later holds all that it saved before)")
         return earlier is not row
 
-    check(cfg.files, "name the files to merge: python label.py merge FILE FILE ...")
-    for path in cfg.files.split(","):
+    for path in paths:
         text = uncut(path)
         check(text.strip(), f"{path}: empty (expected answers)")
         if repeated := sum(read_rows(path, accept, "an answer", text=text)):
             print(f"{path}: {repeated} answers that are there already")
-    folder, answers = open_folder(cfg.out), [row for row, _ in merged.values()]
+    return [row for row, _ in collected.values()]
+
+
+def merge(cfg):
+    """Put the answers of several labelers together."""
+    check(cfg.files, "name the files to merge: python label.py merge FILE FILE ...")
+    answers = collect(cfg.files.split(","), cfg.samples)
+    folder = open_folder(cfg.out)
     check(not (folder / "done.json").exists(), f"{folder} holds another stage's work: change --out")
     rankings = write_answers(folder, answers)
     for labeler, count in Counter(row["labeler"] for row in answers).items():
         print(f"{visible(labeler)}: {count} answers")
-    print(f"{folder}: {len(answers)} answers, {rankings} rankings to train on:  "
+    print(f"{folder}: {len(answers)} answers, {rankings} rankings to train on:\n"
           f"python reward.py --train {folder}/rankings.jsonl --out {folder.parent}/reward-people")

@@ -1,6 +1,7 @@
 """Everything on one footing: policies and best-of-n against the SFT model on held-out prompts.
 
     python evaluate.py --sft out/tiny/sft --policies out/tiny/dpo,out/tiny/ppo --out out/tiny/evaluate
+    python evaluate.py --ask NAME                      then: which do you prefer, blind? (blind.py)
 
 Every policy answers the same prompts at the same temperature. Three reward models score the answers: the one that PPO
 optimised (proxy), the labeler that ranked the proxy's training data (Gao et al. 2022 call it gold; there is none in the
@@ -13,6 +14,7 @@ Writes samples.jsonl, and results.json, from which report.py makes report.md and
 import json
 import math
 import platform
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -340,4 +342,8 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, PRESETS)
+    if any(word.split("=")[0] == "--ask" for word in sys.argv):
+        import blind  # whose flags these are
+        run(blind.main, blind.Config)
+    else:
+        run(main, Config, PRESETS)

@@ -33,7 +33,8 @@ from pathlib import Path
 
 import torch
 
-from answers import (MergeConfig, levels_of, merge, parse_order, read_answers, read_samples, shown_to, shuffled, uncut,
+from agreement import ReportConfig, report
+from answers import (MergeConfig, levels_of, merge, parse_order, ranking_of, read_answers, read_samples, shown_to, shuffled, uncut,
                      write_answers, write_order)
 from checkpoint import write_atomic
 from common import check, check_positive, generator, run, set_up
@@ -86,6 +87,7 @@ class RankConfig:
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"  # of a person, as it stands in files and folders
 PRESETS = {"tiny": {},  # of sample; the smoke model has hardly met an end of text
            "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_cut": True},
            "gpt2": {"response_tokens": 24}}
@@ -236,9 +238,9 @@ def rank_by_person(samples, labeler, folder):
     check(all(len(row["responses"]) < 10 for row in samples), "a sample has more than nine responses to order")
     open_folder(folder)  # locked: two terminals must not add to one file
     path = folder / "answers.jsonl"
-    stored = own_answers(path, labeler)
-    check(stored or not any((folder / name).exists() for name in ("done.json", "rankings.jsonl")),
+    check(path.exists() or not any((folder / name).exists() for name in ("done.json", "rankings.jsonl")),
           f"{folder} holds another labeler's work: change --out")
+    stored = own_answers(path, labeler)
     ids, row = {sample["id"] for sample in samples}, None
     if others := sum(answer["id"] not in ids for answer in stored):
         print(f"{folder} also holds answers to other samples ({others}); they stay")
@@ -262,7 +264,9 @@ def rank_by_person(samples, labeler, folder):
             print(HELP if reply == "?" else "there is nothing to undo")
         else:
             try:
-                levels = parse_order(reply.removesuffix("!"), len(shown)) if reply != "s" else []
+                order = reply.removesuffix("!")
+                order = {"1": "12", "2": "21"}.get(order, order) if len(shown) == 2 else order  # one number is enough
+                levels = parse_order(order, len(shown)) if order != "s" else []
             except ValueError as error:
                 print(f"{error}: try again, or ? for help")
                 continue
@@ -270,16 +274,16 @@ def rank_by_person(samples, labeler, folder):
                            "order": write_order(levels), **({"acceptable": False} if reply.endswith("!") else {}),
                            "seconds": round(time.monotonic() - start, 1)})
             append(path, stored[-1])
-    rankings = write_answers(folder, stored)
-    print(f"\n{len(answered)} answered, {sum(len(levels_of(answer)) > 1 for answer in answered)} of them rankings, "
-          f"{len(left)} left")
-    return stored, rankings
+    write_answers(folder, stored)
+    print(f"\n{len(answered)} answered, {sum(len(levels_of(answer)) > 1 for answer in answered)} of them with a preference, "
+          f"{len(left)} left; the same command goes on, or undoes")
+    return stored
 
 
 def rank(cfg):
     samples = read_samples(cfg.samples, cfg.limit)
-    person = re.fullmatch(r"[\w.-]{1,40}", cfg.labeler) and not Path(cfg.labeler).is_dir()
     check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
+    person = re.fullmatch(NAME, cfg.labeler) and not Path(cfg.labeler).is_dir()
     folder = Path(cfg.out or "out/tiny/label" + (f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""))
     if "://" in cfg.labeler or cfg.labeler == "vader":
         import rlaif  # only machines need it
@@ -287,22 +291,20 @@ def rank(cfg):
     elif not person:
         rank_by_model(samples, cfg, folder)
     else:
-        rankings = rank_by_person(samples, cfg.labeler, folder)[1]
-        out, reward = map(shlex.quote, (str(folder), str(folder.parent / folder.name.replace("label", "reward", 1))))
-        if rankings:
+        if any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
+            out, reward = map(shlex.quote, (str(folder), str(folder.parent / folder.name.replace("label", "reward", 1))))
             print(f"to train:  python reward.py --train {out}/rankings.jsonl --out {reward}")
-        print("to go on, or to undo: the same command")
 
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),
-         "merge": (merge, MergeConfig)}
+         "merge": (merge, MergeConfig), "report": (report, ReportConfig)}
 
 
 if __name__ == "__main__":
     step = sys.argv[1] if len(sys.argv) > 1 else "nothing"
     if step in STEPS:
         sys.argv[:2] = [f"label.py {step}"]  # the flags that follow are the step's
-        if step == "merge":
+        if step in ("merge", "report"):
             words_for("files", several=True)
         run(*STEPS[step])
     elif step in ("-h", "--help"):

@@ -4,7 +4,8 @@
 # 1. VADER's rules rank the samples (RLAIF without a server; pip install vaderSentiment==3.3.2). From their rankings, and
 #    from all others that lie in $OUT/label-NAME/rankings.jsonl (yours: label.py rank, label.py merge), a reward model and a
 #    PPO policy, beside those of train_all.sh: $OUT/labelers/report.md.
-# 2. Reward models from 100, 200, 400 and 800 of the stand-in's rankings: label.py report says what a doubling brings.
+# 2. Reward models from 100, 200, 400 and 800 of the stand-in's rankings: what a doubling brings, and how far all these
+#    labelers and reward models agree, stands in $OUT/agreement/report.md (label.py report).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
@@ -24,17 +25,22 @@ reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epoc
 }
 
 stage label-vader label.py rank --labeler vader --samples "$OUT/samples/samples.jsonl" --pairs "$DATA/pairs_test.jsonl" --pairs-count 0
-policies=$OUT/ppo
+policies=$OUT/ppo files=$OUT/label/rankings.jsonl rewards=$OUT/reward
 for rankings in "$OUT"/label-*/rankings.jsonl; do
   name=$(basename "$(dirname "$rankings")")
   name=${name#label-}
   reward "reward-$name" "$rankings" "$(wc -l < "$rankings")"
   stage "ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"
-  policies=$policies,$OUT/ppo-$name
+  policies=$policies,$OUT/ppo-$name rewards=$rewards,$OUT/reward-$name
+  answers=${rankings%rankings.jsonl}answers.jsonl
+  [ -f "$answers" ] || answers=$rankings
+  files=$files,$answers
 done
 stage labelers evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$policies" --reward "$OUT/reward" --labeler "$OUT/labeler" --judge "$OUT/judge" \
                --prompts "$DATA/prompts_eval.jsonl" --text "$DATA/corpus_test.jsonl" --best-of 0
 for count in 100 200 400 800; do
   reward "study/reward-first-$count" "$OUT/label/rankings.jsonl" $count --limit $count
+  rewards=$rewards,$OUT/study/reward-first-$count
 done
-echo "done in $SECONDS s: $OUT/labelers/report.md"
+script agreement label.py report "$files" --rewards "$rewards" --out "$OUT/agreement"
+echo "done in $SECONDS s: $OUT/labelers/report.md, $OUT/agreement/report.md"

@@ -39,7 +39,8 @@ def make_page(samples, title):
     return before + script + code + end + after
 
 
-def page(cfg):
+def page(cfg, then=""):
+    """Write the page; then: the command that takes what was saved in it."""
     samples = read_samples(cfg.samples, cfg.count)
     check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
     check(cfg.title.strip(), "--title is empty")
@@ -49,4 +50,4 @@ def page(cfg):
     html = make_page(samples, cfg.title)
     write_atomic(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     print(f"{path}: {len(samples)} questions, {path.stat().st_size / 1000:.0f} kB. Open it, rank, save, and then:\n"
-          f"python label.py merge answers-NAME.jsonl --samples {cfg.samples}")
+          + (then or f"python label.py merge answers-NAME.jsonl --samples {cfg.samples}"))

@@ -10,7 +10,7 @@ the model gives to the answers "1" and "2". Which response stands first sways a 
 ways and the two probabilities averaged. Responses are ranked by the sum of their probabilities to beat each of the others.
 "preferences" in answers.jsonl keeps them as soft labels: [i, j, p] says that shown response i beats j with probability p.
 
-Every answer of the server is on disk (calls.jsonl) before the next question, and no question is asked twice. A key for
+Every answer of the server is on disk (calls.jsonl) once it is there, and no question is asked twice. A key for
 a hosted server comes from the environment, LABELER_API_KEY. The responses come from a model and may try to give orders
 to the one that reads them: nothing here can stop that. Left out on purpose: chain of thought, examples in the preamble
 (write them into the rubric), training on the soft labels.
@@ -23,7 +23,7 @@ import os
 import re
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
@@ -98,7 +98,7 @@ class Server:
         check(self.rubric.strip(), f"{cfg.rubric}: empty (expected what makes a response better)")
         self.url = cfg.labeler.rstrip("/") + "/chat/completions"
         self.opener = urllib.request.build_opener(NoRedirect)
-        self.known, self.calls, self.logprobs = self.earlier_calls(), 0, True
+        self.known, self.calls, self.logprobs, self.broken = self.earlier_calls(), 0, True, None
 
     def earlier_calls(self):
         """{key: answer} of the calls that calls.jsonl holds."""
@@ -124,21 +124,35 @@ class Server:
                 raise Enough
             self.calls += len(part)
             with ThreadPoolExecutor(self.cfg.parallel) as pool:
-                for pair, (first, text) in zip(part, pool.map(self.ask, part)):
-                    append(self.path, {"key": (key := self.key_of(pair)), "first": first, "text": text})
-                    self.known[key] = first
+                try:
+                    asked = {pool.submit(self.ask, pair): self.key_of(pair) for pair in part}
+                    for done in as_completed(asked):  # what was answered is kept, whatever becomes of the others
+                        if not done.exception():
+                            self.known[asked[done]], text = done.result()
+                            append(self.path, {"key": asked[done], "first": self.known[asked[done]], "text": text})
+                except BaseException as stop:  # Ctrl-C, or a full disk: what has not been asked yet is not asked
+                    self.broken = stop
+                    raise
+            if self.broken:
+                raise self.broken
         return [self.known[self.key_of(pair)] for pair in pairs]
 
     def ask(self, pair):
         """One question: (probability that the first is better or None, the answer's text)."""
         body = {"model": self.cfg.model, "messages": [{"role": "user", "content": question(self.rubric, *pair)}],
                 "max_tokens": ANSWER_TOKENS, "temperature": 0}
-        choice = self.post(body)
+        try:
+            choice = self.post(body)
+        except Exception as error:
+            self.broken = self.broken or error
+            raise
         return probability_of_1(choice), ((choice.get("message") or {}).get("content") or "")[:100]
 
     def post(self, body):
         """The first choice of the server's answer; it is tried again where that may help, else UserError."""
         for wait in (*WAITS, None):
+            if self.broken:  # another thread has failed, and with it the run
+                raise self.broken
             asked = self.logprobs
             data = json.dumps({**body, **({"logprobs": True, "top_logprobs": 20} if asked else {})}).encode()
             headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}

@@ -41,6 +41,11 @@ def cells(text):
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def wrap(text, width, **indents):
+    """Lines of at most this many columns (textwrap counts letters, and some take two columns)."""
+    return textwrap.wrap(text, width // 2 if cells(text) > len(text) else width, **indents)
+
+
 def show(title, prompt, responses):
     """Print one question: the responses side by side if each gets 36 columns, else one below the other."""
     width = max(20, shutil.get_terminal_size().columns - 1)
@@ -49,13 +54,13 @@ def show(title, prompt, responses):
     print(f"\n{'-' * min(100, width)}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', min(100, width))}\n")
     if column >= 36:
         column = min(column, 60)
-        blocks = [textwrap.wrap(text, column, subsequent_indent="   ") for text in texts]
+        blocks = [wrap(text, column, subsequent_indent="   ") for text in texts]
         for lines in itertools.zip_longest(*blocks, fillvalue=""):
             print("   ".join(line + " " * (column - cells(line)) for line in lines).rstrip())
     else:
         for text in texts:
-            print(textwrap.fill(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8))
-    print("\nbest to worst, = for a tie; s skip, u undo, q quit, ? help")
+            print("\n".join(wrap(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8)))
+    print(f"\n{'best to worst' if len(responses) > 2 else '1 or 2'}, = for a tie; s skip, u undo, q quit, ? help")
 
 
 def append(path, row):

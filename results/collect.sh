@@ -8,8 +8,13 @@ run=$1 kept=$2
 mkdir -p "$kept"
 cp "$run"/evaluate/results.json "$run"/evaluate/report.md "$run"/evaluate/*.png "$kept"
 for stage in "$run"/*/; do
-  for file in log.jsonl report_card.json done.json; do
+  for file in log.jsonl report_card.json done.json agreement.json; do
     [ ! -f "$stage$file" ] || cp "$stage$file" "$kept/$(basename "$stage")_$file"
+  done
+done
+for stage in labelers agreement; do  # of labelers.sh
+  for file in "$run/$stage"/{results.json,report.json,report.md,*.png}; do
+    [ ! -f "$file" ] || { mkdir -p "$kept/$stage"; cp "$file" "$kept/$stage"; }
   done
 done
 for stage in "$run"/study/*/; do

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import answers
 import label
 import terminal
+from answers import parse_order
 from checkpoint import save_checkpoint
 from common import UserError, generator
 from data import load_tokenizer, read_rankings, save_ranks, train_bpe, write_jsonl
 from label import RankConfig, SampleConfig
 from model import GPT, GPTConfig, ScalarModel, load_model, score_many
 from reward import encode_rankings
-from terminal import parse_order, visible
+from terminal import visible
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["The film", "A plot", "Rarely", "This is", "One of", "My dog"]
@@ -170,7 +172,7 @@ def test_ranking_errors_write_nothing(folder, tmp_path):
     write_jsonl(tmp_path / "far/ratings.jsonl", [{"prompt": "", "responses": ["a", "b"], "means": [1, 2]}])
     write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "", "responses": ["a", "b"]}])
     for flags, message in [({"noise": -1.0}, "--noise"), ({"noise": math.nan}, "--noise"),
-                           ({"labeler": "x"}, "no checkpoint"), ({"labeler": str(folder / "lm")}, "expected reward"),
+                           ({"labeler": "no/where"}, "no checkpoint"), ({"labeler": str(folder / "lm")}, "expected reward"),
                            ({"samples": "x"}, "no such file"),
                            ({"samples": str(tmp_path / "twice.jsonl")}, "id: the same one twice"),
                            ({"calibrate": str(tmp_path / "far/ratings.jsonl")}, "summary.json: no temperature"),
@@ -198,6 +200,19 @@ def test_model_text_cannot_act_on_the_terminal():
     assert visible("héllo 👩\u200d💻 שלום <script>") == "héllo 👩\u200d💻 שלום <script>"
 
 
+def test_responses_stand_side_by_side_where_there_is_room(monkeypatch, capsys):
+    """Columns that run into each other, or a line wider than the terminal."""
+    texts = ["\x1b[2J" + " good" * 20, " 好" * 30, " x"]
+    for columns, beside in [(160, True), (60, False)]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal.show("1 of 2", "The film", texts)
+        lines = capsys.readouterr().out.splitlines()
+        assert all(terminal.cells(line) < columns for line in lines)
+        assert any("1  ..." in line and "3  ..." in line for line in lines) == beside
+        assert sum("\\x1b" in line for line in lines) == 1 and not any("\x1b" in line for line in lines)
+        assert " ".join(lines).count("good") == 20 and "".join(lines).count("好") == 30
+
+
 class Keys:
     """Answers to input(), in place of a person."""
 
@@ -211,63 +226,84 @@ class Keys:
         return self.keys.pop(0)
 
 
-def person(folder, out, monkeypatch, *keys, **flags):
-    """A session with these answers, then quit: rows of rankings.jsonl and skipped.jsonl."""
+def person(folder, out, monkeypatch, *keys, labeler="me", **flags):
+    """A session with these answers, then quit: rows of answers.jsonl and rankings.jsonl."""
     Keys(monkeypatch, *keys)
-    label.rank(RankConfig(labeler="me", out=str(out), samples=str(folder / "samples.jsonl"), **flags))
-    return [[json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            for path in (out / "rankings.jsonl", out / "skipped.jsonl")]
+    label.rank(RankConfig(labeler=labeler, out=str(out), samples=str(folder / "samples.jsonl"), **flags))
+    return [[json.loads(line) for line in (out / name).read_text().splitlines()]
+            for name in ("answers.jsonl", "rankings.jsonl")]
 
 
-def shown(sample):
-    return label.shuffled(sample["responses"], label.zlib.crc32(sample["id"].encode()))
+def shown(sample, labeler="me"):
+    return answers.shown_to(labeler, sample)
 
 
 def test_an_answer_becomes_a_ranking_best_first(folder, tmp_path, monkeypatch):
-    (row,), skipped = person(folder, tmp_path, monkeypatch, "3142")
+    (answer,), (row,) = person(folder, tmp_path, monkeypatch, "3142")
     one, two, three, four = shown(SAMPLES[0])
-    assert row["responses"] == [three, one, four, two] and row["ties"] == [] and skipped == []
-    assert (row["id"], row["prompt"], row["labeler"]) == ("id0", "The film", "me")
+    assert row == {"id": "id0", "prompt": "The film", "responses": [three, one, four, two], "ties": [], "labeler": "me"}
+    assert answer["shown"] == [one, two, three, four] and answer["order"] == "3 1 4 2" and answer["labeler"] == "me"
+    assert 0 <= answer["seconds"] < 60 and "acceptable" not in answer
 
 
 def test_tied_responses_form_no_pair_and_are_kept(folder, tmp_path, monkeypatch):
-    (row,), (equal,) = person(folder, tmp_path, monkeypatch, "3=1 4 2", "1=2=3=4")
+    (_, equal), (row,) = person(folder, tmp_path, monkeypatch, "3=1 4 2", "1=2=3=4")
     one, two, three, four = shown(SAMPLES[0])
     assert row["responses"] == [one, four, two] and row["ties"] == [[one, three]]
-    assert (equal["id"], equal["why"]) == ("id1", "all equal")
+    assert (equal["id"], equal["order"]) == ("id1", "1=2=3=4")
     assert read_rankings(tmp_path / "rankings.jsonl")[0]["responses"] == [one, four, two]
 
 
+def test_none_is_acceptable_and_the_order_still_counts(folder, tmp_path, monkeypatch):
+    rows, rankings = person(folder, tmp_path, monkeypatch, "3142!", "1234", "!")
+    assert [row.get("acceptable") for row in rows] == [False, None] and len(rankings) == 2
+    assert rows[0]["order"] == "3 1 4 2"
+
+
+def test_one_number_decides_between_two(folder, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "samples.jsonl", [{**row, "responses": row["responses"][:2]} for row in SAMPLES])
+    rows, rankings = person(tmp_path, tmp_path / "out", monkeypatch, "2", "1!", "1=2", "3", "s")
+    assert [row["order"] for row in rows] == ["2 1", "1 2", "1=2", ""] and len(rankings) == 2
+
+
 def test_skip_undo_and_invalid_answers(folder, tmp_path, monkeypatch, capsys):
-    rankings, skipped = person(folder, tmp_path, monkeypatch, "u", "s", "u", "1234", "99", "u", "4321", "s", "?", "Q")
-    assert [row["id"] for row in rankings] == ["id0"] and [row["id"] for row in skipped] == ["id1"]
+    rows, rankings = person(folder, tmp_path, monkeypatch, "u", "s", "u", "1234", "99", "u", "4321", "s", "?", "Q")
+    assert [row["id"] for row in rankings] == ["id0"] and [row["order"] for row in rows] == ["4 3 2 1", ""]
     assert rankings[0]["responses"] == shown(SAMPLES[0])[::-1]
     out = capsys.readouterr().out
-    assert "nothing to undo" in out and "each of 1 to 4" in out and "1 ranked, 1 skipped, 4 left" in out
-    rankings, skipped = person(folder, tmp_path, monkeypatch, "u", "u", "1234")  # reaches back into the last session
-    assert rankings[0]["responses"] == shown(SAMPLES[0]) and skipped == []
+    assert "nothing to undo" in out and "each of 1 to 4" in out
+    assert "2 answered, 1 of them with a preference, 4 left" in out
+    rows, rankings = person(folder, tmp_path, monkeypatch, "u", "u", "1234")  # reaches back into the last session
+    assert rankings[0]["responses"] == shown(SAMPLES[0]) and len(rows) == 1
 
 
-def test_resume_asks_only_what_is_left_and_done_comes_last(folder, tmp_path, monkeypatch, capsys):
+def test_resume_asks_only_what_is_left(folder, tmp_path, monkeypatch, capsys):
     person(folder, tmp_path, monkeypatch, "1234", "s", "1234")
-    assert not (tmp_path / "done.json").exists()
     capsys.readouterr()
-    rankings, skipped = person(folder, tmp_path, monkeypatch, "1234", "1234", "s", "u", "1234", "")
+    rows, rankings = person(folder, tmp_path, monkeypatch, "1234", "1234", "s", "u", "1234", "")
     assert "4 of 6" in capsys.readouterr().out
-    assert [row["id"] for row in rankings] == ["id0", "id2", "id3", "id4", "id5"] and len(skipped) == 1
-    assert json.loads((tmp_path / "done.json").read_text())["rankings"] == 5
+    assert [row["id"] for row in rankings] == ["id0", "id2", "id3", "id4", "id5"] and len(rows) == 6
+    assert len(person(folder, tmp_path / "two", monkeypatch, "1234", "1234", "", limit=2)[0]) == 2
+
+
+def test_labelers_see_different_orders_and_do_not_mix(folder, tmp_path, monkeypatch):
+    """One order for all, so that a bias towards the first shown would look like agreement."""
+    assert any(shown(row, "ann") != shown(row, "bob") for row in SAMPLES)
+    person(folder, tmp_path, monkeypatch, "1234", labeler="ann")
+    with pytest.raises(UserError, match="another labeler's"):
+        person(folder, tmp_path, monkeypatch, "1234", labeler="bob")
 
 
 def test_cut_last_line_is_dropped_and_asked_again(folder, tmp_path, monkeypatch, capsys):
     person(folder, tmp_path, monkeypatch, "1234", "1234")
-    path = tmp_path / "rankings.jsonl"
+    path = tmp_path / "answers.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    rankings, _ = person(folder, tmp_path, monkeypatch, "4321")
+    rows, _ = person(folder, tmp_path, monkeypatch, "4321")
     assert "cut short" in capsys.readouterr().out
-    assert [row["id"] for row in rankings] == ["id0", "id1"] and rankings[1]["responses"] == shown(SAMPLES[1])[::-1]
+    assert [row["id"] for row in rows] == ["id0", "id1"] and rows[1]["order"] == "4 3 2 1"
     path.write_bytes(path.read_bytes()[:-1])  # only the line end is missing
-    rankings, _ = person(folder, tmp_path, monkeypatch, "1234")
-    assert [row["id"] for row in rankings] == ["id0", "id1", "id2"]
+    rows, _ = person(folder, tmp_path, monkeypatch, "1234")
+    assert [row["id"] for row in rows] == ["id0", "id1", "id2"]
     path.write_bytes(b'{"id": "id0", "promp')  # nothing else in the file
     assert person(folder, tmp_path, monkeypatch) == [[], []]
 
@@ -275,15 +311,15 @@ def test_cut_last_line_is_dropped_and_asked_again(folder, tmp_path, monkeypatch,
 def test_answers_to_other_samples_stay(folder, tmp_path, monkeypatch, capsys):
     person(folder, tmp_path, monkeypatch, "1234", "1234")
     write_jsonl(tmp_path / "samples.jsonl", [{**SAMPLES[0], "id": "new"}, SAMPLES[1]])
-    rankings, _ = person(tmp_path, tmp_path, monkeypatch, "1234", "")
-    assert [row["id"] for row in rankings] == ["id0", "id1", "new"]
+    rows, _ = person(tmp_path, tmp_path, monkeypatch, "1234", "")
+    assert [row["id"] for row in rows] == ["id0", "id1", "new"]
     assert "answers to other samples (1)" in capsys.readouterr().out
 
 
 def test_a_persons_and_a_models_rankings_do_not_overwrite_each_other(folder, tmp_path, monkeypatch):
     person(folder, tmp_path / "me", monkeypatch, "1234")
     before = (tmp_path / "me/rankings.jsonl").read_text()
-    with pytest.raises(UserError, match="a person's rankings"):
+    with pytest.raises(UserError, match="another kind of labeler"):
         ranked(folder, tmp_path / "me")
     assert (tmp_path / "me/rankings.jsonl").read_text() == before
     ranked(folder, tmp_path / "model")
@@ -294,7 +330,7 @@ def test_a_persons_and_a_models_rankings_do_not_overwrite_each_other(folder, tmp
     (tmp_path / "ppo/done.json").write_text("{}")  # of another stage
     with pytest.raises(UserError, match="another labeler's"):
         person(folder, tmp_path / "ppo", monkeypatch, "1234")
-    assert (tmp_path / "ppo/done.json").exists() and not (tmp_path / "ppo/config.json").exists()
+    assert not (tmp_path / "ppo/answers.jsonl").exists()
 
 
 def test_ctrl_c_and_keys_that_are_no_text(monkeypatch):
@@ -319,7 +355,7 @@ def test_rank_three_quit_resume_rank_two_through_a_pipe(folder, tmp_path):
     for keys in ("3142\n1234\n4321\nq\n", "2143\n1=2 3 4\n"):  # the second time the input just ends
         made = subprocess.run(command(folder, tmp_path), input=keys, text=True, capture_output=True, timeout=60)
         assert made.returncode == 0, made.stderr
-    assert "4 of 6" in made.stdout and "5 ranked, 0 skipped, 1 left" in made.stdout
+    assert "4 of 6" in made.stdout and "5 answered, 5 of them with a preference, 1 left" in made.stdout
     assert f"reward.py --train {tmp_path}/rankings.jsonl" in made.stdout
     assert len(read_rankings(tmp_path / "rankings.jsonl")) == 5
 
@@ -352,7 +388,7 @@ def test_rank_three_kill_resume_rank_two_at_a_real_terminal(folder, tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if keys[-1] == "q" else -9)
         os.close(fd)
     assert len(read_rankings(tmp_path / "out/rankings.jsonl")) == 5
-    assert b"5 ranked, 0 skipped, 1 left" in screen
+    assert b"5 answered, 5 of them with a preference, 1 left" in screen
     assert b"\x1b[2J" not in screen and rb"\x1b[2J" in screen
 
 

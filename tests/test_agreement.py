@@ -1,0 +1,117 @@
+"""Agreement of labelers against hand calculations: pairs, tau-b, position, cycles, Bradley-Terry, slope per doubling."""
+import json
+import math
+
+import pytest
+import torch
+
+import agreement
+from agreement import compare, cycles, noise, per_doubling, position_bias, ratio, signs, tau_b
+from common import UserError, generator
+from data import write_jsonl
+
+
+def answer(labeler, number, order, texts="abcd", **more):
+    return {"id": f"s{number}", "prompt": f"P{number}", "labeler": labeler, "shown": list(texts), "order": order, **more}
+
+
+def test_tau_b_and_agreement_by_hand():
+    """a > b > c > d against b > a = c > d: six pairs, (a, b) discordant, (a, c) tied by the second, four concordant.
+    tau-b = (4 - 1) / sqrt(6 * 5)."""
+    one, two = signs([["a"], ["b"], ["c"], ["d"]]), signs([["b"], ["a", "c"], ["d"]])
+    assert one == {("a", "b"): 1, ("a", "c"): 1, ("a", "d"): 1, ("b", "c"): 1, ("b", "d"): 1, ("c", "d"): 1}
+    assert two == {("a", "b"): -1, ("a", "c"): 0, ("a", "d"): 1, ("b", "c"): 1, ("b", "d"): 1, ("c", "d"): 1}
+    assert tau_b(one, two) == pytest.approx(3 / math.sqrt(30))
+    assert tau_b(one, one) == 1 and tau_b(one, signs([["d"], ["c"], ["b"], ["a"]])) == -1
+    assert tau_b(one, signs([["a", "b", "c", "d"]])) is None
+    third = signs([["a"], ["b"], ["c"], ["d"]])
+    found = compare({"s0": one, "s1": third, "s2": one}, {"s0": two, "s1": third, "s9": two}, 200, generator(1))
+    assert found["samples"] == 2 and found["tau"] == pytest.approx((3 / math.sqrt(30) + 1) / 2, abs=1e-4)
+    assert found["agree"]["share"] == pytest.approx(10 / 11, abs=1e-4) and found["agree"]["pairs"] == 11
+    assert 0.8 <= found["agree"]["interval"][0] < found["agree"]["share"] < found["agree"]["interval"][1] == 1
+    assert compare({"s0": one}, {"s1": two}, 10, generator(1))["agree"] is None
+
+
+def test_position_bias_by_hand_and_without_bias():
+    """Shown a, b, c, d and ordered a best: of (a first) the earlier wins three, of "4 1=2 3" it wins two of five."""
+    rows = [answer("x", 0, "1 2 3 4"), answer("x", 1, "4 1=2 3"), answer("x", 2, "")]
+    assert position_bias(rows, 100, generator(1))["share"] == pytest.approx((6 + 2) / (6 + 5), abs=1e-4)
+    always = [answer("x", i, "1 2", "ab") for i in range(20)]
+    assert position_bias(always, 100, generator(1)) == {"share": 1.0, "pairs": 20, "interval": [1.0, 1.0]}
+    random = generator(7)
+    orders = [" ".join(str(1 + i) for i in torch.randperm(4, generator=random).tolist()) for _ in range(2000)]
+    found = position_bias([answer("x", i, order) for i, order in enumerate(orders)], 200, generator(1))
+    spread = math.sqrt(2 * (2 * 4 + 5) / (9 * 4 * 3)) / 2 / math.sqrt(2000)  # of tau over random orders (Kendall 1938)
+    assert abs(found["share"] - 0.5) < 3 * spread
+    assert found["interval"][1] - found["interval"][0] == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    assert position_bias([], 10, generator(1)) is None
+
+
+def test_interval_of_a_ratio_covers():
+    """Of 200 samples of 30 flips of a fair coin, the 95 % interval misses 0.5 in about ten."""
+    random, missed = generator(3), 0
+    for _ in range(200):
+        hits = (torch.rand(30, generator=random) < 0.5).int().tolist()
+        low, high = ratio(hits, [1] * 30, 300, random)["interval"]
+        missed += not low <= 0.5 <= high
+    assert 2 <= missed <= 24
+
+
+def test_cycles_among_three_by_hand():
+    pairs = [answer("x", 0, order, texts) for texts, order in (("ab", "1 2"), ("bc", "1 2"), ("ca", "1 2"))]
+    assert cycles(pairs) == (1, 1)  # a above b, b above c, c above a
+    assert cycles([*pairs[:2], answer("x", 0, "2 1", "ca")]) == (0, 1)
+    assert cycles([*pairs[:2], answer("x", 0, "1=2", "ca")]) == (0, 0)  # a tie decides nothing
+    assert cycles([answer("x", 0, "1 2 3", "abc")]) == (0, 0)  # a ranking can't hold one
+    soft = answer("x", 1, "1 2 3", "abc", preferences=[[1, 2, 0.7], [2, 3, 0.6], [1, 3, 0.2]])
+    assert cycles([soft]) == (1, 1) and cycles([soft, *pairs]) == (2, 2)
+
+
+def test_bradley_terry_finds_the_noise_that_made_the_rankings():
+    """Rankings drawn with temperature 0.5 from known scores: the fit finds 0.5, and a coin finds none."""
+    from label import noisy_order
+    random, scores, rows = generator(1), {}, []
+    for number in range(1500):
+        drawn = torch.randn(4, generator=random)
+        scores |= {(f"P{number}", text): value for text, value in zip("abcd", drawn.tolist())}
+        order = " ".join(str(1 + i) for i in noisy_order(drawn, 0.5, random))
+        rows.append(answer("x", number, order))
+    found = noise(rows, scores)
+    assert found["temperature"] == pytest.approx(0.5, rel=0.06) and -0.45 < found["log_likelihood"] < -0.3
+    coin = noise([answer("x", n, "1 2 3 4") for n in range(1500)], scores)
+    assert coin["temperature"] > 5 and coin["log_likelihood"] == pytest.approx(-math.log(2), abs=0.01)
+    assert noise([answer("x", 0, "")], scores) == {}
+
+
+def test_slope_per_doubling_by_hand():
+    assert per_doubling([100, 200, 400], [0.60, 0.62, 0.64]) == (pytest.approx(0.02), pytest.approx(0, abs=1e-9))
+    slope, error = per_doubling([1, 2, 4, 8], [0, 1, 1, 2])  # residuals -0.1, 0.3, -0.3, 0.1
+    assert slope == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.2 / 2 / 5))
+
+
+def test_report_of_three_labelers(tmp_path, capsys):
+    """ann and bob see three samples, cy none of theirs; every figure of the table by hand."""
+    write_jsonl(tmp_path / "ann.jsonl", [answer("ann", 0, "1 2 3 4", seconds=4.0), answer("ann", 1, "1=2 3=4", seconds=8.0),
+                                         answer("ann", 2, "", seconds=1.0)])
+    write_jsonl(tmp_path / "bob.jsonl", [answer("bob", 0, "2 1 3 4", acceptable=False), answer("bob", 1, "1=2=3=4")])
+    write_jsonl(tmp_path / "cy.jsonl", [{"id": "s0", "prompt": "P0", "labeler": "out/cy|<b>", "responses": list("dcba")}])
+    files = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("ann", "bob", "cy"))
+    agreement.report(agreement.ReportConfig(files=files, out=str(tmp_path / "out"), device="cpu", dtype="float32"))
+    facts = json.loads((tmp_path / "out/report.json").read_text())
+    ann, bob, cy = facts["labelers"].values()
+    assert (ann["answers"], ann["skipped"], ann["all_equal"], ann["seconds"]) == (3, 1, 0, 4.0)
+    assert ann["ties"] == pytest.approx(2 / 12, abs=1e-4) and ann["earlier_shown_wins"]["share"] == 1
+    assert (bob["all_equal"], bob["none_acceptable"], bob["seconds"]) == (1, 1, None)
+    assert cy["earlier_shown_wins"] is None
+    of = {(row["one"], row["two"]): row for row in facts["agreement"]}
+    assert of["ann", "bob"]["agree"]["share"] == pytest.approx(5 / 6, abs=1e-4) and of["ann", "bob"]["samples"] == 2
+    assert of["ann", "bob"]["tau"] == pytest.approx(4 / 6, abs=1e-4)  # of s0; bob ties all of s1
+    assert of["ann", "cy|<b>"]["agree"]["share"] == 0 and of["ann", "cy|<b>"]["tau"] == -1
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| ann | 3 | 1 | 0 | 0 | 0.167 | 4.0 | 1.000 (1.000 to 1.000) | - |" in text and text.strip() in capsys.readouterr().out
+    assert "<b>" not in text and all(line.count("|") in (0, 7, 10) for line in text.splitlines())
+    write_jsonl(tmp_path / "ann2.jsonl", [answer("ann", 0, "4 3 2 1")])
+    for bad, message in [("", "name files"), (f"{files},{tmp_path}/ann2.jsonl", "two different answers"), ("nowhere", "no such file")]:
+        with pytest.raises(UserError, match=message):
+            agreement.report(agreement.ReportConfig(files=bad, out=str(tmp_path / "new")))
+        assert not (tmp_path / "new").exists()
