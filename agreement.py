@@ -2,11 +2,11 @@
 
     python label.py report FILE FILE ... --rewards out/tiny/reward,out/tiny/labeler
 
-FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after label.py merge. Prints tables and writes them
-to report.md, and the numbers to report.json. Two labelers agree on a pair of responses if neither ties it and both put
-the same one first. Kendall's tau-b (1945) counts ties; it is averaged over samples. Bradley-Terry (1952): how noisy a
-labeler is around a reward model, P(i above j) = sigmoid((score_i - score_j) / temperature), fitted by maximum likelihood.
-Intervals: 95 %, bootstrap over samples.
+FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after label.py merge. Prints tables, writes
+them to report.md and the numbers to report.json. Two labelers agree on a pair of responses if both put the same one
+first; pairs that either ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over samples.
+Bradley-Terry (1952): how noisy a labeler is around a reward model, P(i above j) = sigmoid((score_i - score_j) /
+temperature), by maximum likelihood. Intervals: 95 %, bootstrap over samples.
 """
 import itertools
 import json
@@ -32,7 +32,7 @@ from terminal import visible
 @dataclass
 class ReportConfig:
     files: str = ""        # answers.jsonl or rankings.jsonl: file,file
-    rewards: str = ""      # reward models to compare with: folder,folder; with several of one recipe, how many rankings help
+    rewards: str = ""      # reward models to compare with (from more and more rankings: with each other): folder,folder
     out: str = "out/tiny/agreement"  # folder for report.md and report.json
     bootstrap: int = 2000  # resamples behind each interval
     seed: int = 1          # of the resamples
@@ -57,15 +57,15 @@ def tau_b(one, two):
 
 
 def ratio(hits, counts, resamples, random):
-    """sum(hits) / sum(counts) over the samples, with its bootstrap interval: {"share", "interval", "pairs"}, or None."""
+    """{"share": sum(hits) / sum(counts) over the samples, "interval": bootstrap, "pairs"}; None if nothing counts."""
     there = [(hit, count) for hit, count in zip(hits, counts) if count]  # the others say nothing
     if not there:
         return None
     hits, counts = torch.tensor(there, dtype=torch.double).T
     rows = torch.randint(len(hits), (resamples, len(hits)), generator=random)
-    drawn = hits[rows].sum(1) / counts[rows].sum(1)
+    drawn = (hits[rows].sum(1) / counts[rows].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
     return {"share": round((hits.sum() / counts.sum()).item(), 4), "pairs": int(counts.sum()),
-            "interval": [round(q, 4) for q in drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()]}
+            "interval": [round(end, 4) for end in drawn.tolist()]}
 
 
 def compare(one, two, resamples, random):
@@ -84,9 +84,10 @@ def position_bias(answers, resamples, random):
     hits, counts = [], []
     for answer in answers:
         place = {text: number for number, level in enumerate(levels_of(answer)) for text in level}
-        pairs = [(place[a], place[b]) for a, b in itertools.combinations(answer["shown"], 2) if place and place[a] != place[b]]
-        hits.append(sum(a < b for a, b in pairs))
-        counts.append(len(pairs))
+        pairs = itertools.combinations([place[text] for text in answer["shown"] if place], 2)
+        decided = [a < b for a, b in pairs if a != b]
+        hits.append(sum(decided))
+        counts.append(len(decided))
     return ratio(hits, counts, resamples, random)
 
 
@@ -132,8 +133,9 @@ def score_answers(folder, texts, device, autocast):
     """{(prompt, response): score} of a reward model."""
     model, enc = load_model(folder, device, kind="reward"), load_tokenizer(folder)
     rows = [{"prompt": prompt, "responses": [response]} for prompt, response in texts]
+    ids = [text for row in encode_rankings(enc, rows, model.config.block_size) for text in row]
     with autocast():
-        return dict(zip(texts, score_many(model, [ids for ids, in encode_rankings(enc, rows, model.config.block_size)]).tolist()))
+        return dict(zip(texts, score_many(model, ids).tolist()))
 
 
 def noise(answers, scores):
@@ -150,16 +152,18 @@ def noise(answers, scores):
 
 
 def size_and_accuracy(folder):
-    """Of a reward model: the file and number of the rankings that it learned from, and its accuracy on held-out rankings
-    and, where the report card has them, on people's pairs of movie reviews. None if its folder does not say."""
+    """Of a reward model: the file and number of the rankings that it learned from, and its accuracy on held-out
+    rankings and, where the report card has them, on people's pairs of film reviews. None if its folder does not say."""
     try:
         card = json.loads((Path(folder) / "report_card.json").read_text())
         stage = json.loads((Path(folder) / "config.json").read_text())["stage"]
         rows = [row for path in stage["train"].split(",") for row in read_rankings(path)]
         if not stage["test"]:
-            rows = split_by_prompt(rows, stage["test_share"], stage["seed"] if stage["split_seed"] == -1 else stage["split_seed"])[0]
+            seed = stage["seed"] if stage["split_seed"] == -1 else stage["split_seed"]
+            rows, _ = split_by_prompt(rows, stage["test_share"], seed)
         people = card.get("human comparisons", {}).get("movie, random", {}).get("reward model", {})
-        return {"train": stage["train"], "rankings": min(stage["limit"] or len(rows), len(rows)), "held-out rankings": card["held-out rankings"]["accuracy"],
+        return {"train": stage["train"], "rankings": min(stage["limit"] or len(rows), len(rows)),
+                "held-out rankings": card["held-out rankings"]["accuracy"],
                 **({"people": people["accuracy"]} if people else {})}
     except (OSError, ValueError, KeyError):
         return None
@@ -193,32 +197,33 @@ def table(titles, rows):
 def report_lines(facts):
     """report.md from the numbers."""
     lines = ["# Labelers", "", *table(
-        ["labeler", "answers", "skipped", "all equal", "none acceptable", "tied pairs", "seconds (median)", "earlier shown wins",
-         "cyclic triples"],
+        ["labeler", "answers", "skipped", "all equal", "none acceptable", "tied pairs", "seconds (median)",
+         "earlier shown wins", "cyclic triples"],
         [[name, row["answers"], row["skipped"], row["all_equal"], row["none_acceptable"], f"{row['ties']:.3f}",
           "-" if row["seconds"] is None else row["seconds"], percent(row["earlier_shown_wins"]),
           "{} of {}".format(*row["cycles"]) if row["cycles"][1] else "-"] for name, row in facts["labelers"].items()]),
-        "Earlier shown wins: of two responses the one shown first is put above; 0.5 means that the order does not matter. Cyclic "
-        "triples: a above b, b above c, c above a, where pairs were judged one by one.", ""]
+        "Earlier shown wins: of two responses the one shown first is put above; 0.5 means that the order does not "
+        "matter. Cyclic triples: a above b, b above c, c above a, where pairs were judged one by one.", ""]
     if facts["agreement"]:
         lines += ["## Agreement", "", *table(
             ["", "", "samples", "pairs", "agree", "tau-b"],
-            [[row["one"], row["two"], row["samples"], row["agree"]["pairs"] if row["agree"] else 0, percent(row["agree"]),
-              "-" if row["tau"] is None else f"{row['tau']:.3f}"] for row in facts["agreement"]]),
+            [[row["one"], row["two"], row["samples"], row["agree"]["pairs"] if row["agree"] else 0,
+              percent(row["agree"]), "-" if row["tau"] is None else f"{row['tau']:.3f}"]
+             for row in facts["agreement"]]),
             "A reward model agrees better with rankings that it has learned from than with new ones.", ""]
     if facts["noise"]:
         lines += ["## Noise around a reward model (Bradley-Terry)", "", *table(
             ["labeler", "reward model", "temperature, in its scores", "log-likelihood per pair (a coin: -0.693)"],
             [[row["labeler"], row["reward"], row["temperature"], row["log_likelihood"]] for row in facts["noise"]])]
     if facts["sizes"]:
-        measures = [name for name in ("held-out rankings", "people") if all(name in row for row in facts["sizes"].values())]
+        measures = [name for name in ("held-out rankings", "people") if name in facts["per_doubling"]]
         lines += ["## How many rankings", "", *table(
             ["reward model", "rankings", *(f"accuracy, {name}" for name in measures)],
             [[name, row["rankings"], *(f"{row[measure]:.3f}" for measure in measures)] for name, row in sorted(
                 facts["sizes"].items(), key=lambda item: item[1]["rankings"])])]
         for name, (slope, error) in facts["per_doubling"].items():
-            lines += [f"Per doubling, {name}: {100 * slope:+.1f} points (standard error {100 * error:.1f}; Stiennon et al. 2020 found "
-                      "about +1.1 for summaries).", ""]
+            lines += [f"Per doubling, {name}: {100 * slope:+.1f} points (standard error {100 * error:.1f}; Stiennon et "
+                      "al. 2020 found about +1.1 for summaries).", ""]
     return lines
 
 
@@ -233,14 +238,15 @@ def report(cfg):
                   f"{path}: {visible(name)} has two different answers to {answer['id']!r} (label.py merge says where)")
     check(by_labeler, f"{cfg.files}: no answers")
     device, autocast = set_up(cfg, quiet=True)
-    random, folders = generator(cfg.seed), {Path(folder).name: folder for folder in cfg.rewards.split(",") if folder}
-    check(len(folders) == len([folder for folder in cfg.rewards.split(",") if folder]), "--rewards: two folders of one name")
+    random, rewards = generator(cfg.seed), [folder for folder in cfg.rewards.split(",") if folder]
+    folders = {Path(folder).name: folder for folder in rewards}
+    check(len(folders) == len(rewards), "--rewards: two folders of one name")
     everyone = {name: {id: signs(levels) for id, answer in rows.items() if (levels := levels_of(answer))}
                 for name, rows in by_labeler.items()}
     answers = [answer for rows in by_labeler.values() for answer in rows.values()]
     texts = sorted({(answer["prompt"], text) for answer in answers for level in levels_of(answer) for text in level})
     scores = {name: score_answers(folder, texts, device, autocast) for name, folder in folders.items()}
-    facts = {"labelers": {name: describe(list(rows.values()), cfg.bootstrap, random) for name, rows in by_labeler.items()},
+    facts = {"labelers": {name: describe([*rows.values()], cfg.bootstrap, random) for name, rows in by_labeler.items()},
              "agreement": [{"one": one, "two": two, **compare(everyone[one], everyone[two], cfg.bootstrap, random)}
                            for one, two in itertools.combinations(everyone, 2)],
              "noise": [], "sizes": {}, "per_doubling": {}}
@@ -261,7 +267,8 @@ def report(cfg):
         facts["sizes"] = sizes
         for measure in ("held-out rankings", "people"):
             if all(measure in row for row in sizes.values()):
-                facts["per_doubling"][measure] = per_doubling(*zip(*((row["rankings"], row[measure]) for row in sizes.values())))
+                points = [(row["rankings"], row[measure]) for row in sizes.values()]
+                facts["per_doubling"][measure] = per_doubling(*zip(*points))
     folder, text = open_folder(cfg.out), visible("\n".join(report_lines(facts)))
     write_json(folder / "report.json", facts)
     write_atomic(folder / "report.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -4,8 +4,8 @@
     python evaluate.py --ask page                    writes a page to open, or to send to others
     python evaluate.py --ask answers-ann.jsonl,...   what they saved in it
 
-Result: how often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and how
-often the judge of that evaluation agrees. It is printed, and written to result.json.
+Result: how often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and
+how often the judge of that evaluation agrees. It is printed, and written to result.json.
 """
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Config:
 
 
 def read_pairs(cfg):
-    """{id: {"prompt", "texts": [of one, of the other], "margin": the judge's}} of all prompts, in an order drawn by lot."""
+    """{id: {"prompt", "texts": [of one, of the other], "margin": the judge's}} of all prompts, in a random order."""
     names, path = cfg.between.split(","), Path(cfg.out) / "samples.jsonl"
     rows = read_jsonl(path, {"prompt": str})
     policies = [name for name in rows[0] if name not in ("prompt", "judge")]
@@ -59,18 +59,18 @@ def result(pairs, answers, cfg):
     wins = torch.tensor(wins)
     both = (wins != 0.5) & (margins != 0)
     rate, interval = mean_interval(wins, cfg.bootstrap, generator(cfg.seed))
+    agrees = ((wins > 0.5) == (margins > 0))[both].float()
     return {"win_rate": rate, "interval": interval, "answers": len(wins), "ties": int((wins == 0.5).sum()),
             "skipped": len(answers) - len(wins), "judge_win_rate": round((0.5 + 0.5 * margins.sign()).mean().item(), 4),
-            "judged": int(both.sum()),
-            "judge_agrees": round(((wins > 0.5) == (margins > 0))[both].float().mean().item(), 4) if both.any() else None}
+            "judged": len(agrees), "judge_agrees": round(agrees.mean().item(), 4) if len(agrees) else None}
 
 
 def print_result(labeler, row, names):
     """Two lines for one labeler."""
     print(f"{visible(labeler)} prefers {names[1]} to {names[0]}: {row['win_rate']:.3f} ({row['interval'][0]:.3f} to "
           f"{row['interval'][1]:.3f}), {row['answers']} answers, {row['ties']} of them ties, {row['skipped']} skipped")
-    print(f"the judge, on the same prompts: {row['judge_win_rate']:.3f}"
-          + (f"; it agrees on {row['judge_agrees']:.3f} of the {row['judged']} pairs that neither ties" if row["judged"] else ""))
+    agrees = f"; it agrees on {row['judge_agrees']:.3f} of the {row['judged']} pairs that neither ties"
+    print(f"the judge, on the same prompts: {row['judge_win_rate']:.3f}" + (agrees if row["judged"] else ""))
 
 
 def main(cfg):
@@ -90,7 +90,7 @@ def main(cfg):
     if any(Path(path).is_file() for path in cfg.ask.split(",")):
         answers = collect(cfg.ask.split(","), folder / "samples.jsonl")
     else:
-        check(re.fullmatch(NAME, cfg.ask), f"--ask {cfg.ask}: no such file, and no name (letters, digits, dots, hyphens)")
+        check(re.fullmatch(NAME, cfg.ask), f"--ask {cfg.ask}: no such file, and no name (letters, digits, ., -, _)")
         answers = rank_by_person(samples[:cfg.count], cfg.ask, folder / cfg.ask)
     results = {}
     for labeler in dict.fromkeys(answer["labeler"] for answer in answers):

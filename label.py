@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import sys
 import time
 import zlib
@@ -34,8 +33,8 @@ from pathlib import Path
 import torch
 
 from agreement import ReportConfig, report
-from answers import (MergeConfig, levels_of, merge, parse_order, ranking_of, read_answers, read_samples, shown_to, shuffled, uncut,
-                     write_answers, write_order)
+from answers import (MergeConfig, how_to_train, levels_of, merge, parse_order, ranking_of, read_answers, read_samples,
+                     shown_to, shuffled, uncut, write_answers, write_order)
 from checkpoint import write_atomic
 from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
@@ -229,7 +228,8 @@ def own_answers(path, labeler):
     text = uncut(path)
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     answers = read_answers(path)
-    check(all(row["labeler"] == labeler for row in answers), f"{path.parent} holds another labeler's work: change --out")
+    check(all(row["labeler"] == labeler for row in answers),
+          f"{path.parent} holds another labeler's work: change --out")
     return answers
 
 
@@ -275,8 +275,9 @@ def rank_by_person(samples, labeler, folder):
                            "seconds": round(time.monotonic() - start, 1)})
             append(path, stored[-1])
     write_answers(folder, stored)
-    print(f"\n{len(answered)} answered, {sum(len(levels_of(answer)) > 1 for answer in answered)} of them with a preference, "
-          f"{len(left)} left; the same command goes on, or undoes")
+    preferences = sum(len(levels_of(answer)) > 1 for answer in answered)
+    print(f"\n{len(answered)} answered, {preferences} of them with a preference, {len(left)} left; the same command "
+          "goes on, or undoes")
     return stored
 
 
@@ -284,7 +285,8 @@ def rank(cfg):
     samples = read_samples(cfg.samples, cfg.limit)
     check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
     person = re.fullmatch(NAME, cfg.labeler) and not Path(cfg.labeler).is_dir()
-    folder = Path(cfg.out or "out/tiny/label" + (f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""))
+    name = f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""
+    folder = Path(cfg.out or f"out/tiny/label{name}")
     if "://" in cfg.labeler or cfg.labeler == "vader":
         import rlaif  # only machines need it
         rlaif.rank(samples, cfg, folder)
@@ -292,8 +294,8 @@ def rank(cfg):
         rank_by_model(samples, cfg, folder)
     else:
         if any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
-            out, reward = map(shlex.quote, (str(folder), str(folder.parent / folder.name.replace("label", "reward", 1))))
-            print(f"to train:  python reward.py --train {out}/rankings.jsonl --out {reward}")
+            reward = folder.parent / folder.name.replace("label", "reward", 1)
+            print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
 
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),

@@ -1,10 +1,10 @@
 """A page to rank in: one HTML file that needs no server and no network, for any browser, on a laptop or a phone.
 
-    python label.py page --count 50                  writes out/tiny/page.html: open it, or send it to as many as you like
+    python label.py page --count 50                  writes out/tiny/page.html: open it, or send it to others
     python label.py merge answers-ann.jsonl ...      takes what they save in it and send back
 
-The page itself is page.html. Here its questions are put in, so that whatever a model wrote stays text: the JSON is ASCII
-without "<", and the page's security policy names the hash of the one script that may run.
+The page itself is page.html. Here its questions are put in, so that whatever a model wrote stays text: the JSON is
+ASCII without "<", and the page's security policy names the hash of the one script that may run.
 """
 import base64
 import hashlib
@@ -33,8 +33,8 @@ def make_page(samples, title):
     code, end, after = after.partition("</script>")
     policy = "sha256-" + base64.b64encode(hashlib.sha256(("\n" + code).encode()).digest()).decode()
     content = [{name: row[name] for name in ("id", "prompt", "responses")} for row in samples]
-    key = "plainrlhf " + hashlib.sha256(json.dumps([content, title]).encode()).hexdigest()[:12]  # of the browser's storage
-    data = json.dumps({"samples": content, "title": title, "key": key}).replace("<", "\\u003c")
+    key = hashlib.sha256(json.dumps([content, title]).encode()).hexdigest()[:12]  # for the browser's storage
+    data = json.dumps({"samples": content, "title": title, "key": f"plainrlhf {key}"}).replace("<", "\\u003c")
     before = before.replace("SCRIPT_HASH", policy).replace("PAGE_DATA", data)
     return before + script + code + end + after
 

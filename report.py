@@ -207,9 +207,9 @@ def policy_section(name, results):
 def labeler_section(results):
     """Reward models that learned from different labelers, and the policies that they lead to."""
     samples = ("movie, random", "movie, same_sign")
-    lines = ["## Who ranked", "", "| labeler | rankings | in the order of its own held-out rankings | " + " | ".join(
-        f"as people ({sample.replace('_', ' ')})" for sample in samples) + " | policy | win rate | at equal length | KL, nats |",
-        "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["## Who ranked", "", "| labeler | rankings | in the order of its own held-out rankings | as people "
+             "(random) | as people (same sign) | policy | win rate | at equal length | KL, nats |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["labelers"].items():
         cells = [row["held-out"]] + [row["people"].get(sample) for sample in samples]
         policy = results["policies"][name]
@@ -218,8 +218,9 @@ def labeler_section(results):
             + f" | {name} | {rate(policy, 'win_rate_judge')} | {rate(policy, 'length_controlled')} | "
               f"{policy['kl']:.2f} |")
     return lines + ["", "A reward model from each labeler's rankings of the same samples: its accuracy on rankings of "
-                    "its labeler that it has not seen, and on people's held-out comparisons, which no labeler here "
-                    "made; and the policy that PPO trained on it.", ""]
+                    "its labeler that it has not seen, and on people's held-out comparisons of film reviews (all, and "
+                    "those whose means have the same sign), which no labeler here made; and the policy that PPO "
+                    "trained on it.", ""]
 
 
 def report_lines(results):

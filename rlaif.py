@@ -7,8 +7,8 @@
 
 The method of Lee et al. 2023 (arXiv:2309.00267): a preamble with the rubric, two responses, and the probabilities that
 the model gives to the answers "1" and "2". Which response stands first sways a model, so each pair is asked about both
-ways and the two probabilities averaged. Responses are ranked by the sum of their probabilities to beat each of the others.
-"preferences" in answers.jsonl keeps them as soft labels: [i, j, p] says that shown response i beats j with probability p.
+ways and the two probabilities averaged. Responses are ranked by the sum of their probabilities to beat each of the
+others. "preferences" in answers.jsonl keeps these as soft labels: [i, j, p], shown response i beats j in a share of p.
 
 Every answer of the server is on disk (calls.jsonl) once it is there, and no question is asked twice. A key for
 a hosted server comes from the environment, LABELER_API_KEY. The responses come from a model and may try to give orders
@@ -88,8 +88,8 @@ class Server:
         parts = urlsplit(cfg.labeler)
         self.key = os.environ.get("LABELER_API_KEY", "")
         check(parts.scheme in ("http", "https") and parts.hostname, f"--labeler {cfg.labeler}: not an http(s) address")
-        check(not (parts.username or parts.query), "--labeler: a password or key has no place in the address: put it into "
-                                                   "the environment as LABELER_API_KEY")
+        check(not (parts.username or parts.query), "--labeler: a password or key has no place in the address: put it "
+                                                   "into the environment as LABELER_API_KEY")
         check(not self.key or parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1"),
               f"--labeler {cfg.labeler}: LABELER_API_KEY is sent over https only (or to this machine)")
         check(re.fullmatch(r"[\x21-\x7e]*", self.key), "LABELER_API_KEY holds characters that no key has")
@@ -155,8 +155,8 @@ class Server:
                 raise self.broken
             asked = self.logprobs
             data = json.dumps({**body, **({"logprobs": True, "top_logprobs": 20} if asked else {})}).encode()
-            headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-            later = None
+            headers, later = {"Content-Type": "application/json"}, None
+            headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
             try:
                 request = urllib.request.Request(self.url, data, headers)
                 with self.opener.open(request, timeout=self.cfg.timeout) as response:
@@ -215,10 +215,15 @@ def vader():
 # ---- from preferences between two to rankings ------------------------------------------------------------------------
 
 
+def both_ways(pairs):
+    """Each pair (prompt, a, b), and behind it the same the other way round."""
+    return [way for prompt, a, b in pairs for way in ((prompt, a, b), (prompt, b, a))]
+
+
 def both_orders(prefer, pairs):
     """Ask about each pair (prompt, a, b) in both orders: [(probability of a from a first, from b first)], None where an
     answer could not be read."""
-    turned = prefer([way for prompt, a, b in pairs for way in ((prompt, a, b), (prompt, b, a))])
+    turned = prefer(both_ways(pairs))
     return [(p, None if q is None else 1 - q) for p, q in zip(turned[::2], turned[1::2])]
 
 
@@ -229,8 +234,8 @@ def average(p, q):
 
 
 def expected_wins(K, preferences):
-    """Levels of the numbers 1 to K, best first, by the expected number of others that each beats; preferences [i, j, p]:
-    i beats j with probability p. Equal sums (to 1e-9) are a tie."""
+    """Levels of the numbers 1 to K, best first, by the expected number of others that each beats, from preferences
+    [i, j, p]: i beats j with probability p. Equal sums (to 1e-9) are a tie."""
     wins = [0.0] * (K + 1)
     for i, j, p in preferences:
         wins[i] += p
@@ -296,7 +301,7 @@ def rank(samples, cfg, folder):
     human = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     asked = [[(row["prompt"], a, b) for a, b in itertools.combinations(row["responses"], 2)] for row in samples]
     if not machine:
-        everything = [way for prompt, a, b in (*human, *itertools.chain(*asked)) for way in ((prompt, a, b), (prompt, b, a))]
+        everything = both_ways([*human, *itertools.chain(*asked)])
         new = prefer.missing(everything)
         print(f"{len(new):,} calls ({len(human)} pairs of people's, {sum(map(len, asked)):,} of samples, both orders; "
               f"{len(everything) - len(new):,} answered already or repeated); --max-calls is {cfg.max_calls:,}")

@@ -33,11 +33,14 @@ def random_model(kind=GPT, seed=0, **config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say it loudly when the tests against transformers did not run: a skip is one letter among hundreds."""
-    missed = [report for report in terminalreporter.stats.get("skipped", []) if "transformers" in str(report.longrepr)]
-    if missed:
-        text = f"WARNING: transformers is not installed, so {len(missed)} tests of GPT-2's weights in and out did not run"
-        terminalreporter.write_line(f"{text}: pip install -r tests/requirements.txt", red=True, bold=True)
+    """Say it loudly when tests did not run for want of a package or a browser: a skip is one letter among hundreds."""
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for what, untried in [("transformers", "GPT-2's weights in and out"), ("selenium", "the page to rank in"),
+                          ("Chromium", "the page to rank in"), ("vaderSentiment", "VADER as a labeler")]:
+        if missed := sum(what in reason for reason in reasons):
+            terminalreporter.write_line(f"WARNING: {what} is not installed, so {missed} tests of {untried} did not run: "
+                                        "pip install -r tests/requirements.txt; Debian: apt-get install chromium "
+                                        "chromium-driver", red=True, bold=True)
 
 
 def ragged_mask(lengths, size):

@@ -1,4 +1,5 @@
-"""Agreement of labelers against hand calculations: pairs, tau-b, position, cycles, Bradley-Terry, slope per doubling."""
+"""Agreement of labelers against hand calculations: pairs, tau-b, position, cycles, Bradley-Terry, slope per
+doubling."""
 import json
 import math
 
@@ -12,7 +13,8 @@ from data import write_jsonl
 
 
 def answer(labeler, number, order, texts="abcd", **more):
-    return {"id": f"s{number}", "prompt": f"P{number}", "labeler": labeler, "shown": list(texts), "order": order, **more}
+    return {"id": f"s{number}", "prompt": f"P{number}", "labeler": labeler, "shown": list(texts), "order": order,
+            **more}
 
 
 def test_tau_b_and_agreement_by_hand():
@@ -24,8 +26,7 @@ def test_tau_b_and_agreement_by_hand():
     assert tau_b(one, two) == pytest.approx(3 / math.sqrt(30))
     assert tau_b(one, one) == 1 and tau_b(one, signs([["d"], ["c"], ["b"], ["a"]])) == -1
     assert tau_b(one, signs([["a", "b", "c", "d"]])) is None
-    third = signs([["a"], ["b"], ["c"], ["d"]])
-    found = compare({"s0": one, "s1": third, "s2": one}, {"s0": two, "s1": third, "s9": two}, 200, generator(1))
+    found = compare({"s0": one, "s1": one, "s2": one}, {"s0": two, "s1": one, "s9": two}, 200, generator(1))
     assert found["samples"] == 2 and found["tau"] == pytest.approx((3 / math.sqrt(30) + 1) / 2, abs=1e-4)
     assert found["agree"]["share"] == pytest.approx(10 / 11, abs=1e-4) and found["agree"]["pairs"] == 11
     assert 0.8 <= found["agree"]["interval"][0] < found["agree"]["share"] < found["agree"]["interval"][1] == 1
@@ -33,7 +34,7 @@ def test_tau_b_and_agreement_by_hand():
 
 
 def test_position_bias_by_hand_and_without_bias():
-    """Shown a, b, c, d and ordered a best: of (a first) the earlier wins three, of "4 1=2 3" it wins two of five."""
+    """Ranked as shown, the earlier wins all six pairs; of "4 1=2 3" it wins two of five."""
     rows = [answer("x", 0, "1 2 3 4"), answer("x", 1, "4 1=2 3"), answer("x", 2, "")]
     assert position_bias(rows, 100, generator(1))["share"] == pytest.approx((6 + 2) / (6 + 5), abs=1e-4)
     always = [answer("x", i, "1 2", "ab") for i in range(20)]
@@ -90,11 +91,12 @@ def test_slope_per_doubling_by_hand():
 
 
 def test_report_of_three_labelers(tmp_path, capsys):
-    """ann and bob see three samples, cy none of theirs; every figure of the table by hand."""
-    write_jsonl(tmp_path / "ann.jsonl", [answer("ann", 0, "1 2 3 4", seconds=4.0), answer("ann", 1, "1=2 3=4", seconds=8.0),
-                                         answer("ann", 2, "", seconds=1.0)])
+    """ann answers three samples, bob and a reward model (cy) some of them; every figure of the table by hand."""
+    write_jsonl(tmp_path / "ann.jsonl", [answer("ann", 0, "1 2 3 4", seconds=4.0),
+                                         answer("ann", 1, "1=2 3=4", seconds=8.0), answer("ann", 2, "", seconds=1.0)])
     write_jsonl(tmp_path / "bob.jsonl", [answer("bob", 0, "2 1 3 4", acceptable=False), answer("bob", 1, "1=2=3=4")])
-    write_jsonl(tmp_path / "cy.jsonl", [{"id": "s0", "prompt": "P0", "labeler": "out/cy|<b>", "responses": list("dcba")}])
+    ranking = {"id": "s0", "prompt": "P0", "labeler": "out/cy|<b>", "responses": list("dcba")}
+    write_jsonl(tmp_path / "cy.jsonl", [ranking])
     files = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("ann", "bob", "cy"))
     agreement.report(agreement.ReportConfig(files=files, out=str(tmp_path / "out"), device="cpu", dtype="float32"))
     facts = json.loads((tmp_path / "out/report.json").read_text())
@@ -108,10 +110,12 @@ def test_report_of_three_labelers(tmp_path, capsys):
     assert of["ann", "bob"]["tau"] == pytest.approx(4 / 6, abs=1e-4)  # of s0; bob ties all of s1
     assert of["ann", "cy|<b>"]["agree"]["share"] == 0 and of["ann", "cy|<b>"]["tau"] == -1
     text = (tmp_path / "out/report.md").read_text()
-    assert "| ann | 3 | 1 | 0 | 0 | 0.167 | 4.0 | 1.000 (1.000 to 1.000) | - |" in text and text.strip() in capsys.readouterr().out
+    assert "| ann | 3 | 1 | 0 | 0 | 0.167 | 4.0 | 1.000 (1.000 to 1.000) | - |" in text
+    assert text.strip() in capsys.readouterr().out
     assert "<b>" not in text and all(line.count("|") in (0, 7, 10) for line in text.splitlines())
     write_jsonl(tmp_path / "ann2.jsonl", [answer("ann", 0, "4 3 2 1")])
-    for bad, message in [("", "name files"), (f"{files},{tmp_path}/ann2.jsonl", "two different answers"), ("nowhere", "no such file")]:
+    for bad, message in [("", "name files"), (f"{files},{tmp_path}/ann2.jsonl", "two different answers"),
+                         ("nowhere", "no such file")]:
         with pytest.raises(UserError, match=message):
             agreement.report(agreement.ReportConfig(files=bad, out=str(tmp_path / "new")))
         assert not (tmp_path / "new").exists()

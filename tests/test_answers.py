@@ -1,4 +1,5 @@
-"""Answers of several labelers: the format, and what merge accepts, refuses and says; and the blind test of two policies."""
+"""Answers of several labelers: the format, and what merge accepts, refuses and says; and the blind test of two
+policies."""
 import json
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def test_three_labelers_merge_and_can_be_trained_on(folder, capsys):
         ("ann", [" c 0", " a 0"]), ("bob", [" a 0", " b 0", " c 0"]), ("out/tiny/labeler", [" a 3", " b 3", " c 3"])]
     assert len(read_rankings(folder / "out/rankings.jsonl")) == 3
     out = capsys.readouterr().out
-    assert "ann: 2 answers\n" in out and "5 answers, 3 rankings to train on" in out
+    assert "ann: 2 answers\n" in out and "5 answers, 3 rankings\n" in out
+    assert "--epochs 426 --out" in out  # 80 steps of three rankings
     assert merged(folder, "out/answers.jsonl")[1] == rankings  # what was merged can be merged
 
 
@@ -94,7 +96,8 @@ def test_a_cut_last_line_is_left_out_with_a_line(folder, capsys):
     (given("cy", SAMPLES[0], 123), "order: missing, or no text"),
     ({**given("cy", SAMPLES[0], "1 2 3"), "seconds": "5"}, "seconds: expected a number"),
     ({**given("cy", SAMPLES[0], "1 2 3"), "labeler": " "}, "labeler: empty"),
-    ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3", " b 3"], "ties": [" c 3"]}, "ties: expected"),
+    ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3", " b 3"], "ties": [" c 3"]},
+     "ties: expected"),
     ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3"]}, "responses: 1 of them"),
     ({"id": "s3"}, "prompt: missing"), ([], "expected an answer, found list")])
 def test_what_does_not_fit_is_refused_by_its_line(folder, row, message):
@@ -108,8 +111,9 @@ def test_merge_at_the_command_line(folder):
     (folder / "bad.jsonl").write_text('{"id": "s0", "pro\n' + json.dumps(given("cy", SAMPLES[1], "1 2 3")) + "\n")
     for names, line in [(["bad.jsonl"], "bad.jsonl:1: not JSON"), ([], "name the files to merge"),
                         (["nowhere.jsonl"], "nowhere.jsonl: no such file")]:
-        made = subprocess.run([sys.executable, ROOT / "label.py", "merge", *(folder / name for name in names), "--samples",
-                               folder / "samples.jsonl", "--out", folder / "out"], text=True, capture_output=True, timeout=60)
+        command = [sys.executable, ROOT / "label.py", "merge", *(folder / name for name in names),
+                   "--samples", folder / "samples.jsonl", "--out", folder / "out"]
+        made = subprocess.run(command, text=True, capture_output=True, timeout=60)
         assert made.returncode == 2 and made.stderr.startswith("error: ") and line in made.stderr
         assert made.stderr.count("\n") == 1 and not (folder / "out").exists()
 
@@ -127,7 +131,8 @@ def test_another_stages_folder_is_left_alone(folder):
 @pytest.fixture
 def evaluation(tmp_path):
     """A finished evaluation of two policies: the judge prefers ppo in three of four prompts that can be asked about."""
-    rows = [{"prompt": f"P{i}", "sft": f" sft {i}", "ppo": f" ppo {i}", "dpo": " d", "judge": {"sft": 0.0, "ppo": margin, "dpo": 1.0}}
+    rows = [{"prompt": f"P{i}", "sft": f" sft {i}", "ppo": f" ppo {i}", "dpo": " d",
+             "judge": {"sft": 0.0, "ppo": margin, "dpo": 1.0}}
             for i, margin in enumerate([1.0, 2.0, -1.0, 0.5])]
     rows.append({**rows[0], "prompt": "equal", "ppo": " sft 0"})
     write_jsonl(tmp_path / "samples.jsonl", rows)
@@ -165,8 +170,9 @@ def test_blind_result_by_hand(evaluation, capsys):
 def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
     keys = iter(["1", "2", "q"])
     monkeypatch.setattr("builtins.input", lambda question: next(keys))
-    write_jsonl(evaluation / "samples.jsonl", [{"prompt": f"P{i}", "sft": f" dull {i}", "ppo": f" fine {i}", "judge": {"sft": 0, "ppo": 1}}
-                                               for i in range(3)])
+    rows = [{"prompt": f"P{i}", "sft": f" dull {i}", "ppo": f" fine {i}", "judge": {"sft": 0, "ppo": 1}}
+            for i in range(3)]
+    write_jsonl(evaluation / "samples.jsonl", rows)
     blind.main(blind.Config(ask="ann", out=str(evaluation)))
     out = capsys.readouterr().out
     assert "ann prefers ppo to sft: " in out and "2 answers" in out
@@ -175,9 +181,10 @@ def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
     assert len(shown) == 2
 
 
-@pytest.mark.parametrize("flags, message", [({"between": "sft,gpt"}, "expected two of sft, ppo, dpo"), ({"between": "sft"}, "expected two"),
-                                            ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"),
-                                            ({"ask": ".."}, "no such file"), ({"count": 0}, "--count"), ({"out": "no"}, "no such file")])
+@pytest.mark.parametrize("flags, message", [
+    ({"between": "sft,gpt"}, "expected two of sft, ppo, dpo"), ({"between": "sft"}, "expected two"),
+    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"),
+    ({"count": 0}, "--count"), ({"out": "no"}, "no such file")])
 def test_blind_errors(evaluation, flags, message):
     with pytest.raises(UserError, match=message):
         blind.main(blind.Config(**{"ask": "ann", "out": str(evaluation), **flags}))

@@ -172,8 +172,8 @@ def test_ranking_errors_write_nothing(folder, tmp_path):
     write_jsonl(tmp_path / "far/ratings.jsonl", [{"prompt": "", "responses": ["a", "b"], "means": [1, 2]}])
     write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "", "responses": ["a", "b"]}])
     for flags, message in [({"noise": -1.0}, "--noise"), ({"noise": math.nan}, "--noise"),
-                           ({"labeler": "no/where"}, "no checkpoint"), ({"labeler": str(folder / "lm")}, "expected reward"),
-                           ({"samples": "x"}, "no such file"),
+                           ({"labeler": "no/where"}, "no checkpoint"),
+                           ({"labeler": str(folder / "lm")}, "expected reward"), ({"samples": "x"}, "no such file"),
                            ({"samples": str(tmp_path / "twice.jsonl")}, "id: the same one twice"),
                            ({"calibrate": str(tmp_path / "far/ratings.jsonl")}, "summary.json: no temperature"),
                            ({"calibrate": str(tmp_path / "bare.jsonl")}, "means: expected one number")]:

@@ -1,5 +1,5 @@
-"""The page in a real browser (headless Chromium through its driver): order, ties, undo, reload, save, merge; and that what
-a model wrote stays text, in the page and at the terminal."""
+"""The page in a real browser (headless Chromium through its driver): order, ties, undo, reload, save, merge; and that
+what a model wrote stays text, in the page and at the terminal."""
 import json
 import re
 import shutil
@@ -17,8 +17,8 @@ from terminal import visible
 
 NASTY = [" <script>document.title = 'owned'</script>", " </script><img src=x onerror=\"document.title='owned'\">",
          " \"quotes\" 'single' &amp; <!-- comment", " line\u2028separator \u2029 end",
-         " emoji 👩\u200d💻 and \u202eright-to-left\u202c שלום", " `back` ${ticks} \\u003c \\n", " <b>bold</b>\n second line",
-         " SCRIPT_HASH PAGE_DATA"]
+         " emoji 👩\u200d💻 and \u202eright-to-left\u202c שלום", " `back` ${ticks} \\u003c \\n",
+         " <b>bold</b>\n second line", " SCRIPT_HASH PAGE_DATA"]
 SAMPLES = [{"id": f"id{i}", "prompt": f"The film <i>{i}</i>", "responses": [f" {word} {i}" for word in "ABCD"]}
            for i in range(5)]
 
@@ -26,7 +26,8 @@ SAMPLES = [{"id": f"id{i}", "prompt": f"The film <i>{i}</i>", "responses": [f" {
 def test_no_text_of_a_model_reaches_the_page_as_markup():
     """Injection: a response that ends the data's element early, or a script that the policy does not name."""
     html = page.make_page([{"id": "x", "prompt": NASTY[0], "responses": NASTY}], "Which </script>?")
-    head, data, rest = re.fullmatch(r'(.*<script type="application/json" id="data">)(.*?)(</script>.*)', html, re.DOTALL).groups()
+    parts = re.fullmatch(r'(.*<script type="application/json" id="data">)(.*?)(</script>.*)', html, re.DOTALL)
+    head, data, rest = parts.groups()
     assert "<" not in data and data.isascii()
     assert json.loads(data)["samples"][0]["responses"] == NASTY
     empty = page.make_page([], "Which?")
@@ -42,11 +43,12 @@ def test_the_page_asks_nothing_of_the_network():
 def test_errors_of_the_page(tmp_path):
     write_jsonl(tmp_path / "s.jsonl", SAMPLES)
     write_jsonl(tmp_path / "ten.jsonl", [{"id": "a", "prompt": "", "responses": [str(i) for i in range(10)]}])
+    fitting = {"samples": str(tmp_path / "s.jsonl"), "out": str(tmp_path / "p.html")}
     for flags, message in [({"samples": "nowhere"}, "no such file"), ({"count": -1}, "--limit|--count"),
                            ({"samples": str(tmp_path / "ten.jsonl")}, "nine"), ({"title": " "}, "--title"),
                            ({"out": str(tmp_path)}, ".html")]:
         with pytest.raises(UserError, match=message):
-            page.page(page.PageConfig(**{"samples": str(tmp_path / "s.jsonl"), "out": str(tmp_path / "p.html"), **flags}))
+            page.page(page.PageConfig(**{**fitting, **flags}))
         assert not (tmp_path / "p.html").exists()
 
 
@@ -58,20 +60,19 @@ def start_browser():
     """A function that starts Chromium with a window of some size and a folder for downloads."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver, started = shutil.which("chromedriver"), []
-    selenium = pytest.importorskip("selenium", reason="selenium is not there: pip install -r tests/requirements.txt")
+    pytest.importorskip("selenium", reason="selenium is not there: pip install -r tests/requirements.txt")
     if not (chromium and driver):
         warnings.warn("no Chromium and chromedriver: the page was not tried in a browser (Debian: apt-get install "
                       "chromium chromium-driver)")
         pytest.skip("no Chromium and chromedriver")
     from selenium import webdriver
 
-    def start(downloads, width=1100, height=900, dark=False):
+    def start(downloads, width=1100, height=900):
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                      "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                     "--disable-dev-shm-usage", f"--window-size={width},{height}",
-                     *(["--force-dark-mode"] if dark else [])):
+                     "--disable-dev-shm-usage", f"--window-size={width},{height}"):
             options.add_argument(flag)
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -79,7 +80,6 @@ def start_browser():
         started[-1].implicitly_wait(3)
         return started[-1]
     yield start
-    assert selenium
     for browser in started:
         browser.quit()
 
@@ -170,7 +170,8 @@ def test_order_undo_reload_save_and_merge(start_browser, folder):
     assert [text.strip() for text in rows[0]["shown"]] == [one, two, three, four]
     assert [text.strip() for text in rows[2]["shown"]] == [text for _, text in before]
     assert all(0 <= row["seconds"] < 60 for row in rows) and {row["labeler"] for row in rows} == {"ann"}
-    answers.merge(answers.MergeConfig(files=str(path), samples=str(folder / "samples.jsonl"), out=str(folder / "merged")))
+    answers.merge(answers.MergeConfig(files=str(path), samples=str(folder / "samples.jsonl"),
+                                      out=str(folder / "merged")))
     rankings = answers.read_answers(folder / "merged/rankings.jsonl")
     assert [row["id"] for row in rankings] == ["id0", "id1", "id2", "id4"]
     assert [text.strip() for text in rankings[0]["responses"]] == [three, one, two]
@@ -203,11 +204,13 @@ def test_the_keyboard_alone_suffices(start_browser, folder):
 
 def test_everything_has_a_name_and_enough_contrast(start_browser, folder):
     """Buttons that a screen reader can't tell apart, and grey on grey, in light and in dark."""
+    browser = start_browser(folder / "downloads", 400, 800)
     for dark in (False, True):
-        browser = start_browser(folder / "downloads", 400, 800)
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
-        rater = Rater(browser, folder / "a page.html", "di")
+        rater = Rater(browser, folder / "a page.html", "" if dark else "di")
+        back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert back == ("rgb(20, 22, 26)" if dark else "rgb(255, 255, 255)")
         rater.keys(["1"])
         names = [button.accessible_name for button in browser.find_elements("css selector", "#question button")
                  if button.is_displayed()]
@@ -215,33 +218,41 @@ def test_everything_has_a_name_and_enough_contrast(start_browser, folder):
         for text in [" A 0", "Response 3: move up", "Response 2: tie with the one above"]:
             assert any(text.strip() in name for name in names), names
         ratio = browser.execute_script("""
-            const light = c => { const [r, g, b] = c.map(x => (x /= 255) <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+            const light = c => { const [r, g, b] = c.map(x =>
+                                     (x /= 255) <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
                                  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
             const parse = c => c.match(/[\\d.]+/g).map(Number);
             const back = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
                                 if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
             return [...document.querySelectorAll("#question *, #keep *")].filter(e => e.offsetParent && !e.disabled
-                && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && !e.closest(":disabled")).map(e => {
-                const [a, b] = [light(parse(getComputedStyle(e).color).slice(0, 3)), light(back(e))].sort((x, y) => y - x);
+                && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())
+                && !e.closest(":disabled")).map(e => {
+                const own = light(parse(getComputedStyle(e).color).slice(0, 3));
+                const [a, b] = [own, light(back(e))].sort((x, y) => y - x);
                 return [(a + 0.05) / (b + 0.05), e.className || e.id || e.tagName]; });""")
         assert len(ratio) > 15 and min(ratio)[0] >= 4.5, min(ratio)
-        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")  # no sideways scrolling
+        # No sideways scrolling.
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         assert not rater.errors()
 
 
-def test_nasty_text_is_shown_as_text(start_browser, tmp_path, capsys):
-    """A response that runs, hides, reverses or ends something, in the page and at the terminal."""
-    samples = [{"id": f"n{i}", "prompt": NASTY[i], "responses": [NASTY[i], NASTY[i + 1]]} for i in range(0, len(NASTY), 2)]
+def test_nasty_text_is_shown_as_text(start_browser, tmp_path):
+    """A response that runs, hides, reverses or ends something. The page shows what the terminal shows: visible()."""
+    samples = [{"id": f"n{i}", "prompt": NASTY[i], "responses": [NASTY[i], NASTY[i + 1]]}
+               for i in range(0, len(NASTY), 2)]
     (tmp_path / "p.html").write_text(page.make_page(samples, "Which <b>one</b>?"), encoding="utf-8")
     rater, seen = Rater(start_browser(tmp_path), tmp_path / "p.html", "eve"), []
     for sample in samples:
-        texts = [element.get_property("textContent") for element in rater.browser.find_elements("css selector", ".text")]
+        elements = rater.browser.find_elements("css selector", ".text")
+        texts = [element.get_property("textContent") for element in elements]
         seen += sorted(texts)
-        assert rater.find("#prompt").get_property("textContent") == re.sub(r"[\u2028\u2029\u202e\u202c]", lambda c: f"\\u{ord(c[0]):04x}", sample["prompt"]) + " …"
+        escaped = re.sub(r"[\u2028\u2029\u202e\u202c]", lambda c: f"\\u{ord(c[0]):04x}", sample["prompt"])
+        assert rater.find("#prompt").get_property("textContent") == escaped + " …"
         assert rater.find("#ask").text == "Which <b>one</b>?"
+        made = rater.browser.execute_script("return document.querySelectorAll('main img, #list b, main script').length")
+        assert made == 0
         rater.keys(["1"])
     assert rater.browser.title == "Which <b>one</b>?" and not rater.errors()
-    assert not rater.browser.find_elements("css selector", "#list img, #list b, #list script")
     assert sorted(seen) == sorted(visible(text.strip()) for text in NASTY)
     saved = [json.loads(line) for line in rater.save(tmp_path, "eve").read_text(encoding="utf-8").strip().split("\n")]
     assert sorted(text for row in saved for text in row["shown"]) == sorted(NASTY)  # the file has the real texts

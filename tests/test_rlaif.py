@@ -1,21 +1,25 @@
-"""Machines as labelers: the question, the probabilities, both orders, retries, the cap, the key; against a server of our
-own that answers as told. And VADER's rules, where the package is there."""
+"""Machines as labelers: the question, the probabilities, both orders, retries, the cap, the key; against a server of
+our own that answers as told. And VADER's rules, where the package is there."""
 import http.server
 import json
 import math
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import label
 import rlaif
+from answers import ranking_of
 from common import UserError
 from data import write_jsonl
 from label import RankConfig
 from reward import share
 from rlaif import average, both_orders, expected_wins, people_card, position_card, probability_of_1, question
 
+ROOT = Path(__file__).resolve().parent.parent
 MOODS = {"good": 2, "fine": 1, "dull": 0, "bad": -1}
 SAMPLES = [{"id": f"s{i}", "prompt": f"The film {i}", "responses": [f" is {mood} {i}." for mood in order.split()]}
            for i, order in enumerate(["bad fine good dull", "dull bad fine good", "fine good bad dull"])]
@@ -35,14 +39,17 @@ def choice(text, *tokens):
     (choice("1", token("1", ("1", 0.6), ("2", 0.2), ("The", 0.1))), 0.75),
     (choice(" 2", token(" 2", (" 2", 0.6), ("1", 0.1), (" 1", 0.1), ("x", 0.01))), 0.25),  # with and without a space
     (choice("\n1", token("\n", ("\n", 0.9), ("1", 0.05), ("2", 0.05)), token("1", ("1", 0.9), ("2", 0.1))), 0.9),
-    (choice("Response", token("Response", ("Response", 0.9), ("1", 0.03), ("2", 0.01))), 0.75),  # what it might have said
+    # What it might have said.
+    (choice("Response", token("Response", ("Response", 0.9), ("1", 0.03), ("2", 0.01))), 0.75),
     (choice("1", token("1", ("1", 0.9), ("x", 0.1))), 0.9),  # "2" is not listed: as unlikely as the least that is
     (choice("1", {"token": "1", "logprob": -0.1, "top_logprobs": []}), 1.0),
     (choice("The", token("The", ("The", 0.9), ("A", 0.1))), None),
-    (choice("1"), 1.0), (choice("Response 2."), 0.0), (choice("2, not 1"), None), (choice("12"), None), (choice(""), None),
+    (choice("1"), 1.0), (choice("Response 2."), 0.0), (choice("2, not 1"), None), (choice("12"), None),
+    (choice(""), None),
     ({"message": {"content": None}}, None), ({"message": None, "logprobs": None}, None), ({"text": "1"}, None)])
 def test_probability_of_an_answer(given, expected):
-    """The mass of the wrong token; an answer from a number that is part of another; a crash on a model that says nothing."""
+    """The mass of the wrong token; an answer from a number that is part of another; a crash on a model that says
+    nothing."""
     assert probability_of_1(given) == (expected if expected is None else pytest.approx(expected))
 
 
@@ -51,7 +58,7 @@ def test_question_holds_rubric_and_both_responses_in_order():
     assert text.index("Rubric.") < text.index("The film") < text.index("1 - is A.") < text.index("2 - is B.")
     assert "Beginning" not in question("Rubric.", "", "A", "B")
     for name in ("mood", "helpful", "harmless"):
-        assert len((rlaif.Path(rlaif.__file__).parent / "rubrics" / f"{name}.txt").read_text()) > 100
+        assert len((ROOT / "rubrics" / f"{name}.txt").read_text()) > 100
 
 
 def test_both_orders_cancel_a_liking_for_the_first_place():
@@ -77,9 +84,11 @@ def test_rank_by_expected_wins():
 
 
 def test_agreement_with_people_does_not_credit_a_place():
-    """A labeler that always says "1" agrees with every pair whose chosen text is shown first: that must count for half."""
+    """A labeler that always says "1" agrees with every pair whose chosen text is shown first: that must count for
+    half."""
     rows = [{"prompt": "", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(100)]
-    card = people_card(rows, both_orders(lambda pairs: [0.9] * len(pairs), [("", row["chosen"], row["rejected"]) for row in rows]))
+    asked = [("", row["chosen"], row["rejected"]) for row in rows]
+    card = people_card(rows, both_orders(lambda pairs: [0.9] * len(pairs), asked))
     assert card["both orders"]["accuracy"] == card["one order"]["accuracy"] == 0.5 and card["flipped"] == 1
     right = people_card(rows, [(0.6, 0.6)] * 80 + [(0.1, 0.1)] * 20)
     ends = torch.tensor([[i, 100 + i] for i in range(100)])
@@ -98,8 +107,6 @@ class Stub(http.server.BaseHTTPRequestHandler):
         status, headers, content = 200, {}, None
         if self.server.plan:
             status, headers, content = self.server.plan.pop(0)
-        if not body.get("logprobs") is True and self.server.logprobs == "needed":
-            status, content = 500, "no"
         if body.get("logprobs") and self.server.logprobs == "refused":
             status, content = 400, '{"error": "logprobs is not supported"}'
         if content is None:
@@ -139,9 +146,11 @@ def server(monkeypatch):
 def ranked(tmp_path, labeler, **flags):
     """label.py rank by a machine: rows of answers.jsonl."""
     write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
-    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)])
-    label.rank(RankConfig(**{"labeler": labeler, "model": "stub", "samples": str(tmp_path / "samples.jsonl"), "out": str(tmp_path / "out"),
-                             "pairs": str(tmp_path / "pairs.jsonl"), "device": "cpu", "dtype": "float32", **flags}))
+    pairs = [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    label.rank(RankConfig(**{"labeler": labeler, "model": "stub", "samples": str(tmp_path / "samples.jsonl"),
+                             "out": str(tmp_path / "out"), "pairs": str(tmp_path / "pairs.jsonl"), "device": "cpu",
+                             "dtype": "float32", **flags}))
     return [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
 
 
@@ -160,10 +169,12 @@ def test_a_server_ranks_and_its_soft_labels_are_kept(tmp_path, server, capsys):
     assert p == pytest.approx((1 / (1 + math.exp(2 - 0.3)) + 1 - 1 / (1 + math.exp(-2 - 0.3))) / 2, abs=1e-4)
     assert len(server.seen) == 3 * 12 + 5 * 2  # every pair of four in both orders, and people's
     path, headers, body = server.seen[0]
-    assert path == "/v1/chat/completions" and body["model"] == "stub" and body["temperature"] == 0 and body["logprobs"] is True
+    assert path == "/v1/chat/completions" and body["model"] == "stub"
+    assert body["temperature"] == 0 and body["logprobs"] is True
     assert "Authorization" not in headers
     card = json.loads((tmp_path / "out/agreement.json").read_text())
-    assert card["people"]["both orders"]["accuracy"] == 1 and card["samples"]["flipped"] == 0 and card["samples"]["pairs"] == 18
+    assert card["people"]["both orders"]["accuracy"] == 1
+    assert card["samples"]["flipped"] == 0 and card["samples"]["pairs"] == 18
     assert "agrees with people on 5 held-out pairs, both orders: 1.000" in capsys.readouterr().out
     with pytest.raises(UserError, match="finished already"):
         ranked(tmp_path, server.url)
@@ -174,19 +185,15 @@ def test_a_server_ranks_and_its_soft_labels_are_kept(tmp_path, server, capsys):
 def test_without_log_probabilities_the_text_counts(tmp_path, server):
     server.logprobs = "refused"
     rows = ranked(tmp_path, server.url)
-    assert [moods(row) for row in map(rlaif_ranking, rows)] == [["good", "fine", "dull", "bad"]] * 3
+    assert [moods(row) for row in map(ranking_of, rows)] == [["good", "fine", "dull", "bad"]] * 3
     assert {p for row in rows for _, _, p in row["preferences"]} <= {0.0, 0.5, 1.0}
     asked = [bool(body.get("logprobs")) for _, _, body in server.seen]
     assert 1 <= sum(asked) <= 4 and not any(asked[8:])  # those under way at once; then it is known
 
 
-def rlaif_ranking(row):
-    from answers import ranking_of
-    return ranking_of(row)
-
-
-@pytest.mark.parametrize("wrong", [(500, {}, "oops"), (503, {}, ""), (429, {"Retry-After": "7"}, "slow down"), (200, {}, "<html>"),
-                                   (200, {}, '{"choices": []}'), (200, {}, '{"error": "x"}'), (200, {}, "[1]"),
+@pytest.mark.parametrize("wrong", [(500, {}, "oops"), (503, {}, ""), (429, {"Retry-After": "7"}, "slow down"),
+                                   (200, {}, "<html>"), (200, {}, '{"choices": []}'), (200, {}, '{"error": "x"}'),
+                                   (200, {}, "[1]"),
                                    (200, {}, '{"choices": [{"logprobs": {"content": [{"x": 1}]}}]}')])
 def test_what_passes_is_tried_again(tmp_path, server, wrong):
     server.plan = [wrong, wrong]
@@ -195,7 +202,6 @@ def test_what_passes_is_tried_again(tmp_path, server, wrong):
 
 
 def test_a_slow_server_is_asked_again(tmp_path, server, monkeypatch):
-    import time
     real, slow = Stub.do_POST, [True]
 
     def late(self):
@@ -203,20 +209,22 @@ def test_a_slow_server_is_asked_again(tmp_path, server, monkeypatch):
             threading.Event().wait(0.6)
         real(self)
     monkeypatch.setattr(Stub, "do_POST", late)
-    assert time.sleep is not None and len(ranked(tmp_path, server.url, timeout=0.3, parallel=1)) == 3 and server.waits == [1]
+    assert len(ranked(tmp_path, server.url, timeout=0.3, parallel=1)) == 3
+    assert server.waits == [1]
 
 
 @pytest.mark.parametrize("wrong, message, tries", [
     ((401, {}, "bad key"), "HTTP 401 Unauthorized: bad key", 1), ((404, {}, ""), "does the address end in /v1", 1),
-    ((302, {"Location": "http://127.0.0.1:1/steal"}, ""), "HTTP 302", 1), ((500, {}, "\x1b[2J down"), r"HTTP 500 .*\\x1b\[2J down", 6),
+    ((302, {"Location": "http://127.0.0.1:1/steal"}, ""), "HTTP 302", 1),
+    ((500, {}, "\x1b[2J down"), r"HTTP 500 .*\\x1b\[2J down", 6),
     ((200, {}, "no json"), "no chat completion", 6)])
 def test_what_does_not_pass_is_one_line_and_what_was_answered_stays(tmp_path, server, wrong, message, tries):
-    ranked_before = 4
-    server.plan = [(200, {}, None)] * ranked_before + [wrong] * 6
+    answered = 4
+    server.plan = [(200, {}, None)] * answered + [wrong] * 6
     with pytest.raises(UserError, match=message):
         ranked(tmp_path, server.url, parallel=1)
-    assert len(server.seen) == ranked_before + tries
-    assert len((tmp_path / "out/calls.jsonl").read_text().splitlines()) == ranked_before
+    assert len(server.seen) == answered + tries
+    assert len((tmp_path / "out/calls.jsonl").read_text().splitlines()) == answered
     server.plan = []
     assert len(ranked(tmp_path, server.url, parallel=1)) == 3  # goes on
     assert len(server.seen) == tries + 3 * 12 + 5 * 2  # no question twice
@@ -244,7 +252,8 @@ def test_a_dry_run_calls_nothing(tmp_path, server, capsys):
         ranked(tmp_path, server.url, dry_run=True)
     out = capsys.readouterr().out
     assert not server.seen and not (tmp_path / "out").exists()
-    assert "46 calls (5 pairs of people's, 18 of samples, both orders; 0 answered already" in out and "Response 2 - " in out
+    assert "46 calls (5 pairs of people's, 18 of samples, both orders; 0 answered already" in out
+    assert "Response 2 - " in out
 
 
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, server, monkeypatch, capsys):
@@ -254,11 +263,16 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, serv
     assert all(headers["Authorization"] == "Bearer sk-secret" for _, headers, _ in server.seen)
     server.plan = [(403, {}, "the key sk-secret is not valid")]
     with pytest.raises(UserError) as error:
-        ranked(tmp_path, server.url, out=str(tmp_path / "second"))
+        ranked(tmp_path, server.url, out=str(tmp_path / "second"), parallel=1)
     assert "sk-secret" not in str(error.value) and "(the key) is not valid" in str(error.value)
+    server.plan, asked = [(307, {"Location": f"{server.url}/thief"}, "")], len(server.seen)
+    with pytest.raises(UserError, match="HTTP 307"):
+        ranked(tmp_path, server.url, out=str(tmp_path / "second"), parallel=1)
+    assert len(server.seen) == asked + 1  # nobody was asked at the other address
     assert "sk-secret" not in capsys.readouterr().out
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for url, message in [("http://example.org/v1", "over https only"), ("http://u:sk-secret@127.0.0.1/v1", "LABELER_API_KEY"),
+    for url, message in [("http://example.org/v1", "over https only"),
+                         ("http://u:sk-secret@127.0.0.1/v1", "LABELER_API_KEY"),
                          ("ftp://host/v1", "not an http"), ("http:///v1", "not an http")]:
         with pytest.raises(UserError, match=message) as error:
             ranked(tmp_path, url, out=str(tmp_path / "third"))
@@ -270,8 +284,9 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, serv
 
 def test_errors_write_nothing(tmp_path, server):
     (tmp_path / "empty.txt").write_text(" \n")
-    for flags, message in [({"model": ""}, "--model is empty"), ({"rubric": "no.txt"}, "no such file"), ({"max_calls": 0}, "--max-calls"),
-                           ({"rubric": str(tmp_path / "empty.txt")}, "empty"), ({"parallel": 0}, "--parallel"), ({"limit": -1}, "--limit"),
+    for flags, message in [({"model": ""}, "--model is empty"), ({"rubric": "no.txt"}, "no such file"),
+                           ({"max_calls": 0}, "--max-calls"), ({"rubric": str(tmp_path / "empty.txt")}, "empty"),
+                           ({"parallel": 0}, "--parallel"), ({"limit": -1}, "--limit"),
                            ({"pairs": "no.jsonl"}, "no such file"), ({"timeout": math.nan}, "--timeout")]:
         with pytest.raises(UserError, match=message):
             ranked(tmp_path, server.url, **flags)
@@ -283,16 +298,18 @@ def test_errors_write_nothing(tmp_path, server):
 
 def test_vader_ranks_by_its_rules(tmp_path):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not there: pip install -r tests/requirements.txt")
-    write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": [" is bad.", " is here.", " is great!", " was there."]}])
+    texts = [" is bad.", " is here.", " is great!", " was there."]
+    write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": texts}])
     (tmp_path / "machine").mkdir()
     rows = ranked(tmp_path / "machine", "vader", model="", samples=str(tmp_path / "samples.jsonl"))
     assert rows[0]["order"] == "3 2=4 1" and rows[0]["labeler"] == "vader"
     ranking = json.loads((tmp_path / "machine/out/rankings.jsonl").read_text())
-    assert ranking["responses"] == [" is great!", " is here.", " is bad."] and ranking["ties"] == [[" is here.", " was there."]]
+    assert ranking["responses"] == [" is great!", " is here.", " is bad."]
+    assert ranking["ties"] == [[" is here.", " was there."]]
 
 
 def test_without_the_package_vader_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vaderSentiment.vaderSentiment", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     with pytest.raises(UserError, match="pip install vaderSentiment==3.3.2"):
         ranked(tmp_path, "vader")
     assert not (tmp_path / "out").exists()

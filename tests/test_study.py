@@ -182,6 +182,10 @@ def test_committed_figures_and_tables_are_drawn_from_committed_files(tmp_path):
         assert same_words((tmp_path / seed.name / "report.md").read_text(), (seed / "report.md").read_text())
         made, kept = ({path.name for path in folder.glob("*.png")} for folder in (tmp_path / seed.name, seed))
         assert made == kept
+    for seed in seeds:  # of labelers.sh
+        report.main(report.Config(str(tmp_path / seed.name / "labelers")))
+        made, kept = (folder / "labelers/report.md" for folder in (tmp_path / seed.name, seed))
+        assert "## Who ranked" in made.read_text() and same_words(made.read_text(), kept.read_text())
     assert same_words((tmp_path / "study" / "study.md").read_text(), (ROOT / "results/study/study.md").read_text())
     for name in ("frontier.png", "over_optimisation.png"):
         assert (tmp_path / "study" / name).is_file() and (ROOT / "results/study" / name).is_file()
