@@ -12,15 +12,15 @@ import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from answers import levels_of, read_answers
+from answers import EXPECTED, levels_of, read_answers
 from checkpoint import write_atomic, write_json
-from common import check, generator, set_up
+from common import UserError, check, generator, set_up
 from data import load_tokenizer, read_rankings
 from model import load_model, score_many
 from people import fit_temperature
@@ -119,11 +119,12 @@ def describe(answers, resamples, random):
     pairs = [sign for row in levels for sign in signs(row).values()]
     seconds = [answer["seconds"] for answer in answers if "seconds" in answer]
     shown = [answer for answer in answers if "shown" in answer]
+    by_eye = [answer for answer in shown if "preferences" not in answer]  # machines are asked in both orders
     return {"answers": len(answers), "skipped": levels.count([]), "all_equal": sum(len(row) == 1 for row in levels),
             "none_acceptable": sum(answer.get("acceptable") is False for answer in answers),
             "ties": round(sum(sign == 0 for sign in pairs) / max(1, len(pairs)), 4),
             "seconds": round(statistics.median(seconds), 1) if seconds else None,
-            "earlier_shown_wins": position_bias(shown, resamples, random), "cycles": cycles(shown)}
+            "earlier_shown_wins": position_bias(by_eye, resamples, random), "cycles": cycles(shown)}
 
 
 # ---- reward models ---------------------------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ def score_answers(folder, texts, device, autocast):
 
 def noise(answers, scores):
     """Bradley-Terry: the temperature, in units of the reward model's score, and the mean log-likelihood of a labeler's
-    untied pairs, nats; {} if there are none. A coin has -0.693."""
+    untied pairs, nats; {} if there are none. A coin has -0.693. The
+    temperature is None where they do not go along with the scores at all."""
     margins = [scores[answer["prompt"], better] - scores[answer["prompt"], worse] for answer in answers
                for one, two in itertools.combinations(levels_of(answer), 2) for better in one for worse in two]
     if not margins:
@@ -148,7 +150,7 @@ def noise(answers, scores):
     margins = torch.tensor(margins, dtype=torch.double)
     temperature = fit_temperature(margins.numpy())
     likelihood = torch.nn.functional.logsigmoid(margins / temperature).mean().item()
-    return {"temperature": temperature, "log_likelihood": round(likelihood, 4)}
+    return {"temperature": temperature if margins.mean() > 0 else None, "log_likelihood": round(likelihood, 4)}
 
 
 def size_and_accuracy(folder):
@@ -165,7 +167,7 @@ def size_and_accuracy(folder):
         return {"train": stage["train"], "rankings": min(stage["limit"] or len(rows), len(rows)),
                 "held-out rankings": card["held-out rankings"]["accuracy"],
                 **({"people": people["accuracy"]} if people else {})}
-    except (OSError, ValueError, KeyError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -214,7 +216,8 @@ def report_lines(facts):
     if facts["noise"]:
         lines += ["## Noise around a reward model (Bradley-Terry)", "", *table(
             ["labeler", "reward model", "temperature, in its scores", "log-likelihood per pair (a coin: -0.693)"],
-            [[row["labeler"], row["reward"], row["temperature"], row["log_likelihood"]] for row in facts["noise"]])]
+            [[row["labeler"], row["reward"], row["temperature"] or "none fits", row["log_likelihood"]]
+             for row in facts["noise"]])]
     if facts["sizes"]:
         measures = [name for name in ("held-out rankings", "people") if name in facts["per_doubling"]]
         lines += ["## How many rankings", "", *table(
@@ -230,20 +233,24 @@ def report_lines(facts):
 def report(cfg):
     check(cfg.files, "name files of answers: python label.py report FILE FILE ...")
     check(cfg.bootstrap > 1, f"--bootstrap is {cfg.bootstrap}: it must be 2 or more")
-    by_labeler = defaultdict(dict)  # labeler: {id: answer}
-    for path in cfg.files.split(","):
-        for answer in read_answers(path):
-            name = Path(answer["labeler"]).name  # of a reward model: its folder
-            check(levels_of(by_labeler[name].setdefault(answer["id"], answer)) == levels_of(answer),
-                  f"{path}: {visible(name)} has two different answers to {answer['id']!r} (label.py merge says where)")
-    check(by_labeler, f"{cfg.files}: no answers")
+    files = {path: read_answers(path) for path in cfg.files.split(",")}
+    for path, answers in files.items():
+        check(answers, f"{path}: empty (expected on every line: {EXPECTED})")
+    by_labeler, answers = defaultdict(dict), list(itertools.chain(*files.values()))
+    full = {answer["labeler"] for answer in answers}
+    short = Counter(Path(name).name for name in full)  # of a reward model: its folder's name
+    for answer in answers:
+        name = Path(answer["labeler"]).name
+        name = name if name and short[name] == 1 else answer["labeler"]
+        earlier = by_labeler[name].setdefault(answer["id"], answer)
+        check(list(map(sorted, levels_of(earlier))) == list(map(sorted, levels_of(answer))), f"{visible(name)} has two "
+              f"different answers to {answer['id']!r} (label.py merge says where)")
     device, autocast = set_up(cfg, quiet=True)
     random, rewards = generator(cfg.seed), [folder for folder in cfg.rewards.split(",") if folder]
     folders = {Path(folder).name: folder for folder in rewards}
     check(len(folders) == len(rewards), "--rewards: two folders of one name")
     everyone = {name: {id: signs(levels) for id, answer in rows.items() if (levels := levels_of(answer))}
                 for name, rows in by_labeler.items()}
-    answers = [answer for rows in by_labeler.values() for answer in rows.values()]
     texts = sorted({(answer["prompt"], text) for answer in answers for level in levels_of(answer) for text in level})
     scores = {name: score_answers(folder, texts, device, autocast) for name, folder in folders.items()}
     facts = {"labelers": {name: describe([*rows.values()], cfg.bootstrap, random) for name, rows in by_labeler.items()},

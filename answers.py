@@ -24,6 +24,9 @@ from runs import open_folder
 from terminal import visible
 
 
+EXPECTED = "an object with id, prompt, labeler, shown, order, or with id, prompt, labeler, responses"
+
+
 @dataclass
 class MergeConfig:
     files: str = ""  # answers.jsonl or rankings.jsonl of several labelers: file,file
@@ -94,25 +97,26 @@ def shown_to(labeler, sample):
 # ---- files that came from elsewhere ----------------------------------------------------------------------------------
 
 
-def read_samples(path, limit=0):
+def read_samples(path, limit=0, flag="limit"):
     """The first so many (0: all) rows {"id", "prompt", "responses"} of a file that label.py sample wrote."""
     fields = {"id": str, "prompt": str, "responses": list}
     samples = [{name: row[name] for name in fields} for row in read_jsonl(path, fields)]
     check(len({row["id"] for row in samples}) == len(samples), f"{path}: id: the same one twice")
-    check(limit >= 0, f"--limit is {limit}: it must be 0 (all) or more")
+    check(limit >= 0, f"--{flag} is {limit}: it must be 0 (all) or more")
     return samples[:limit or len(samples)]
 
 
 def uncut(path):
     """The text of a file of answers, without a last line that a crash or a broken transfer cut short (said so)."""
-    text = read_text(path)
-    whole, _, last = text.rpartition("\n")
+    content = Path(path).read_bytes() if Path(path).is_file() else b""  # in bytes: a letter may be cut in two
+    last = content.rpartition(b"\n")[2]
     try:
-        json.loads(last.strip() or "0")  # if it can be read, only its line end is missing
-        return text + "\n" if last else text
-    except ValueError:
+        json.loads(last.strip() or b"0")  # if it can be read, only its line end is missing
+        return read_text(path) + "\n" * bool(last)
+    except (ValueError, RecursionError):
+        text = read_text(path, cut=len(last))
         print(f"{path}: the last line was cut short and is left out")
-        return whole + "\n" if whole else ""
+        return text
 
 
 def check_answer(row):
@@ -131,6 +135,11 @@ def check_answer(row):
         raise ValueError("ties: expected lists of two or more responses")
     for text in (text for tie in ties for text in tie):
         check_text(text, "ties")
+    numbers = range(1, len(row.get("shown", [])) + 1)
+    for preference in row.get("preferences", []):
+        if not (isinstance(preference, list) and len(preference) == 3 and preference[0] in numbers and preference[1] in
+                numbers and isinstance(preference[2], (int, float)) and 0 <= preference[2] <= 1):
+            raise ValueError("preferences: expected [number, number, probability]")
     seconds = row.get("seconds", 0)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
         raise ValueError("seconds: expected a number, 0 or more")
@@ -140,7 +149,16 @@ def check_answer(row):
 def read_answers(path):
     """The rows of a file of answers, or of rankings, checked; a last line that was cut short is left out."""
     text = uncut(path)
-    return read_rows(path, check_answer, "an answer", text=text) if text.strip() else []
+    return read_rows(path, check_answer, EXPECTED, text=text) if text.strip() else []
+
+
+def check_owner(folder, labeler):
+    """UserError if a folder holds the answers of others, which must not be overwritten."""
+    path = folder / "answers.jsonl"
+    answers = read_answers(path) if path.exists() else []
+    new = not any((folder / name).exists() for name in ("done.json", "rankings.jsonl"))
+    check((path.exists() or new) and all(row["labeler"] == labeler for row in answers),
+          f"{folder} holds another labeler's work: change --out")
 
 
 def collect(paths, samples):
@@ -161,12 +179,11 @@ def collect(paths, samples):
         if list(map(sorted, levels_of(earlier))) != list(map(sorted, levels_of(row))):
             raise ValueError(f"id: {row['labeler']!r} has answered {row['id']!r} otherwise in {where} (keep one of "
                              "them; what a page saved later holds all that it saved before)")
-        return earlier is not row
+        return row
 
     for path in paths:
-        text = uncut(path)
-        check(text.strip(), f"{path}: empty (expected answers)")
-        if repeated := sum(read_rows(path, accept, "an answer", text=text)):
+        rows = read_rows(path, accept, EXPECTED, text=uncut(path))
+        if repeated := sum(collected[row["labeler"], row["id"]][0] is not row for row in rows):
             print(f"{path}: {repeated} answers that are there already")
     return [row for row, _ in collected.values()]
 
@@ -175,8 +192,12 @@ def merge(cfg):
     """Put the answers of several labelers together."""
     check(cfg.files, "name the files to merge: python label.py merge FILE FILE ...")
     answers = collect(cfg.files.split(","), cfg.samples)
-    folder = open_folder(cfg.out)
+    folder = Path(cfg.out)
+    before = read_answers(path) if (path := folder / "answers.jsonl").exists() else []
+    lost = {(row["labeler"], row["id"]) for row in before} - {(row["labeler"], row["id"]) for row in answers}
+    check(not lost, f"{path} holds {len(lost)} answers that are in none of the files: name it, too, or change --out")
     check(not (folder / "done.json").exists(), f"{folder} holds another stage's work: change --out")
+    open_folder(folder)
     rankings = write_answers(folder, answers)
     for labeler, count in Counter(row["labeler"] for row in answers).items():
         print(f"{visible(labeler)}: {count} answers")

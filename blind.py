@@ -5,7 +5,7 @@
     python evaluate.py --ask answers-ann.jsonl,...   what they saved in it
 
 Result: how often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and
-how often the judge of that evaluation agrees. It is printed, and written to result.json.
+how often the judge of that evaluation agrees. It is printed, and written to result-NAME.json.
 """
 import re
 from dataclasses import dataclass
@@ -76,6 +76,9 @@ def print_result(labeler, row, names):
 def main(cfg):
     check(cfg.ask, "--ask is empty: your name, page, or files that were saved in a page")
     check(cfg.count > 0 and cfg.bootstrap > 1, "--count must be 1 or more, --bootstrap 2 or more")
+    files = any(Path(path).is_file() for path in cfg.ask.split(","))
+    check(files or re.fullmatch(NAME, cfg.ask) and not cfg.ask.endswith(".jsonl"),
+          f"--ask {cfg.ask}: no such file, and no name (letters, digits, ., -, _)")
     pairs, names = read_pairs(cfg), cfg.between.split(",")
     samples = [{"id": id, "prompt": pair["prompt"], "responses": sorted(pair["texts"])} for id, pair in pairs.items()
                if pair["texts"][0] != pair["texts"][1] and all(text.strip() for text in pair["texts"])]
@@ -87,15 +90,13 @@ def main(cfg):
     if cfg.ask == "page":
         return page(PageConfig(out=str(folder / "page.html"), samples=str(folder / "samples.jsonl"), count=cfg.count),
                     f"python evaluate.py --ask answers-NAME.jsonl --out {cfg.out} --between {cfg.between}")
-    if any(Path(path).is_file() for path in cfg.ask.split(",")):
-        answers = collect(cfg.ask.split(","), folder / "samples.jsonl")
-    else:
-        check(re.fullmatch(NAME, cfg.ask), f"--ask {cfg.ask}: no such file, and no name (letters, digits, ., -, _)")
-        answers = rank_by_person(samples[:cfg.count], cfg.ask, folder / cfg.ask)
-    results = {}
+    answers = (collect(cfg.ask.split(","), folder / "samples.jsonl") if files else
+               rank_by_person(samples[:cfg.count], cfg.ask, folder / cfg.ask))
+    asked = {sample["id"]: sample["responses"] for sample in samples}
+    answers = [answer for answer in answers if sorted(answer.get("shown", [])) == asked.get(answer["id"])]
     for labeler in dict.fromkeys(answer["labeler"] for answer in answers):
-        own = [answer for answer in answers if answer["labeler"] == labeler and answer["id"] in pairs]
+        own = [answer for answer in answers if answer["labeler"] == labeler]
         if any(map(levels_of, own)):
-            results[labeler] = result(pairs, own, cfg)
-            print_result(labeler, results[labeler], names)
-    write_json(folder / "result.json", {"between": names, "labelers": results})
+            row = result(pairs, own, cfg)
+            print_result(labeler, row, names)
+            write_json(folder / f"result-{re.sub('[^A-Za-z0-9_.-]', '_', labeler)}.json", {"between": names, **row})

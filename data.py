@@ -247,14 +247,16 @@ def read_rows(path, accept, expected, array=False, text=None):
     return rows
 
 
-def read_text(path):
-    """The content of a UTF-8 text file, unpacked if its name ends in .gz; UserError that says what it is instead."""
+def read_text(path, cut=0):
+    """The content of a UTF-8 text file, but for so many bytes at its end (cut), unpacked if its name ends in .gz;
+    UserError that says what it is instead."""
     path = Path(path)
     if not path.is_file():
         what = "a folder, not a file" if path.is_dir() else "not a plain file" if path.exists() else "no such file"
         raise UserError(f"{path}: {what}")
     try:
         content = path.read_bytes()
+        content = content[:len(content) - cut]
         if path.suffix == ".gz" and content.startswith(b"\x1f\x8b"):  # a browser may have unpacked it
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -24,7 +24,7 @@ import torch
 
 import report
 from checkpoint import write_json
-from common import check, check_positive, generator, progress, run, set_up
+from common import UserError, check, check_positive, generator, progress, run, set_up
 from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl,
                   read_rankings, write_jsonl)
 from estimators import best_of_kl, distinct_2, expected_best, length_controlled, mean_interval, same_order
@@ -249,19 +249,23 @@ def stage_facts(cfg, folders, scorers):
 
 
 def labelers(folders):
-    """{policy: what its reward model learned from, and how good that model is} of the policies trained on one."""
+    """{policy: what its reward model learned from, and how good that model is} of the policies trained on one; without
+    those whose files are gone or damaged: it is for a table only."""
     found = {}
     for name, folder in folders.items():
-        reward = Path(load_json(folder / "config.json").get("stage", {}).get("reward") or "none")
-        train = load_json(reward / "config.json").get("stage", {}).get("train", "")
-        paths = [path for path in train.split(",") if Path(path).is_file()]
-        if paths and (card := load_json(reward / "report_card.json")):
-            rows = [row for path in paths for row in read_rankings(path)]
+        try:
+            reward = Path(load_json(folder / "config.json")["stage"]["reward"])
+            stage, card = load_json(reward / "config.json")["stage"], load_json(reward / "report_card.json")
+            rows = [row for path in stage["train"].split(",") for row in read_rankings(path)]
+            rows = rows[:stage["limit"] or len(rows)]
             names = Counter(Path(str(row.get("labeler", "people"))).name for row in rows)
-            found[name] = {"labeler": ", ".join(names), "rankings": len(rows), "held-out": card["held-out rankings"],
+            found[name] = {"reward": str(reward), "labeler": ", ".join(names), "rankings": len(rows),
+                           "held-out": card["held-out rankings"],
                            "people": {sample: card["human comparisons"][sample]["reward model"]
                                       for sample in ("movie, random", "movie, same_sign")
                                       if sample in card.get("human comparisons", {})}}
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
     return found
 
 

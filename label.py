@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 
 from agreement import ReportConfig, report
-from answers import (MergeConfig, how_to_train, levels_of, merge, parse_order, ranking_of, read_answers, read_samples,
-                     shown_to, shuffled, uncut, write_answers, write_order)
+from answers import (MergeConfig, check_owner, how_to_train, levels_of, merge, parse_order, ranking_of, read_answers,
+                     read_samples, shown_to, shuffled, uncut, write_answers, write_order)
 from checkpoint import write_atomic
 from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
@@ -221,16 +221,13 @@ def rank_by_model(samples, cfg, folder):
     stage.finish(rankings=len(rows), temperature=round(temperature, 4), order_kept=round(shares["these samples"][0], 4))
 
 
-def own_answers(path, labeler):
+def own_answers(path):
     """The answers that a person has given in a file, [] if there is none. A last line that was cut short is removed."""
     if not path.exists():
         return []
     text = uncut(path)
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    answers = read_answers(path)
-    check(all(row["labeler"] == labeler for row in answers),
-          f"{path.parent} holds another labeler's work: change --out")
-    return answers
+    return read_answers(path)
 
 
 def rank_by_person(samples, labeler, folder):
@@ -238,9 +235,8 @@ def rank_by_person(samples, labeler, folder):
     check(all(len(row["responses"]) < 10 for row in samples), "a sample has more than nine responses to order")
     open_folder(folder)  # locked: two terminals must not add to one file
     path = folder / "answers.jsonl"
-    check(path.exists() or not any((folder / name).exists() for name in ("done.json", "rankings.jsonl")),
-          f"{folder} holds another labeler's work: change --out")
-    stored = own_answers(path, labeler)
+    stored = own_answers(path)
+    check_owner(folder, labeler)
     ids, row = {sample["id"] for sample in samples}, None
     if others := sum(answer["id"] not in ids for answer in stored):
         print(f"{folder} also holds answers to other samples ({others}); they stay")
@@ -264,15 +260,16 @@ def rank_by_person(samples, labeler, folder):
             print(HELP if reply == "?" else "there is nothing to undo")
         else:
             try:
-                order = reply.removesuffix("!")
-                order = {"1": "12", "2": "21"}.get(order, order) if len(shown) == 2 else order  # one number is enough
+                order = reply.removesuffix("!").strip()
+                if len(shown) == 2:  # one key is enough
+                    order = {"1": "1 2", "2": "2 1", "=": "1=2"}.get(order, order)
                 levels = parse_order(order, len(shown)) if order != "s" else []
             except ValueError as error:
                 print(f"{error}: try again, or ? for help")
                 continue
+            unacceptable = {"acceptable": False} if levels and reply.endswith("!") else {}
             stored.append({"id": row["id"], "prompt": row["prompt"], "labeler": labeler, "shown": shown,
-                           "order": write_order(levels), **({"acceptable": False} if reply.endswith("!") else {}),
-                           "seconds": round(time.monotonic() - start, 1)})
+                           "order": write_order(levels), **unacceptable, "seconds": round(time.monotonic() - start, 1)})
             append(path, stored[-1])
     write_answers(folder, stored)
     preferences = sum(len(levels_of(answer)) > 1 for answer in answered)
@@ -285,6 +282,8 @@ def rank(cfg):
     samples = read_samples(cfg.samples, cfg.limit)
     check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
     person = re.fullmatch(NAME, cfg.labeler) and not Path(cfg.labeler).is_dir()
+    check(person or "/" in cfg.labeler or Path(cfg.labeler).is_dir(), f"--labeler {cfg.labeler}: no folder, and no "
+          "name (letters and digits, then also dots, hyphens, underscores)")
     name = f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""
     folder = Path(cfg.out or f"out/tiny/label{name}")
     if "://" in cfg.labeler or cfg.labeler == "vader":

@@ -29,6 +29,7 @@ policies=$OUT/ppo files=$OUT/label/rankings.jsonl rewards=$OUT/reward
 for rankings in "$OUT"/label-*/rankings.jsonl; do
   name=$(basename "$(dirname "$rankings")")
   name=${name#label-}
+  [ "$(wc -l < "$rankings")" -ge 10 ] || { echo "$rankings has fewer than 10 rankings: left out"; continue; }
   reward "reward-$name" "$rankings" "$(wc -l < "$rankings")"
   stage "ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"
   policies=$policies,$OUT/ppo-$name rewards=$rewards,$OUT/reward-$name

@@ -41,11 +41,12 @@ def make_page(samples, title):
 
 def page(cfg, then=""):
     """Write the page; then: the command that takes what was saved in it."""
-    samples = read_samples(cfg.samples, cfg.count)
+    samples = read_samples(cfg.samples, cfg.count, "count")
     check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
     check(cfg.title.strip(), "--title is empty")
     path = Path(cfg.out)
-    check(not path.is_dir() and path.suffix == ".html", f"--out {path}: name a file that ends in .html")
+    check(not path.is_dir() and path.suffix == ".html" and path.resolve() != TEMPLATE.resolve(),
+          f"--out {path}: name a file that ends in .html, and another than the template")
     path.parent.mkdir(parents=True, exist_ok=True)
     html = make_page(samples, cfg.title)
     write_atomic(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))

@@ -10,38 +10,30 @@ the model gives to the answers "1" and "2". Which response stands first sways a 
 ways and the two probabilities averaged. Responses are ranked by the sum of their probabilities to beat each of the
 others. "preferences" in answers.jsonl keeps these as soft labels: [i, j, p], shown response i beats j in a share of p.
 
-Every answer of the server is on disk (calls.jsonl) once it is there, and no question is asked twice. A key for
-a hosted server comes from the environment, LABELER_API_KEY. The responses come from a model and may try to give orders
-to the one that reads them: nothing here can stop that. Left out on purpose: chain of thought, examples in the preamble
-(write them into the rubric), training on the soft labels.
+Every answer of the server is on disk (calls.jsonl) once it is there, and no question is asked twice. The responses come
+from a model and may try to give orders to the one that reads them: nothing here can stop that. Left out on purpose:
+chain of thought, examples in the preamble (write them into the rubric), training on the soft labels.
 """
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
 
 import torch
 
-from answers import uncut, write_answers, write_order
+from answers import check_owner, uncut, write_answers, write_order
 from checkpoint import write_atomic, write_json
 from common import UserError, check, check_positive, generator, progress
-from data import read_jsonl, read_text
+from data import checked, read_jsonl, read_rows, read_text
 from people import read_summary
 from reward import share
 from runs import Stage
+from server import Client, Enough, Refused
 from terminal import append, visible
 
-WAITS = (1, 2, 4, 8, 16)  # seconds between the six tries of a call
 ANSWER_TOKENS = 4  # some models begin with a space or a line end
 
 
@@ -59,8 +51,10 @@ def probability_of_1(choice):
     tokens = (choice.get("logprobs") or {}).get("content") or []
     answers = [token for token in tokens if token["token"].strip() in ("1", "2")]
     for token in answers[:1] or tokens[:1]:  # without an answer: what it might have said at once
-        listed = [(each["token"].strip(), math.exp(min(0.0, each["logprob"]))) for each in
-                  token.get("top_logprobs") or [token]]
+        listed = [(each["token"].strip(), math.exp(min(0.0, each["logprob"])))
+                  for each in token.get("top_logprobs") or [token]]
+        if not all(p >= 0 for _, p in listed):
+            raise ValueError("a log-probability that is no number")
         one, two = (sum(p for said, p in listed if said == number) for number in ("1", "2"))
         if one + two > 0:  # what is not listed is no likelier than the least that is
             least = min(p for _, p in listed) if len(listed) > 1 else 0.0
@@ -69,60 +63,46 @@ def probability_of_1(choice):
     return float(said == {"1"}) if len(said) == 1 else None
 
 
-class Enough(Exception):
-    """The cap on calls is reached."""
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would carry the key to another server."""
-
-    def redirect_request(self, *_):
-        return None
-
-
 class Server:
-    """Asks a server about pairs: called with [(prompt, first, second)], returns for each the probability that the first
-    is better, or None where the answer could not be read."""
+    """Asks a language model about pairs: called with [(prompt, first, second)], returns for each the probability that
+    the first is better, or None where there is no answer that can be read."""
 
     def __init__(self, cfg, folder):
-        parts = urlsplit(cfg.labeler)
-        self.key = os.environ.get("LABELER_API_KEY", "")
-        check(parts.scheme in ("http", "https") and parts.hostname, f"--labeler {cfg.labeler}: not an http(s) address")
-        check(not (parts.username or parts.query), "--labeler: a password or key has no place in the address: put it "
-                                                   "into the environment as LABELER_API_KEY")
-        check(not self.key or parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1"),
-              f"--labeler {cfg.labeler}: LABELER_API_KEY is sent over https only (or to this machine)")
-        check(re.fullmatch(r"[\x21-\x7e]*", self.key), "LABELER_API_KEY holds characters that no key has")
+        self.client = Client(cfg.labeler, cfg.timeout, cfg.max_calls)
         check(cfg.model, "--model is empty: the name under which the server knows the model")
         self.cfg, self.rubric, self.path = cfg, read_text(cfg.rubric), folder / "calls.jsonl"
         check(self.rubric.strip(), f"{cfg.rubric}: empty (expected what makes a response better)")
-        self.url = cfg.labeler.rstrip("/") + "/chat/completions"
-        self.opener = urllib.request.build_opener(NoRedirect)
-        self.known, self.calls, self.logprobs, self.broken = self.earlier_calls(), 0, True, None
+        text = uncut(self.path) if self.path.exists() else ""
+        self.known = dict(read_rows(self.path, self.checked_call, "a call", text=text)) if text.strip() else {}
 
-    def earlier_calls(self):
-        """{key: answer} of the calls that calls.jsonl holds."""
-        if not self.path.exists():
-            return {}
-        text = uncut(self.path)
-        write_atomic(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        return {row["key"]: row["first"] for row in read_jsonl(self.path, {"key": str})} if text.strip() else {}
+    @staticmethod
+    def checked_call(row):
+        """(key, probability or None) of a line of calls.jsonl; ValueError if it is none."""
+        first = checked(row, {"key": str}).get("first", "missing")
+        if first is not None and not (isinstance(first, (int, float)) and 0 <= first <= 1):
+            raise ValueError("first: expected a probability or null")
+        return row["key"], first
+
+    def mend(self):
+        """Remove a last line of calls.jsonl that was cut short, so that others can follow it."""
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            text = uncut(self.path)
+            write_atomic(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def key_of(self, pair):
-        """What an answer is kept under: it depends on everything that was asked, and on the model."""
-        return hashlib.sha256(json.dumps([self.cfg.model, question(self.rubric, *pair)]).encode()).hexdigest()[:16]
+        """What an answer is kept under: it depends on everything that was asked, and on whom."""
+        asked = [self.cfg.labeler, self.cfg.model, question(self.rubric, *pair)]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def missing(self, pairs):
         """The pairs that the server has not been asked about yet, each once."""
         return list({key: pair for pair in pairs if (key := self.key_of(pair)) not in self.known}.values())
 
     def __call__(self, pairs):
-        new = self.missing(pairs)
-        for start in range(0, len(new), 4 * self.cfg.parallel):
-            part = new[start:start + 4 * self.cfg.parallel]
-            if self.calls + len(part) > self.cfg.max_calls:
+        while new := self.missing(pairs):
+            part = new[:min(4 * self.cfg.parallel, self.cfg.max_calls - self.client.calls)]
+            if not part:
                 raise Enough
-            self.calls += len(part)
             with ThreadPoolExecutor(self.cfg.parallel) as pool:
                 try:
                     asked = {pool.submit(self.ask, pair): self.key_of(pair) for pair in part}
@@ -130,67 +110,27 @@ class Server:
                         if not done.exception():
                             self.known[asked[done]], text = done.result()
                             append(self.path, {"key": asked[done], "first": self.known[asked[done]], "text": text})
-                except BaseException as stop:  # Ctrl-C, or a full disk: what has not been asked yet is not asked
-                    self.broken = stop
+                except BaseException as problem:  # Ctrl-C, or a full disk
+                    self.client.end(problem)
                     raise
-            if self.broken:
-                raise self.broken
+            if self.client.broken:
+                raise self.client.broken
         return [self.known[self.key_of(pair)] for pair in pairs]
 
     def ask(self, pair):
         """One question: (probability that the first is better or None, the answer's text)."""
-        body = {"model": self.cfg.model, "messages": [{"role": "user", "content": question(self.rubric, *pair)}],
-                "max_tokens": ANSWER_TOKENS, "temperature": 0}
+        def accept(choice):
+            text = (choice.get("message") or {}).get("content") or ""
+            return probability_of_1(choice), text[:100].encode("utf-8", "replace").decode()
+        body = {"model": self.cfg.model, "max_tokens": ANSWER_TOKENS, "temperature": 0,
+                "messages": [{"role": "user", "content": question(self.rubric, *pair)}]}
         try:
-            choice = self.post(body)
-        except Exception as error:
-            self.broken = self.broken or error
+            return self.client.post(body, accept)
+        except Refused as problem:
+            return None, str(problem)
+        except Exception as problem:
+            self.client.end(problem)
             raise
-        return probability_of_1(choice), ((choice.get("message") or {}).get("content") or "")[:100]
-
-    def post(self, body):
-        """The first choice of the server's answer; it is tried again where that may help, else UserError."""
-        for wait in (*WAITS, None):
-            if self.broken:  # another thread has failed, and with it the run
-                raise self.broken
-            asked = self.logprobs
-            data = json.dumps({**body, **({"logprobs": True, "top_logprobs": 20} if asked else {})}).encode()
-            headers, later = {"Content-Type": "application/json"}, None
-            headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-            try:
-                request = urllib.request.Request(self.url, data, headers)
-                with self.opener.open(request, timeout=self.cfg.timeout) as response:
-                    choice = json.loads(response.read(2**22))["choices"][0]
-                    probability_of_1(choice)  # raises where something else is in the place of the answer
-                    return choice
-            except HTTPError as error:
-                said = " ".join(visible(error.read(300).decode("utf-8", "replace")).split())
-                error.close()
-                problem = f"HTTP {error.code} {error.reason}: {said}".replace(self.key or "\0", "(the key)")
-                if error.code in (400, 422) and asked:
-                    self.logprobs = False  # tried once more without; what is wrong otherwise comes back
-                    continue
-                if error.code == 404:
-                    problem += " (is it the right --model, and does the address end in /v1?)"
-                if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise UserError(f"{self.url}: {problem}") from None
-                later = error.headers.get("Retry-After")
-            except (OSError, HTTPException) as error:
-                problem = f"cannot be reached: {getattr(error, 'reason', error) or type(error).__name__}"
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                problem = "its answer is no chat completion of OpenAI's API"
-            if wait is None:
-                raise UserError(f"{self.url}: {problem} (what was answered is kept: the same command goes on)")
-            time.sleep(max(wait, min(60, seconds_until(later))))
-
-
-def seconds_until(later):
-    """The seconds that a Retry-After header asks for, which gives a number or a date; 0 for anything else."""
-    try:
-        return max(0.0, float(later) if re.fullmatch("[0-9.]+", later) else
-                   parsedate_to_datetime(later).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def vader():
@@ -260,17 +200,17 @@ def position_card(pairs):
 
 
 def people_pairs(cfg):
-    """Held-out pairs that people's ratings order: of movie reviews, drawn at random, where domains and samples are
-    named."""
+    """Held-out pairs that people ordered; of the built-in data, random pairs of film reviews, as the task is."""
     rows = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
-    rows = [row for row in rows if row.get("domain", "movie") == "movie" and row.get("sample", "random") == "random"]
+    if any(row.get("domain") == "movie" for row in rows):
+        rows = [row for row in rows if row.get("domain") == "movie" and row.get("sample") == "random"]
     order = torch.randperm(len(rows), generator=generator(cfg.seed)).tolist()
     return [rows[i] for i in order[:cfg.pairs_count or len(rows)]]
 
 
 def people_card(rows, probabilities):
-    """Agreement with people on pairs {"prompt", "chosen", "rejected"}: share() of the averaged preference, and of each
-    of the two orders alone, where a coin (the row's number) says which response stood first."""
+    """Agreement with people on pairs {"prompt", "chosen", "rejected"}: share() of the averaged preference, and of one
+    order alone, in which every other pair has the chosen response first."""
     texts = {text: i for i, text in enumerate(sorted({row[side] for row in rows for side in ("chosen", "rejected")}))}
     ends = torch.tensor([[texts[row["chosen"]], texts[row["rejected"]]] for row in rows])
     single = [pair[number % 2] for number, pair in enumerate(probabilities)]
@@ -280,7 +220,7 @@ def people_card(rows, probabilities):
 
 
 def print_card(card, people):
-    """What agreement.json holds, in two or three lines."""
+    """What agreement.json holds, in a few lines."""
     if "people" in card:
         for name in ("both orders", "one order"):
             print("agrees with people on {pairs} held-out pairs, {name}: {accuracy:.3f} ({0:.3f} to {1:.3f})".format(
@@ -296,11 +236,17 @@ def rank(samples, cfg, folder):
     """Rank the samples by a server or by VADER: answers.jsonl, rankings.jsonl, and agreement.json, how far it agrees
     with people and with itself."""
     check_positive(cfg, "max_calls", "parallel", "timeout", or_zero=("pairs_count",))
-    machine = cfg.labeler == "vader"
-    prefer, rows = vader() if machine else Server(cfg, folder), people_pairs(cfg)
+    check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
+    rules, rows = cfg.labeler == "vader", people_pairs(cfg)
+    labeler = "vader" if rules else cfg.model
+    check(not (rules and cfg.dry_run), "--dry-run is for a server: --labeler vader calls none")
+    stage = None if cfg.dry_run else Stage(cfg, "samples", *(["pairs"] if rows else []), *([] if rules else ["rubric"]),
+                                           folder=folder)  # which locks the folder
+    check_owner(folder, labeler)
+    prefer = vader() if rules else Server(cfg, folder)
     human = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     asked = [[(row["prompt"], a, b) for a, b in itertools.combinations(row["responses"], 2)] for row in samples]
-    if not machine:
+    if not rules:
         everything = both_ways([*human, *itertools.chain(*asked)])
         new = prefer.missing(everything)
         print(f"{len(new):,} calls ({len(human)} pairs of people's, {sum(map(len, asked)):,} of samples, both orders; "
@@ -308,22 +254,21 @@ def rank(samples, cfg, folder):
         if cfg.dry_run:
             print(f"\n---- the first of them:\n{visible(question(prefer.rubric, *(new or everything)[0]))}\n----")
             return
-    stage = Stage(cfg, "samples", *(["pairs"] if rows else []), *([] if machine else ["rubric"]), folder=folder)
-    check((folder / "answers.jsonl").exists() or not (folder / "rankings.jsonl").exists(),
-          f"{folder} holds another labeler's work: change --out")
     stage.open()
-    labeler, answers, ways, card, capped = "vader" if machine else cfg.model, [], [], {}, False
+    if not rules:
+        prefer.mend()
+    answers, ways, card, capped = [], [], {}, False
     try:
         if human:
             card["people"] = people_card(rows, both_orders(prefer, human))
         for row, pairs in zip(progress(samples, "rank"), asked):
-            start, probabilities = time.monotonic(), both_orders(prefer, pairs)
+            probabilities = both_orders(prefer, pairs)
             numbers = itertools.combinations(range(1, len(row["responses"]) + 1), 2)
             preferences = [[i, j, round(average(p, q), 4)] for (i, j), (p, q) in zip(numbers, probabilities)]
             ways += probabilities
             answers.append({"id": row["id"], "prompt": row["prompt"], "labeler": labeler, "shown": row["responses"],
                             "order": write_order(expected_wins(len(row["responses"]), preferences)),
-                            "preferences": preferences, "seconds": round(time.monotonic() - start, 3)})
+                            "preferences": preferences})
     except Enough:
         capped = True
     card["samples"] = position_card(ways)

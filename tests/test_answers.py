@@ -86,7 +86,24 @@ def test_a_cut_last_line_is_left_out_with_a_line(folder, capsys):
     assert capsys.readouterr().out.count("the last line was cut short and is left out") == 1
 
 
+def test_a_line_that_is_cut_within_a_letter(folder, capsys):
+    """é is two bytes: half of it is no UTF-8, and a labeler who was stopped there could not go on."""
+    path = folder / "ann.jsonl"
+    path.write_bytes(path.read_bytes() + '{"id": "s3", "prompt": "é'.encode()[:-1])
+    assert len(merged(folder, "ann.jsonl")[0]) == 2 and "cut short" in capsys.readouterr().out
+
+
+def test_merge_does_not_drop_what_its_folder_holds(folder):
+    """bob's file merged into ann's folder, and ann's answers gone."""
+    merged(folder, "ann.jsonl")
+    with pytest.raises(UserError, match="holds 2 answers that are in none of the files"):
+        merged(folder, "bob.jsonl")
+    assert len(merged(folder, "out/answers.jsonl", "bob.jsonl")[0]) == 4
+
+
 @pytest.mark.parametrize("row, message", [
+    ({**given("cy", SAMPLES[0], "1 2 3"), "preferences": [[1, 4, 0.5]]}, "preferences: expected"),
+    ({**given("cy", SAMPLES[0], "1 2 3"), "preferences": ["x"]}, "preferences: expected"),
     (given("ann", SAMPLES[0], "1 2 3"), r"id: 'ann' has answered 's0' otherwise in .*ann\.jsonl"),
     ({**given("cy", SAMPLES[0], "1 2 3"), "id": "new"}, r"id: 'new' is not in .*samples\.jsonl"),
     ({**given("cy", SAMPLES[0], "1 2 3"), "prompt": "Other"}, "id: 's0' has other texts in"),
@@ -99,7 +116,7 @@ def test_a_cut_last_line_is_left_out_with_a_line(folder, capsys):
     ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3", " b 3"], "ties": [" c 3"]},
      "ties: expected"),
     ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3"]}, "responses: 1 of them"),
-    ({"id": "s3"}, "prompt: missing"), ([], "expected an answer, found list")])
+    ({"id": "s3"}, "prompt: missing"), ([], "expected an object with id, .*found list")])
 def test_what_does_not_fit_is_refused_by_its_line(folder, row, message):
     (folder / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(given("cy", SAMPLES[1], "1 2 3")) + "\n")
     with pytest.raises(UserError, match=r"bad\.jsonl:1: " + message):
@@ -159,7 +176,7 @@ def test_blind_result_by_hand(evaluation, capsys):
     choice = {1.0: "ppo", 2.0: "=", -1.0: "ppo", 0.5: ""}
     path = answered(evaluation, [choice[margin] for margin in order])
     blind.main(blind.Config(ask=str(path), out=str(evaluation)))
-    row = json.loads((evaluation / "ask-sft-ppo/result.json").read_text())["labelers"]["ann"]
+    row = json.loads((evaluation / "ask-sft-ppo/result-ann.json").read_text())
     assert row["win_rate"] == pytest.approx((1 + 0.5 + 1) / 3, abs=1e-4) and row["answers"] == 3
     assert (row["ties"], row["skipped"], row["judged"], row["judge_agrees"]) == (1, 1, 2, 0.5)
     assert row["judge_win_rate"] == pytest.approx(2 / 3, abs=1e-4)
@@ -183,8 +200,9 @@ def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ({"between": "sft,gpt"}, "expected two of sft, ppo, dpo"), ({"between": "sft"}, "expected two"),
-    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"),
+    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"), ({"ask": "answers-x.jsonl"}, "no such file"),
     ({"count": 0}, "--count"), ({"out": "no"}, "no such file")])
 def test_blind_errors(evaluation, flags, message):
     with pytest.raises(UserError, match=message):
         blind.main(blind.Config(**{"ask": "ann", "out": str(evaluation), **flags}))
+    assert not (evaluation / "ask-sft-ppo").exists()

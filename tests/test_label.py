@@ -172,7 +172,7 @@ def test_ranking_errors_write_nothing(folder, tmp_path):
     write_jsonl(tmp_path / "far/ratings.jsonl", [{"prompt": "", "responses": ["a", "b"], "means": [1, 2]}])
     write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "", "responses": ["a", "b"]}])
     for flags, message in [({"noise": -1.0}, "--noise"), ({"noise": math.nan}, "--noise"),
-                           ({"labeler": "no/where"}, "no checkpoint"),
+                           ({"labeler": "no/where"}, "no checkpoint"), ({"labeler": "Zoë"}, "no folder, and no name"),
                            ({"labeler": str(folder / "lm")}, "expected reward"), ({"samples": "x"}, "no such file"),
                            ({"samples": str(tmp_path / "twice.jsonl")}, "id: the same one twice"),
                            ({"calibrate": str(tmp_path / "far/ratings.jsonl")}, "summary.json: no temperature"),
@@ -262,8 +262,9 @@ def test_none_is_acceptable_and_the_order_still_counts(folder, tmp_path, monkeyp
 
 def test_one_number_decides_between_two(folder, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "samples.jsonl", [{**row, "responses": row["responses"][:2]} for row in SAMPLES])
-    rows, rankings = person(tmp_path, tmp_path / "out", monkeypatch, "2", "1!", "1=2", "3", "s")
+    rows, rankings = person(tmp_path, tmp_path / "out", monkeypatch, "2", "1 !", "=", "3", "s!")
     assert [row["order"] for row in rows] == ["2 1", "1 2", "1=2", ""] and len(rankings) == 2
+    assert [row.get("acceptable") for row in rows] == [None, False, None, None]
 
 
 def test_skip_undo_and_invalid_answers(folder, tmp_path, monkeypatch, capsys):

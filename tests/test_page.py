@@ -5,7 +5,6 @@ import re
 import shutil
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -161,7 +160,7 @@ def test_order_undo_reload_save_and_merge(start_browser, folder):
     assert rater.find("#count").text == "5 of 5"
     for _, text in rater.shown()[::-1]:  # by taps, the last shown first
         next(pick for pick in browser.find_elements("css selector", ".pick") if text in pick.text).click()
-    rater.find("#next").click()
+    rater.keys(["\ue007"])  # Enter goes on, although the response that was tapped last has the focus
     assert rater.find("#end").is_displayed()
     path = rater.save(downloads, "ann")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -200,6 +199,42 @@ def test_the_keyboard_alone_suffices(start_browser, folder):
         rater.keys([tab])
     rater.keys([enter])
     assert rater.find("#count").text == "2 of 5"
+
+
+def test_two_tabs_and_a_browser_that_keeps_nothing(start_browser, folder):
+    """Answers of one tab that another overwrites; answers lost to a click on the own name where storage is off."""
+    browser = start_browser(folder / "downloads")
+    one = Rater(browser, folder / "a page.html", "ann")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    two = Rater(browser, folder / "a page.html")
+    second = browser.current_window_handle
+    browser.switch_to.window(first)
+    one.keys(["1", "2", "3", "4", "\ue007"] * 3)
+    time.sleep(0.5)  # until the browser's other processes know
+    browser.switch_to.window(second)
+    two.keys(["4", "3", "2", "1", "\ue007"])  # of the first sample, which the other tab has answered, too
+    assert two.find("#save").text == "Save 3 answers" and two.find("#count").text == "4 of 5"
+    time.sleep(0.5)
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": """
+        Storage.prototype.setItem = () => { throw new DOMException("full", "QuotaExceededError"); };"""})
+    three = Rater(browser, folder / "a page.html")
+    three.keys(["1", "2", "3", "4", "\ue007"])
+    assert "keeps nothing" in three.status() and three.find("#save").text == "Save 4 answers"
+    three.find("#rename").click()
+    three.find("#who button").click()
+    assert three.find("#save").text == "Save 4 answers"
+
+
+def test_moving_by_hand_keeps_the_other_ties(start_browser, folder):
+    """1=2=3 4: with 2 at the end, 1 and 3 are still tied."""
+    rater = Rater(start_browser(folder / "downloads"), folder / "a page.html", "gus")
+    rater.keys(["1", "=", "2", "=", "3", "4"])
+    for _ in range(2):
+        rater.find("#list li .tools button[aria-label='Response 2: move down']").click()
+    rater.keys(["\ue007"])
+    row, = [json.loads(line) for line in rater.save(folder / "downloads", "gus").read_text().splitlines()]
+    assert row["order"] == "1=3 4 2"
 
 
 def test_everything_has_a_name_and_enough_contrast(start_browser, folder):
@@ -265,6 +300,7 @@ def test_pairs_are_answered_by_one_key(start_browser, tmp_path):
     rater = Rater(start_browser(tmp_path), tmp_path / "p.html", "flo")
     texts = [text for _, text in rater.shown()]
     rater.keys(["2", "=", "s"])
+    time.sleep(0.3)  # sooner it would be the second half of a double click
     rater.find("#list li:first-child .pick").click()
     assert rater.find("#end").is_displayed()
     rows = [json.loads(line) for line in rater.save(tmp_path, "flo").read_text().splitlines()]

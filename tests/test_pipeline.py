@@ -10,23 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import faults
-import hh
 import reviews
-import test_hh
-from data import load_tokenizer
-from test_gpt2 import small_gpt2
 from test_reviews import pack, small_source
 
 ROOT = Path(__file__).parent.parent
 
 
-def train_all(folder, preset="smoke", *flags, **variables):
+def train_all(folder, preset="smoke", *flags, script="train_all.sh", **variables):
     """bash train_all.sh from another folder, with its data and output in paths that hold a space."""
-    return subprocess.run(["bash", str(ROOT / "train_all.sh"), preset, *flags], cwd=folder, capture_output=True,
-                          text=True, timeout=300,
+    return subprocess.run(["bash", str(ROOT / script), preset, *flags], cwd=folder, capture_output=True, text=True,
+                          timeout=300,
                           env={**os.environ, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
                                "OUT": str(folder / "the output"), **variables})
 
@@ -133,36 +128,23 @@ def test_unknown_preset(tmp_path):
     assert result.returncode == 2 and "smoke takes no flags" in result.stderr
 
 
-def test_gpt2_and_dialogues(tmp_path_factory, checkpoints):
-    """The preset hh: a flag that is gone, a report that needs a labeler, or long prompts that break a stage."""
-    folder = tmp_path_factory.mktemp("hh")
-    source = test_hh.write(folder / "dialogues.jsonl", test_hh.conversations(1, 120))
-    hh.main(hh.Config(train=str(source), out=str(folder / "the data")))
-    vocab = load_tokenizer(checkpoints.vocab)
-    base = small_gpt2(folder / "a GPT-2", **{"wte.weight": 0.1 * torch.randn(vocab.n_vocab, 8),
-                                             "wpe.weight": 0.1 * torch.randn(1024, 8)})
-    shutil.copy(checkpoints.vocab, base / "vocab.tiktoken")
-    result = train_all(folder, "hh", "--init", str(base), STEPS="smoke")
+def test_other_labelers(finished):
+    """labelers.sh: a labeler that is left out without a word, or a report that does not compare."""
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not there: pip install -r tests/requirements.txt")
+    out = finished[0] / "the output"
+    few, many = out / "label-few words", out / "label-ann"
+    rankings = (out / "label" / "rankings.jsonl").read_text().splitlines()
+    for folder, lines in ((few, rankings[:3]), (many, rankings[3:])):
+        folder.mkdir()
+        (folder / "rankings.jsonl").write_text("".join(line + "\n" for line in lines))
+    result = train_all(finished[0], script="labelers.sh")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    out = folder / "the output"
-    stages = ["base", "sft", "judge", "reward", "dpo", "ppo", "evaluate"]
-    assert sorted(path.parent.name for path in out.glob("*/done.json")) == sorted(stages)
-    assert json.loads((out / "ppo" / "config.json").read_text())["model"]["block_size"] == 512
-    results = json.loads((out / "evaluate" / "results.json").read_text())
-    assert "labeler" not in results["policies"]["ppo"] and set(results["reward_models"]) == {"proxy", "judge"}
-    assert "| sft | - | - |" in (out / "evaluate" / "report.md").read_text()
-
-
-def test_gpt2_on_ratings(finished):
-    """The preset gpt2: stages that do not fit a base model which was not trained here. It comes from an export."""
-    folder = finished[0] / "gpt2"
-    folder.mkdir()
-    subprocess.run([sys.executable, str(ROOT / "export.py"), str(finished[0] / "the output" / "base"),
-                    str(folder / "a base")], check=True)
-    result = train_all(folder, "gpt2", "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke",
-                       DATA=str(finished[0] / "the data"))
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert json.loads((folder / "the output" / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
+    assert "label-few words/rankings.jsonl has fewer than 10 rankings: left out" in result.stdout
+    results = json.loads((out / "labelers" / "results.json").read_text())
+    assert set(results["labelers"]) == {"ppo", "ppo-ann", "ppo-vader"}
+    assert "## Who ranked" in (out / "labelers" / "report.md").read_text()
+    facts = json.loads((out / "agreement" / "report.json").read_text())
+    assert set(facts["labelers"]) == {"labeler", "vader"}
 
 
 def test_sample_with_scores(finished):

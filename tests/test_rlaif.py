@@ -12,6 +12,7 @@ import torch
 
 import label
 import rlaif
+import server as server_module
 from answers import ranking_of
 from common import UserError
 from data import write_jsonl
@@ -132,7 +133,11 @@ class Stub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """The stub, at work; its address is server.url. Waiting takes no time."""
-    monkeypatch.setattr(rlaif.time, "sleep", lambda seconds: stub.waits.append(seconds))
+    class Quick(threading.Event):
+        def wait(self, timeout=None):
+            stub.waits.append(timeout)
+
+    monkeypatch.setattr(server_module, "Event", Quick)
     monkeypatch.delenv("LABELER_API_KEY", raising=False)
     stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     stub.plan, stub.seen, stub.waits, stub.logprobs = [], [], [], ""
@@ -213,6 +218,38 @@ def test_a_slow_server_is_asked_again(tmp_path, server, monkeypatch):
     assert server.waits == [1]
 
 
+def test_a_question_that_the_server_refuses_is_left_unread(tmp_path, server):
+    """One text that is too long for the server, and no run ever ends."""
+    server.plan = [(200, {}, None)] * 3 + [(400, {}, "too long")] * 2
+    rows = ranked(tmp_path, server.url, parallel=1)
+    assert len(rows) == 3 and json.loads((tmp_path / "out/agreement.json").read_text())["people"]["unread"] == 1
+    calls = [json.loads(line) for line in (tmp_path / "out/calls.jsonl").read_text().splitlines()]
+    assert [call["text"] for call in calls if call["first"] is None] == ["HTTP 400 Bad Request: too long"]
+    assert all(body.get("logprobs") for _, _, body in server.seen[5:])  # that was not for the log-probabilities
+
+
+def test_a_small_cap_and_a_cap_on_tries(tmp_path, server):
+    """A cap below what is asked at once, that never comes on; and tries that are paid but not counted."""
+    for calls in (3, 6, 9):
+        ranked(tmp_path, server.url, max_calls=3)
+        assert len(server.seen) == calls
+    server.plan = [(500, {}, "")] * 50
+    ranked(tmp_path, server.url, max_calls=4)
+    assert len(server.seen) == 13
+
+
+def test_another_labelers_answers_are_not_overwritten(tmp_path, server, monkeypatch):
+    """A person's evening, lost to a machine that was given the same folder."""
+    monkeypatch.setattr(rlaif, "vader", lambda: lambda pairs: [0.5] * len(pairs))
+    before = [dict(id="s0", prompt="The film 0", labeler="ann", shown=SAMPLES[0]["responses"], order="1 2 3 4", seconds=1)]
+    (tmp_path / "out").mkdir()
+    write_jsonl(tmp_path / "out/answers.jsonl", before)
+    for labeler in ("vader", server.url):
+        with pytest.raises(UserError, match="another labeler's work"):
+            ranked(tmp_path, labeler)
+    assert json.loads((tmp_path / "out/answers.jsonl").read_text()) == before[0]
+
+
 @pytest.mark.parametrize("wrong, message, tries", [
     ((401, {}, "bad key"), "HTTP 401 Unauthorized: bad key", 1), ((404, {}, ""), "does the address end in /v1", 1),
     ((302, {"Location": "http://127.0.0.1:1/steal"}, ""), "HTTP 302", 1),
@@ -239,11 +276,11 @@ def test_nobody_there_is_one_line(tmp_path, server):
 def test_the_cap_stops_and_the_same_command_goes_on(tmp_path, server, capsys):
     """A cap that is overrun, or a run that asks and pays twice."""
     assert len(ranked(tmp_path, server.url, max_calls=10 + 12 + 5)) == 1
-    assert len(server.seen) == 22 and not (tmp_path / "out/done.json").exists()
+    assert len(server.seen) == 27 and not (tmp_path / "out/done.json").exists()
     assert "stopped at --max-calls 27: 1 of 3 samples are ranked" in capsys.readouterr().out
     path = tmp_path / "out/calls.jsonl"
     path.write_bytes(path.read_bytes()[:-9])  # killed while writing: this one is asked again
-    assert len(ranked(tmp_path, server.url, max_calls=100)) == 3 and len(server.seen) == 22 + 25
+    assert len(ranked(tmp_path, server.url, max_calls=100)) == 3 and len(server.seen) == 46 + 1
     assert (tmp_path / "out/done.json").exists()
 
 
@@ -261,10 +298,10 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, serv
     monkeypatch.setenv("LABELER_API_KEY", "sk-secret")
     ranked(tmp_path, server.url)
     assert all(headers["Authorization"] == "Bearer sk-secret" for _, headers, _ in server.seen)
-    server.plan = [(403, {}, "the key sk-secret is not valid")]
+    server.plan = [(403, {}, "x" * 280 + " the key sk-secret is not valid")]
     with pytest.raises(UserError) as error:
         ranked(tmp_path, server.url, out=str(tmp_path / "second"), parallel=1)
-    assert "sk-secret" not in str(error.value) and "(the key) is not valid" in str(error.value)
+    assert "sk-secret" not in str(error.value) and "sk-" not in str(error.value) and "(the key)" in str(error.value)
     server.plan, asked = [(307, {"Location": f"{server.url}/thief"}, "")], len(server.seen)
     with pytest.raises(UserError, match="HTTP 307"):
         ranked(tmp_path, server.url, out=str(tmp_path / "second"), parallel=1)
@@ -273,7 +310,10 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(tmp_path, serv
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     for url, message in [("http://example.org/v1", "over https only"),
                          ("http://u:sk-secret@127.0.0.1/v1", "LABELER_API_KEY"),
-                         ("ftp://host/v1", "not an http"), ("http:///v1", "not an http")]:
+                         ("http://:sk-secret@127.0.0.1/v1", "LABELER_API_KEY"),
+                         ("ftp://u:sk-secret@host/v1", "LABELER_API_KEY"), ("ftp://host/v1", "not an http"),
+                         ("http:///v1", "not an http"), ("http://[bad/v1", "not an address"),
+                         ("http://localhost:abc/v1", "not an address"), ("https://ho st/v1", "not an http")]:
         with pytest.raises(UserError, match=message) as error:
             ranked(tmp_path, url, out=str(tmp_path / "third"))
         assert "sk-secret" not in str(error.value)
