@@ -10,13 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
 [ $# = 0 ] || shift
-case $preset in
-  tiny|smoke) ;;
-  *) echo "error: no preset '$preset' here (tiny, smoke)" >&2; exit 2 ;;
-esac
-[ -f "${OUT:-out/$preset}/evaluate/done.json" ] || { echo "error: ${OUT:-out/$preset} holds no finished run: bash train_all.sh $preset comes first" >&2; exit 2; }
+on_top=yes
 . ./stages.sh
-DATA=${DATA:-data/reviews}  # not before stages.sh, which compares it with train_all.sh's
 
 reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epochs, 80 steps at least (see study.sh)
   local epochs=$((80 * 16 / $3))

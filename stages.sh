@@ -1,5 +1,13 @@
-# Sourced by train_all.sh and study.sh, with the preset in $preset and its flags in $@: the folders of the run, and how a
-# stage is run. Leaves OUT, SEED, STEPS, FLAGS as train_all.sh explains them, and refuses a folder of another run.
+# Sourced by train_all.sh, study.sh and labelers.sh, with the preset in $preset and its flags in $@: the folders of the run,
+# and how a stage is run. Leaves OUT, SEED, STEPS, FLAGS as train_all.sh explains them, and refuses a folder of another run.
+# on_top=yes: for scripts that go on from a finished train_all.sh.
+if [ -n "${on_top:-}" ]; then
+  case $preset in
+    tiny|smoke) ;;
+    *) echo "error: no preset '$preset' here (tiny, smoke: the numbers in this script were chosen for these)" >&2; exit 2 ;;
+  esac
+  [ -f "${OUT:-out/$preset}/evaluate/done.json" ] || { echo "error: ${OUT:-out/$preset} holds no finished run: bash train_all.sh $preset comes first" >&2; exit 2; }
+fi
 case $preset in tiny|smoke) [ $# = 0 ] || { echo "error: $preset takes no flags, found: $*" >&2; exit 2; } ;; esac
 . ./setup.sh
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
@@ -7,6 +15,8 @@ mkdir -p "$OUT"
 made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
 [ -s "$OUT/made" ] || { echo "$made" > "$OUT/made.tmp"; mv "$OUT/made.tmp" "$OUT/made"; }
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
+
+[ -z "${on_top:-}" ] || DATA=${DATA:-data/reviews}  # not before "made" was compared, which has it only if it was given
 
 script() {  # script NAME SCRIPT [FLAGS]
   local name=$1 code=0; shift

@@ -10,13 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
 [ $# = 0 ] || shift
-case $preset in
-  tiny|smoke) ;;
-  *) echo "error: no preset '$preset' here (tiny, smoke: the numbers below were chosen for these)" >&2; exit 2 ;;
-esac
-[ -f "${OUT:-out/$preset}/evaluate/done.json" ] || { echo "error: ${OUT:-out/$preset} holds no finished run: bash train_all.sh $preset comes first" >&2; exit 2; }
+on_top=yes
 . ./stages.sh
-DATA=${DATA:-data/reviews}  # not before stages.sh, which compares it with train_all.sh's
 
 reward() {  # reward NAME RANKINGS [FLAGS]
   stage "study/$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" \
