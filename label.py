@@ -291,10 +291,9 @@ def rank(cfg):
         rlaif.rank(samples, cfg, folder)
     elif not person:
         rank_by_model(samples, cfg, folder)
-    else:
-        if any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
-            reward = folder.parent / folder.name.replace("label", "reward", 1)
-            print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
+    elif any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
+        reward = folder.parent / folder.name.replace("label", "reward", 1)
+        print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
 
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),
