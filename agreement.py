@@ -4,9 +4,10 @@
 
 FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after label.py merge. Prints tables, writes
 them to report.md and the numbers to report.json. Two labelers agree on a pair of responses if both put the same one
-first; pairs that either ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over samples.
-Bradley-Terry (1952): how noisy a labeler is around a reward model, P(i above j) = sigmoid((score_i - score_j) /
-temperature), by maximum likelihood. Intervals: 95 %, bootstrap over samples.
+first; pairs that either ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over the samples in
+which neither ties all. Bradley-Terry (1952): how noisy a labeler looks around a reward model, whose errors count as the
+labeler's noise: P(i above j) = sigmoid((score_i - score_j) / temperature), by maximum likelihood. Intervals: 95 %,
+bootstrap over samples.
 """
 import itertools
 import json
@@ -52,7 +53,7 @@ def signs(levels):
 def tau_b(one, two):
     """Kendall's tau-b of two labelers' signs of the same pairs; None if one of them ties all."""
     pairs = one.keys() & two.keys()
-    untied = [sum(abs(signs[pair]) for pair in pairs) for signs in (one, two)]
+    untied = [sum(abs(side[pair]) for pair in pairs) for side in (one, two)]
     return sum(one[pair] * two[pair] for pair in pairs) / math.sqrt(untied[0] * untied[1]) if all(untied) else None
 
 
@@ -140,9 +141,9 @@ def score_answers(folder, texts, device, autocast):
 
 
 def noise(answers, scores):
-    """Bradley-Terry: the temperature, in units of the reward model's score, and the mean log-likelihood of a labeler's
-    untied pairs, nats; {} if there are none. A coin has -0.693. The
-    temperature is None where they do not go along with the scores at all."""
+    """Bradley-Terry: the temperature, in units of the reward model's score, and the mean log-likelihood per untied
+    pair, nats (a coin: -0.693); {} without such pairs. The temperature is None if they go against the scores on average.
+    """
     margins = [scores[answer["prompt"], better] - scores[answer["prompt"], worse] for answer in answers
                for one, two in itertools.combinations(levels_of(answer), 2) for better in one for worse in two]
     if not margins:
@@ -153,9 +154,10 @@ def noise(answers, scores):
     return {"temperature": temperature if margins.mean() > 0 else None, "log_likelihood": round(likelihood, 4)}
 
 
-def size_and_accuracy(folder):
-    """Of a reward model: the file and number of the rankings that it learned from, and its accuracy on held-out
-    rankings and, where the report card has them, on people's pairs of film reviews. None if its folder does not say."""
+def learned(folder):
+    """What a reward model has learned from, and how well: {"train": file, "labelers", "rankings": how many, without
+    those held out, "held-out rankings" and, where its report card has them, "people": accuracies}. None if its folder
+    does not say."""
     try:
         card = json.loads((Path(folder) / "report_card.json").read_text())
         stage = json.loads((Path(folder) / "config.json").read_text())["stage"]
@@ -163,16 +165,18 @@ def size_and_accuracy(folder):
         if not stage["test"]:
             seed = stage["seed"] if stage["split_seed"] == -1 else stage["split_seed"]
             rows, _ = split_by_prompt(rows, stage["test_share"], seed)
+        rows = rows[:stage["limit"] or len(rows)]
         people = card.get("human comparisons", {}).get("movie, random", {}).get("reward model", {})
-        return {"train": stage["train"], "rankings": min(stage["limit"] or len(rows), len(rows)),
-                "held-out rankings": card["held-out rankings"]["accuracy"],
+        labelers = list(dict.fromkeys(str(row.get("labeler", "people")) for row in rows))
+        return {"train": stage["train"], "labelers": labelers, "rankings": len(rows), "held-out rankings": card["held-out rankings"]["accuracy"],
                 **({"people": people["accuracy"]} if people else {})}
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def per_doubling(sizes, values):
-    """Least squares of values on log2(sizes): (slope per doubling, its standard error); sizes: three or more."""
+    """Least squares of values on log2(sizes), three or more: (slope per doubling, its standard error). The error is
+    that of the fit alone: neither the draw of the held-out set nor that of the rankings is in it."""
     x = [math.log2(size) for size in sizes]
     mean, slope = statistics.mean(x), statistics.linear_regression(x, values).slope
     offset = statistics.mean(values) - slope * mean
@@ -225,8 +229,9 @@ def report_lines(facts):
             [[name, row["rankings"], *(f"{row[measure]:.3f}" for measure in measures)] for name, row in sorted(
                 facts["sizes"].items(), key=lambda item: item[1]["rankings"])])]
         for name, (slope, error) in facts["per_doubling"].items():
-            lines += [f"Per doubling, {name}: {100 * slope:+.1f} points (standard error {100 * error:.1f}; Stiennon et "
-                      "al. 2020 found about +1.1 for summaries).", ""]
+            lines += [f"Per doubling, {name}: {100 * slope:+.1f} points (standard error of the fit {100 * error:.1f}).",
+                      ""]
+        lines += ["Stiennon et al. 2020 found about +1.1 points per doubling on human comparisons of summaries.", ""]
     return lines
 
 
@@ -266,15 +271,15 @@ def report(cfg):
                                        **compare(everyone[labeler], own, cfg.bootstrap, random)})
             if found := noise(rows.values(), score):
                 facts["noise"].append({"labeler": labeler, "reward": name, **found})
-    found = {name: row for name, folder in folders.items() if (row := size_and_accuracy(folder))}
-    for train in sorted({row["train"] for row in found.values()}):  # of the same rankings, more or fewer
-        sizes = {name: row for name, row in found.items() if row["train"] == train}
-        if len({row["rankings"] for row in sizes.values()}) < 3:
-            continue
-        facts["sizes"] = sizes
+    found = {name: row for name, folder in folders.items() if (row := learned(folder))}
+    groups = [{name: row for name, row in found.items() if row["train"] == train}  # of the same rankings, more or fewer
+              for train in sorted({row["train"] for row in found.values()})]
+    largest = max(groups, key=lambda rows: len({row["rankings"] for row in rows.values()}), default={})
+    if len({row["rankings"] for row in largest.values()}) > 2:
+        facts["sizes"] = largest
         for measure in ("held-out rankings", "people"):
-            if all(measure in row for row in sizes.values()):
-                points = [(row["rankings"], row[measure]) for row in sizes.values()]
+            if all(measure in row for row in largest.values()):
+                points = [(row["rankings"], row[measure]) for row in largest.values()]
                 facts["per_doubling"][measure] = per_doubling(*zip(*points))
     folder, text = open_folder(cfg.out), visible("\n".join(report_lines(facts)))
     write_json(folder / "report.json", facts)

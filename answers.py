@@ -1,8 +1,9 @@
 """What labelers said, in one format, whether they are people at the terminal, people at the page, or machines.
 
-An answer, a line of answers.jsonl: {"id", "prompt", "labeler", "shown", "order", "seconds"}. shown holds the sample's
-responses as the labeler saw them; order has their numbers, best first: "3=1 4 2" says that 3 and 1 are equally good,
-"" that the sample was skipped. "acceptable": false is there if the labeler would accept none of them.
+An answer, a line of answers.jsonl: {"id", "prompt", "labeler", "shown", "order"}. shown holds the sample's responses as
+the labeler saw them; order has their numbers, best first: "3=1 4 2" says that 3 and 1 are equally good, "" that the
+sample was skipped. People's have "seconds", too, and "acceptable": false if they would accept none of them; machines'
+have "preferences": [[i, j, p], ...], shown response i is better than j with probability p.
 
 A ranking, a line of rankings.jsonl, is what reward.py and dpo.py train on: {"id", "prompt", "responses", "ties",
 "labeler"}. Tied responses must not become pairs to train on: "responses" has one of each tie, the first shown (in a
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import write_atomic
 from common import check, generator
 from data import check_text, checked, read_jsonl, read_rows, read_text, write_jsonl
 from runs import open_folder
@@ -78,7 +80,7 @@ def write_answers(folder, answers):
 
 def how_to_train(rankings, reward):
     """The command that trains a reward model on a file of rankings. Few rankings take more passes, so that there are 80
-    steps or so: with 42 and 167 rankings that had the best held-out accuracy (study.sh)."""
+    steps or so: with 42 and 167 rankings the best held-out accuracy was there, of a few tries in seed 1 (study.sh)."""
     count = read_text(rankings).count("\n")
     epochs = f" --epochs {80 * 16 // count}" if 80 * 16 // count > 2 else ""
     return f"python reward.py --train {shlex.quote(str(rankings))}{epochs} --out {shlex.quote(str(reward))}"
@@ -119,6 +121,13 @@ def uncut(path):
         return text
 
 
+def mend(path):
+    """Remove a last line that was cut short from a file, if there is one, so that others can follow it."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        text = uncut(path)
+        write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def check_answer(row):
     """The row, if it is an answer or a ranking; else ValueError "field: problem"."""
     asked = "order" in row or "shown" in row
@@ -135,11 +144,15 @@ def check_answer(row):
         raise ValueError("ties: expected lists of two or more responses")
     for text in (text for tie in ties for text in tie):
         check_text(text, "ties")
-    numbers = range(1, len(row.get("shown", [])) + 1)
-    for preference in row.get("preferences", []):
-        if not (isinstance(preference, list) and len(preference) == 3 and preference[0] in numbers and preference[1] in
-                numbers and isinstance(preference[2], (int, float)) and 0 <= preference[2] <= 1):
-            raise ValueError("preferences: expected [number, number, probability]")
+    preferences, numbers = row.get("preferences", []), range(1, len(row.get("shown", [])) + 1)
+    if not isinstance(preferences, list) or not all(isinstance(each, list) and len(each) == 3 for each in preferences):
+        raise ValueError("preferences: expected [[number, number, probability], ...]")
+    for i, j, p in preferences:
+        known = type(i) is type(j) is int and i in numbers and j in numbers
+        if not (known and type(p) in (int, float) and 0 <= p <= 1):
+            raise ValueError("preferences: expected [[number, number, probability], ...]")
+    if row.get("acceptable", False) is not False:
+        raise ValueError("acceptable: expected false, or that it is not there")
     seconds = row.get("seconds", 0)
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < 1e9:
         raise ValueError("seconds: expected a number, 0 or more")
@@ -153,7 +166,7 @@ def read_answers(path):
 
 
 def check_owner(folder, labeler):
-    """UserError if a folder holds the answers of others, which must not be overwritten."""
+    """UserError if a folder holds the answers of others, or rankings of a stand-in, which must not be overwritten."""
     path = folder / "answers.jsonl"
     answers = read_answers(path) if path.exists() else []
     new = not any((folder / name).exists() for name in ("done.json", "rankings.jsonl"))

@@ -18,8 +18,9 @@ from checkpoint import write_json
 from common import UserError, check, generator
 from data import read_jsonl, write_jsonl
 from estimators import mean_interval
-from label import NAME, rank_by_person, sample_id
+from label import sample_id
 from page import PageConfig, page
+from person import NAME, rank_by_person
 from runs import open_folder
 from terminal import visible
 
@@ -40,13 +41,16 @@ def read_pairs(cfg):
     policies = [name for name in rows[0] if name not in ("prompt", "judge")]
     check(len(names) == 2 and names[0] != names[1] and all(name in policies for name in names),
           f"--between {cfg.between}: expected two of {', '.join(policies)}")
+    pairs = {}
     try:
-        return {sample_id(row["prompt"], texts): {"prompt": row["prompt"], "texts": texts, "margin": margin}
-                for row in shuffled(rows, cfg.seed) if names[0] in row and names[1] in row
-                for texts in [[row[name] for name in names]]
-                for margin in [row["judge"][names[1]] - row["judge"][names[0]]]}
+        for row in shuffled(rows, cfg.seed):
+            if names[0] in row and names[1] in row:  # best-of-n may have answered fewer prompts
+                texts = [row[name] for name in names]
+                pairs[sample_id(row["prompt"], texts)] = {
+                    "prompt": row["prompt"], "texts": texts, "margin": row["judge"][names[1]] - row["judge"][names[0]]}
     except (KeyError, TypeError):
         raise UserError(f"{path}: not from this version's evaluate.py") from None
+    return pairs
 
 
 def result(pairs, answers, cfg):

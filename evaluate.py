@@ -16,17 +16,16 @@ import math
 import platform
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import report
+from agreement import learned
 from checkpoint import write_json
-from common import UserError, check, check_positive, generator, progress, run, set_up
-from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl,
-                  read_rankings, write_jsonl)
+from common import check, check_positive, generator, progress, run, set_up
+from data import check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, read_jsonl, write_jsonl
 from estimators import best_of_kl, distinct_2, expected_best, length_controlled, mean_interval, same_order
 from model import load_model, load_reward, prompt_room, score_many, token_logprobs
 from runs import Stage
@@ -254,17 +253,14 @@ def labelers(folders):
     found = {}
     for name, folder in folders.items():
         try:
-            reward = Path(load_json(folder / "config.json")["stage"]["reward"])
-            stage, card = load_json(reward / "config.json")["stage"], load_json(reward / "report_card.json")
-            rows = [row for path in stage["train"].split(",") for row in read_rankings(path)]
-            rows = rows[:stage["limit"] or len(rows)]
-            names = Counter(Path(str(row.get("labeler", "people"))).name for row in rows)
-            found[name] = {"reward": str(reward), "labeler": ", ".join(names), "rankings": len(rows),
-                           "held-out": card["held-out rankings"],
+            reward = load_json(folder / "config.json")["stage"]["reward"]
+            card, facts = load_json(Path(reward) / "report_card.json"), learned(reward)
+            found[name] = {"reward": reward, "labeler": ", ".join(Path(labeler).name for labeler in facts["labelers"]),
+                           "rankings": facts["rankings"], "held-out": card["held-out rankings"],
                            "people": {sample: card["human comparisons"][sample]["reward model"]
                                       for sample in ("movie, random", "movie, same_sign")
                                       if sample in card.get("human comparisons", {})}}
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
     return found
 

@@ -1,4 +1,4 @@
-"""Labels in two steps, because several labelers may rank the same samples. The first word chooses the step:
+"""Labels: first samples, then rankings, so that several labelers can rank the same. The first word chooses the step:
 
     python label.py sample --model out/tiny/sft          K responses per prompt, drawn from the SFT model
     python label.py rank --labeler out/tiny/labeler      order them best to worst: a reward model in people's place
@@ -17,14 +17,13 @@ Not a regression: its slope shrinks with the labeler's errors, and so would coun
 rankings now differ as people's do, around the labeler's own opinion; how good that opinion is, reward.py measures.
 
 Papers: Luce 1959, Plackett 1975 (rankings); Stiennon et al. 2020; Ouyang et al. 2022 (K responses per prompt).
-What an answer and a ranking are: answers.py. Machines other than reward models: rlaif.py.
+What an answer and a ranking are: answers.py. People: person.py. Machines other than reward models: rlaif.py.
 """
 import hashlib
 import json
 import math
 import re
 import sys
-import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -33,18 +32,17 @@ from pathlib import Path
 import torch
 
 from agreement import ReportConfig, report
-from answers import (MergeConfig, check_owner, how_to_train, levels_of, merge, parse_order, ranking_of, read_answers,
-                     read_samples, shown_to, shuffled, uncut, write_answers, write_order)
-from checkpoint import write_atomic
+from answers import MergeConfig, how_to_train, merge, ranking_of, read_samples, shuffled
 from common import check, check_positive, generator, run, set_up
 from data import encode_prompt, load_tokenizer, read_jsonl, write_jsonl
 from model import load_model, prompt_room, score_many
 from reward import encode_rankings
 from page import PageConfig, page
 from people import read_summary
-from runs import Stage, open_folder
+from person import NAME, rank_by_person
+from runs import Stage
 from sampling import sample_many
-from terminal import HELP, append, ask, show, visible, words_for
+from terminal import visible, words_for
 
 
 @dataclass
@@ -68,7 +66,7 @@ class RankConfig:
     labeler: str = "out/tiny/labeler"  # folder of a reward model, a person's name, vader, or a server's URL
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
     limit: int = 0                     # only the first so many samples; 0: all
-    out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, -NAME behind it for a person
+    out: str = ""                      # folder for rankings.jsonl; empty: out/tiny/label, label-NAME, -vader or -ai
     noise: float = 1.0                 # a reward model's noise, as a multiple of people's disagreement; 0: none
     flip: float = 0.0                  # share of a reward model's rankings that are turned upside down: a bad labeler
     calibrate: str = "data/reviews/rankings_test.jsonl"  # human ratings for the noise, with summary.json beside it
@@ -86,7 +84,6 @@ class RankConfig:
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"  # of a person, as it stands in files and folders
 PRESETS = {"tiny": {},  # of sample; the smoke model has hardly met an end of text
            "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_cut": True},
            "gpt2": {"response_tokens": 24}}
@@ -156,7 +153,7 @@ def noisy_order(scores, temperature, random):
     return (scores + temperature * gumbel).argsort(descending=True, stable=True).tolist()
 
 
-def agreement(margins, temperature, flip=0.0):
+def order_kept(margins, temperature, flip=0.0):
     """Share of pairs, margins (N,) apart in score, that (a noisy and the noiseless, two noisy) rankings order alike."""
     keep = torch.sigmoid(margins.abs() / temperature) if temperature > 0 else torch.ones(1)
     keep = keep * (1 - flip) + (1 - keep) * flip
@@ -206,7 +203,7 @@ def rank_by_model(samples, cfg, folder):
         margins["held-out human sentences"] = torch.pdist(human[:2000, None], p=1)
         print(f"{len(means):,} held-out human sentences: std of ratings {means.std():.3f}, scores {human.std():.3f}; "
               f"temperature {facts['temperature']} in ratings, times noise {cfg.noise:g}, {temperature:.3f} in scores")
-    shares = {name: agreement(part, temperature, cfg.flip) for name, part in margins.items()}
+    shares = {name: order_kept(part, temperature, cfg.flip) for name, part in margins.items()}
     for name, (one, two) in shares.items():
         print(f"{name}: a noisy ranking keeps {one:.3f} of the pairs in order, two noisy ones agree on {two:.3f}")
     if mean_of and "random" in facts["agreement"].get("movie", {}):
@@ -221,79 +218,21 @@ def rank_by_model(samples, cfg, folder):
     stage.finish(rankings=len(rows), temperature=round(temperature, 4), order_kept=round(shares["these samples"][0], 4))
 
 
-def own_answers(path):
-    """The answers that a person has given in a file, [] if there is none. A last line that was cut short is removed."""
-    if not path.exists():
-        return []
-    text = uncut(path)
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return read_answers(path)
-
-
-def rank_by_person(samples, labeler, folder):
-    """Ask for the order of one sample after another; an answer is on disk before the next question. All answers."""
-    check(all(len(row["responses"]) < 10 for row in samples), "a sample has more than nine responses to order")
-    open_folder(folder)  # locked: two terminals must not add to one file
-    path = folder / "answers.jsonl"
-    stored = own_answers(path)
-    check_owner(folder, labeler)
-    ids, row = {sample["id"] for sample in samples}, None
-    if others := sum(answer["id"] not in ids for answer in stored):
-        print(f"{folder} also holds answers to other samples ({others}); they stay")
-    print(HELP)
-    while True:
-        answered = [answer for answer in stored if answer["id"] in ids]
-        done = {answer["id"] for answer in answered}
-        left = [sample for sample in samples if sample["id"] not in done]
-        if left and left[0] is not row:
-            row, start = left[0], time.monotonic()
-            shown = shown_to(labeler, row)
-            show(f"{len(answered) + 1} of {len(samples)}", row["prompt"], shown)
-        reply = ask("> " if left else "\nall answered: u undoes the last, Enter ends > ")
-        if reply == "u" and answered:
-            stored.remove(answered[-1])
-            write_jsonl(path, stored)
-            row = None  # it is asked again
-        elif reply == "q" or not left:
-            break
-        elif reply in ("u", "?"):
-            print(HELP if reply == "?" else "there is nothing to undo")
-        else:
-            try:
-                order = reply.removesuffix("!").strip()
-                if len(shown) == 2:  # one key is enough
-                    order = {"1": "1 2", "2": "2 1", "=": "1=2"}.get(order, order)
-                levels = parse_order(order, len(shown)) if order != "s" else []
-            except ValueError as error:
-                print(f"{error}: try again, or ? for help")
-                continue
-            unacceptable = {"acceptable": False} if levels and reply.endswith("!") else {}
-            stored.append({"id": row["id"], "prompt": row["prompt"], "labeler": labeler, "shown": shown,
-                           "order": write_order(levels), **unacceptable, "seconds": round(time.monotonic() - start, 1)})
-            append(path, stored[-1])
-    write_answers(folder, stored)
-    preferences = sum(len(levels_of(answer)) > 1 for answer in answered)
-    print(f"\n{len(answered)} answered, {preferences} of them with a preference, {len(left)} left; the same command "
-          "goes on, or undoes")
-    return stored
-
-
 def rank(cfg):
     samples = read_samples(cfg.samples, cfg.limit)
     check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
-    person = re.fullmatch(NAME, cfg.labeler) and not Path(cfg.labeler).is_dir()
-    check(person or "/" in cfg.labeler or Path(cfg.labeler).is_dir(), f"--labeler {cfg.labeler}: no folder, and no "
-          "name (letters and digits, then also dots, hyphens, underscores)")
-    name = f"-{cfg.labeler}" if person else "-ai" if "://" in cfg.labeler else ""
-    folder = Path(cfg.out or f"out/tiny/label{name}")
     if "://" in cfg.labeler or cfg.labeler == "vader":
         import rlaif  # only machines need it
-        rlaif.rank(samples, cfg, folder)
-    elif not person:
-        rank_by_model(samples, cfg, folder)
-    elif any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
-        reward = folder.parent / folder.name.replace("label", "reward", 1)
-        print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
+        rlaif.rank(samples, cfg, Path(cfg.out or f"out/tiny/label-{'vader' if cfg.labeler == 'vader' else 'ai'}"))
+    elif "/" in cfg.labeler or Path(cfg.labeler).is_dir():
+        rank_by_model(samples, cfg, Path(cfg.out or "out/tiny/label"))
+    else:
+        check(re.fullmatch(NAME, cfg.labeler), f"--labeler {cfg.labeler}: no folder, and no name (letters and digits, "
+              "then also dots, hyphens, underscores)")
+        folder = Path(cfg.out or f"out/tiny/label-{cfg.labeler}")
+        if any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
+            reward = folder.parent / folder.name.replace("label", "reward", 1)
+            print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
 
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),

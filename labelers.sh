@@ -20,7 +20,7 @@ reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epoc
 }
 
 stage label-vader label.py rank --labeler vader --samples "$OUT/samples/samples.jsonl" --pairs "$DATA/pairs_test.jsonl" --pairs-count 0
-policies=$OUT/ppo files=$OUT/label/rankings.jsonl rewards=$OUT/reward
+policies=$OUT/ppo files=$OUT/label/rankings.jsonl rewards=$OUT/labeler,$OUT/reward
 for rankings in "$OUT"/label-*/rankings.jsonl; do
   name=$(basename "$(dirname "$rankings")")
   name=${name#label-}

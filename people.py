@@ -57,7 +57,8 @@ def person_margins(rows):
 
 
 def fit_temperature(margins):
-    """Maximum-likelihood t, in rating units, of P(prefers i to j) = sigmoid((mean_i - mean_j) / t) (Bradley-Terry).
+    """Maximum-likelihood t, in the unit of the margins, of P(prefers i to j) = sigmoid((mean_i - mean_j) / t)
+    (Bradley-Terry); 100 at most.
 
     The log-likelihood is concave in 1 / t: bisect 1 / t for where its slope, sum of m * sigmoid(-m / t), is 0.
     """

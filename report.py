@@ -217,8 +217,8 @@ def labeler_section(results):
             interval(cell["accuracy"], cell["interval"]) if cell else "-" for cell in cells)
             + f" | {name} | {rate(policy, 'win_rate_judge')} | {rate(policy, 'length_controlled')} | "
               f"{policy['kl']:.2f} |")
-    return lines + ["", "A reward model from each labeler's rankings (a tenth is held out): its accuracy on rankings "
-                    "of its labeler that it has not seen, and on people's held-out comparisons of film reviews (all, "
+    return lines + ["", "A reward model from each labeler's rankings: its accuracy on rankings of its labeler "
+                    "that it has not seen, and on people's held-out comparisons of film reviews (all, "
                     "and those whose means have the same sign), which no labeler here made; and the policy that PPO "
                     "trained on it.", ""]
 
@@ -250,7 +250,7 @@ def report_lines(results):
     if agreement := results["proxy_agreement"]:
         lines += ["On pairs of fresh SFT samples for one prompt, the proxy orders as the others do: " + ", ".join(
             f"{name} {share:.3f}" for name, share in agreement.items()) + " of the pairs.", ""]
-    if len({row.get("reward", name) for name, row in results.get("labelers", {}).items()}) > 1:
+    if len({row["reward"] for row in results.get("labelers", {}).values()}) > 1:
         lines += labeler_section(results)
     if results["others"]:
         lines += ["## Prompts of other kinds", "",

@@ -7,8 +7,9 @@
 
 The method of Lee et al. 2023 (arXiv:2309.00267): a preamble with the rubric, two responses, and the probabilities that
 the model gives to the answers "1" and "2". Which response stands first sways a model, so each pair is asked about both
-ways and the two probabilities averaged. Responses are ranked by the sum of their probabilities to beat each of the
-others. "preferences" in answers.jsonl keeps these as soft labels: [i, j, p], shown response i beats j in a share of p.
+ways and the two probabilities averaged. (The idea is of Bai et al. 2022, Constitutional AI, arXiv:2212.08073.) More
+than two responses, which the paper does not rank, are ordered by the sum of their probabilities to beat each other one.
+"preferences" in answers.jsonl keeps the soft labels.
 
 Every answer of the server is on disk (calls.jsonl) once it is there, and no question is asked twice. The responses come
 from a model and may try to give orders to the one that reads them: nothing here can stop that. Left out on purpose:
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from answers import check_owner, uncut, write_answers, write_order
-from checkpoint import write_atomic, write_json
+from answers import check_owner, mend, uncut, write_answers, write_order
+from checkpoint import write_json
 from common import UserError, check, check_positive, generator, progress
 from data import checked, read_jsonl, read_rows, read_text
 from people import read_summary
@@ -51,7 +52,7 @@ def probability_of_1(choice):
     tokens = (choice.get("logprobs") or {}).get("content") or []
     answers = [token for token in tokens if token["token"].strip() in ("1", "2")]
     for token in answers[:1] or tokens[:1]:  # without an answer: what it might have said at once
-        listed = [(each["token"].strip(), math.exp(min(0.0, each["logprob"])))
+        listed = [(each["token"].strip(), math.exp(min(each["logprob"], 0.0)))  # in this order nan stays nan
                   for each in token.get("top_logprobs") or [token]]
         if not all(p >= 0 for _, p in listed):
             raise ValueError("a log-probability that is no number")
@@ -82,12 +83,6 @@ class Server:
         if first is not None and not (isinstance(first, (int, float)) and 0 <= first <= 1):
             raise ValueError("first: expected a probability or null")
         return row["key"], first
-
-    def mend(self):
-        """Remove a last line of calls.jsonl that was cut short, so that others can follow it."""
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            text = uncut(self.path)
-            write_atomic(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def key_of(self, pair):
         """What an answer is kept under: it depends on everything that was asked, and on whom."""
@@ -168,9 +163,8 @@ def both_orders(prefer, pairs):
 
 
 def average(p, q):
-    """The mean of those of two probabilities that there are; 0.5 if there is none."""
-    given = [x for x in (p, q) if x is not None]
-    return sum(given) / len(given) if given else 0.5
+    """The mean of both orders' probabilities; 0.5 if one is unread: one order alone is mostly a liking for a place."""
+    return 0.5 if p is None or q is None else (p + q) / 2
 
 
 def expected_wins(K, preferences):
@@ -191,10 +185,12 @@ def expected_wins(K, preferences):
 
 def position_card(pairs):
     """How much the order sways: of pairs of probabilities as both_orders gives them, the share with another choice in
-    the other order, the share of choices that went to the first shown, and the number of unread answers."""
+    the other order and the share of choices that went to the first shown, both of the pairs that were decided in both
+    orders ("read"); and the number of answers that could not be read."""
     read = [(p, q) for p, q in pairs if p is not None and q is not None and 0.5 not in (p, q)]
     first = [x for p, q in read for x in (p > 0.5, q < 0.5)]
-    return {"pairs": len(pairs), "flipped": round(sum((p > 0.5) != (q > 0.5) for p, q in read) / max(1, len(read)), 4),
+    return {"pairs": len(pairs), "read": len(read),
+            "flipped": round(sum((p > 0.5) != (q > 0.5) for p, q in read) / max(1, len(read)), 4),
             "first_shown_wins": round(sum(first) / max(1, len(first)), 4),
             "unread": sum(x is None for pair in pairs for x in pair)}
 
@@ -215,21 +211,19 @@ def people_card(rows, probabilities):
     ends = torch.tensor([[texts[row["chosen"]], texts[row["rejected"]]] for row in rows])
     single = [pair[number % 2] for number, pair in enumerate(probabilities)]
     both, one = (torch.tensor([x - 0.5 for x in given]) for given in (
-        [average(*pair) for pair in probabilities], [average(p, None) for p in single]))
+        [average(*pair) for pair in probabilities], [0.5 if p is None else p for p in single]))
     return {"both orders": share(both, ends), "one order": share(one, ends), **position_card(probabilities)}
 
 
-def print_card(card, people):
-    """What agreement.json holds, in a few lines."""
-    if "people" in card:
-        for name in ("both orders", "one order"):
-            print("agrees with people on {pairs} held-out pairs, {name}: {accuracy:.3f} ({0:.3f} to {1:.3f})".format(
-                *card["people"][name]["interval"], name=name, **card["people"][name]))
-        if people:
-            print(f"(one person agrees with the mean of the others on {people:.3f})")
-    for name, part in card.items():
-        print(f"{name}: {part['pairs']} pairs, {part['flipped']:.3f} answered otherwise in the other order, the first "
-              f"shown preferred in {part['first_shown_wins']:.3f}, {part['unread']} answers unread")
+def print_card(name, card):
+    """What agreement.json holds of some pairs, in a few lines."""
+    for way in ("both orders", "one order"):
+        if way in card:
+            print("agrees with people on {pairs} held-out pairs, {way}: {accuracy:.3f} ({0:.3f} to {1:.3f})".format(
+                *card[way]["interval"], way=way, **card[way]))
+    print(f"{name}: {card['pairs']} pairs, {card['unread']} answers unread; of {card['read']} pairs that were decided in "
+          f"both orders, {card['flipped']:.3f} were decided otherwise in the other order, and the first shown won "
+          f"{card['first_shown_wins']:.3f} of the decisions", flush=True)
 
 
 def rank(samples, cfg, folder):
@@ -256,11 +250,15 @@ def rank(samples, cfg, folder):
             return
     stage.open()
     if not rules:
-        prefer.mend()
+        mend(prefer.path)
     answers, ways, card, capped = [], [], {}, False
     try:
         if human:
             card["people"] = people_card(rows, both_orders(prefer, human))
+            print_card("people's pairs", card["people"])  # before the samples are asked about: is it worth it?
+            people = read_summary(Path(cfg.pairs).parent / "summary.json")["agreement"].get("movie", {}).get("random")
+            if people:
+                print(f"(one person agrees with the mean of the others on {people[0]:.3f}, ties left out)")
         for row, pairs in zip(progress(samples, "rank"), asked):
             probabilities = both_orders(prefer, pairs)
             numbers = itertools.combinations(range(1, len(row["responses"]) + 1), 2)
@@ -274,8 +272,7 @@ def rank(samples, cfg, folder):
     card["samples"] = position_card(ways)
     write_json(folder / "agreement.json", card)
     rankings = write_answers(folder, answers)
-    people = read_summary(Path(cfg.pairs).parent / "summary.json")["agreement"] if rows else {}
-    print_card(card, people.get("movie", {}).get("random", [None])[0])
+    print_card("samples", card["samples"])
     if capped:
         print(f"stopped at --max-calls {cfg.max_calls}: {len(answers)} of {len(samples)} samples are ranked; the same "
               "command goes on")

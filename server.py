@@ -12,7 +12,7 @@ import time
 import urllib.request
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from threading import Event
+from threading import Event, Lock
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
@@ -63,7 +63,7 @@ class Client:
         self.url, self.timeout, self.max_calls = address.rstrip("/") + "/chat/completions", timeout, max_calls
         direct = [urllib.request.ProxyHandler({})] if urlsplit(address).hostname in LOCAL else []
         self.opener = urllib.request.build_opener(NoRedirect, *direct)
-        self.calls, self.answered = 0, 0  # calls so far, and how many of them gave an answer
+        self.calls, self.answered, self.lock = 0, 0, Lock()  # calls so far, and how many of them gave an answer
         self.logprobs = True  # until the server refuses to give them
         self.broken, self.stop = None, Event()  # the problem of one thread is everyone's
 
@@ -82,7 +82,7 @@ class Client:
             if not problem:
                 self.answered += 1
                 return found
-            if lasting and self.answered and lasting != "all":
+            if lasting == "question" and self.answered:
                 raise Refused(problem)
             if lasting or wait is None:
                 kept = "" if lasting else " (what was answered is kept: the same command goes on)"
@@ -91,11 +91,12 @@ class Client:
 
     def send(self, body, accept):
         """One request, and another without log-probabilities if it is refused with them: (what accept returned, problem
-        in words or "", with whom it will stay: "", "question" or "all", seconds to wait)."""
+        in words or "", how far it reaches: "" (it may pass), "question" or "all", seconds to wait)."""
         for logprobs in (True, False) if self.logprobs else (False,):
-            if self.calls >= self.max_calls:
-                raise Enough
-            self.calls += 1
+            with self.lock:
+                if self.calls >= self.max_calls:
+                    raise Enough
+                self.calls += 1
             data = json.dumps({**body, **({"logprobs": True, "top_logprobs": 20} if logprobs else {})}).encode()
             headers = {"Content-Type": "application/json"}
             headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}

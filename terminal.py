@@ -1,5 +1,5 @@
-"""Talking with a person at the terminal: the words of a command line, text that is safe to show; and for label.py
-questions, and a file that no answer gets lost from."""
+"""Talking with a person at the terminal: the words of a command line, text that is safe to show; and, for person.py,
+the questions and a file from which no answer is lost."""
 import itertools
 import json
 import os

@@ -26,6 +26,7 @@ import dpo
 import evaluate
 import label
 import model as model_module
+import person
 import ppo
 import reward
 import rlaif
@@ -150,7 +151,7 @@ def desk(good, tmp_path, monkeypatch, capsys):
             if not whole:
                 patch.setattr(runs.Stage, "open", accept)
                 patch.setattr(sample, "respond", accept)
-                patch.setattr(label, "ask", accept)
+                patch.setattr(person, "ask", accept)
                 patch.setattr(rlaif, "vader", lambda: None)
                 for module in (answers, agreement):
                     patch.setattr(module, "open_folder", accept)

@@ -150,9 +150,9 @@ def test_noisy_pairs_are_bradley_terry():
 def test_calibration_and_agreement_in_closed_form():
     means = torch.tensor([-1.0, 0.0, 1.0, 4.0])
     assert label.calibrated_temperature(3 * means + 7, means, 0.5) == pytest.approx(1.5)
-    assert label.agreement(torch.tensor([0.0]), 1.0) == pytest.approx((0.5, 0.5))
-    assert label.agreement(torch.tensor([math.log(3)]), 1.0) == pytest.approx((0.75, 0.75**2 + 0.25**2))
-    assert label.agreement(torch.tensor([-math.log(3)]), 0.0) == (1.0, 1.0)
+    assert label.order_kept(torch.tensor([0.0]), 1.0) == pytest.approx((0.5, 0.5))
+    assert label.order_kept(torch.tensor([math.log(3)]), 1.0) == pytest.approx((0.75, 0.75**2 + 0.25**2))
+    assert label.order_kept(torch.tensor([-math.log(3)]), 0.0) == (1.0, 1.0)
     with pytest.raises(UserError, match="--noise 0"):
         label.calibrated_temperature(torch.ones(4), means, 0.5)
 

@@ -54,6 +54,14 @@ def test_probability_of_an_answer(given, expected):
     assert probability_of_1(given) == (expected if expected is None else pytest.approx(expected))
 
 
+def test_a_log_probability_that_is_no_number_is_no_answer():
+    """NaN, which the server's arithmetic may leave, taken for certainty."""
+    given = choice("1", token("1", ("1", 0.6), ("2", 0.2)))
+    given["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = math.nan
+    with pytest.raises(ValueError):
+        probability_of_1(given)
+
+
 def test_question_holds_rubric_and_both_responses_in_order():
     text = question("Rubric.\n", "The film", " is A.", " is B.")
     assert text.index("Rubric.") < text.index("The film") < text.index("1 - is A.") < text.index("2 - is B.")
@@ -70,11 +78,11 @@ def test_both_orders_cancel_a_liking_for_the_first_place():
     assert (p, q) == (pytest.approx(0.85), pytest.approx(0.55)) and average(p, q) == pytest.approx(0.7)
     (p, q), = both_orders(prefer, [("", "b", "a")])
     assert average(p, q) == pytest.approx(0.3)
-    assert average(None, 0.2) == 0.2 and average(None, None) == 0.5
+    assert average(None, 0.2) == average(0.9, None) == average(None, None) == 0.5  # one order alone is a place's
     first = both_orders(lambda pairs: [0.9] * len(pairs), [("", "a", "b")] * 3)  # the first, whatever it is
-    assert position_card(first) == {"pairs": 3, "flipped": 1.0, "first_shown_wins": 1.0, "unread": 0}
+    assert position_card(first) == {"pairs": 3, "read": 3, "flipped": 1.0, "first_shown_wins": 1.0, "unread": 0}
     sure = both_orders(lambda pairs: [0.9 if a == "a" else 0.1 for _, a, _ in pairs], [("", "a", "b"), ("", "b", "a")])
-    assert position_card(sure) == {"pairs": 2, "flipped": 0.0, "first_shown_wins": 0.5, "unread": 0}
+    assert position_card(sure) == {"pairs": 2, "read": 2, "flipped": 0.0, "first_shown_wins": 0.5, "unread": 0}
     assert position_card([(None, 0.2), (0.5, 0.5)])["unread"] == 1
 
 

@@ -138,9 +138,9 @@ printf "%s\\n" "$@" END >> "{record}"
 def test_agreement_with_flips():
     """order_kept that forgets the flips: 25 % upside down is 75 % of the pairs in order."""
     margins = torch.tensor([0.5, 1.0, 2.0])
-    assert label.agreement(margins, 0.0, 0.25) == (0.75, pytest.approx(0.75**2 + 0.25**2))
-    one, _ = label.agreement(margins, 0.7)
-    assert label.agreement(margins, 0.7, 0.5)[0] == pytest.approx(0.5) and label.agreement(margins, 0.7, 0.0)[0] == one
+    assert label.order_kept(margins, 0.0, 0.25) == (0.75, pytest.approx(0.75**2 + 0.25**2))
+    one, _ = label.order_kept(margins, 0.7)
+    assert label.order_kept(margins, 0.7, 0.5)[0] == pytest.approx(0.5) and label.order_kept(margins, 0.7, 0.0)[0] == one
 
 
 def test_an_ensemble_shares_its_data(checkpoints, tmp_path, monkeypatch):
