@@ -142,8 +142,7 @@ def score_answers(folder, texts, device, autocast):
 
 def noise(answers, scores):
     """Bradley-Terry: the temperature, in units of the reward model's score, and the mean log-likelihood per untied
-    pair, nats (a coin: -0.693); {} without such pairs. The temperature is None if they go against the scores on average.
-    """
+    pair, nats (a coin: -0.693); {} without such pairs. The temperature is None if they go against the scores."""
     margins = [scores[answer["prompt"], better] - scores[answer["prompt"], worse] for answer in answers
                for one, two in itertools.combinations(levels_of(answer), 2) for better in one for worse in two]
     if not margins:
@@ -168,7 +167,8 @@ def learned(folder):
         rows = rows[:stage["limit"] or len(rows)]
         people = card.get("human comparisons", {}).get("movie, random", {}).get("reward model", {})
         labelers = list(dict.fromkeys(str(row.get("labeler", "people")) for row in rows))
-        return {"train": stage["train"], "labelers": labelers, "rankings": len(rows), "held-out rankings": card["held-out rankings"]["accuracy"],
+        return {"train": stage["train"], "labelers": labelers, "rankings": len(rows),
+                "held-out rankings": card["held-out rankings"]["accuracy"],
                 **({"people": people["accuracy"]} if people else {})}
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -250,7 +250,7 @@ def report_lines(results):
     if agreement := results["proxy_agreement"]:
         lines += ["On pairs of fresh SFT samples for one prompt, the proxy orders as the others do: " + ", ".join(
             f"{name} {share:.3f}" for name, share in agreement.items()) + " of the pairs.", ""]
-    if len({row["reward"] for row in results.get("labelers", {}).values()}) > 1:
+    if len({row.get("reward") for row in results.get("labelers", {}).values()}) > 1:
         lines += labeler_section(results)
     if results["others"]:
         lines += ["## Prompts of other kinds", "",

@@ -221,8 +221,8 @@ def print_card(name, card):
         if way in card:
             print("agrees with people on {pairs} held-out pairs, {way}: {accuracy:.3f} ({0:.3f} to {1:.3f})".format(
                 *card[way]["interval"], way=way, **card[way]))
-    print(f"{name}: {card['pairs']} pairs, {card['unread']} answers unread; of {card['read']} pairs that were decided in "
-          f"both orders, {card['flipped']:.3f} were decided otherwise in the other order, and the first shown won "
+    print(f"{name}: {card['pairs']} pairs, {card['unread']} answers unread; of {card['read']} pairs that were decided "
+          f"in both orders, {card['flipped']:.3f} were decided otherwise in the other order, and the first shown won "
           f"{card['first_shown_wins']:.3f} of the decisions", flush=True)
 
 

@@ -81,9 +81,10 @@ ranked = [json.loads((folder / "labelers/results.json").read_text()) for folder 
 print("""
 ## Who ranked
 
-The same samples, ranked by the stand-in and by VADER's rules; a reward model from each, and the policy that PPO trained
-on it (`labelers.sh`, one thread, two runs side by side). As people: random pairs of reviews in the order of the raters'
-mean. VADER itself is the rule applied to those pairs; its ties count half.""")
+The same samples, ranked by the stand-in (the labeler of the tables above) and by VADER's rules; a reward model from
+each, and the policy that PPO trained on it (`labelers.sh`, one thread, two runs side by side). Rankings: those learned
+from, without the tenth held out. As people: random pairs of reviews in the order of the raters' mean. VADER itself: its
+rules on those pairs, a tie counted half.""")
 MEASURES = {
     "rankings": lambda name, run: str(run["labelers"][name]["rankings"]),
     "reward model: held-out rankings of its labeler": lambda name, run: share(run["labelers"][name]["held-out"]),
@@ -91,8 +92,9 @@ MEASURES = {
     "PPO: win rate": lambda name, run: cell(run["policies"][name], "win_rate_judge"),
     "PPO: win rate at equal length": lambda name, run: cell(run["policies"][name], "length_controlled"),
     "PPO: KL, nats": lambda name, run: f"{run['policies'][name]['kl']:.2f}"}
-table(["labeler", "measure"], [[ranked[0]["labelers"][name]["labeler"], title, *(made(name, run) for run in ranked)]
-                               for name in ranked[0]["labelers"] for title, made in MEASURES.items()])
+WHO = {"ppo": "the stand-in", "ppo-vader": "VADER"}
+table(["who ranked", "measure"], [[WHO[name], title, *(made(name, run) for run in ranked)]
+                                  for name in ranked[0]["labelers"] for title, made in MEASURES.items()])
 cards = [json.loads((folder / "label-vader_agreement.json").read_text()) for folder in folders]
 reports = [json.loads((folder / "agreement/report.json").read_text()) for folder in folders]
 pair = [next(row for row in report["agreement"] if (row["one"], row["two"]) == ("labeler", "vader"))
@@ -105,29 +107,30 @@ table([""], [["VADER itself: as people", *(share(card["people"]["both orders"]) 
 print("""
 ## A language model in people's place
 
-`label.py rank --labeler URL --model NAME --limit 20` against llama.cpp's server: each pair of people's (random, of film
-reviews) asked about in both orders and averaged, or in one order drawn by lot. Flipped: another choice when the two
-change places.
+Each pair of people's (random, of film reviews) asked about in both orders and averaged, or in one order, which alternates.
+Unread: answers that were neither 1 nor 2. Flipped: of the pairs decided in both orders, those with another choice when the
+two change places. See [rlaif](rlaif/README.md).
 
-| model, rubric | pairs | as people, both orders | as people, one order | flipped | first shown preferred | unread |
-|---|---|---|---|---|---|---|""")
+| model, rubric | pairs | as people, both orders | as people, one order | unread | decided | flipped | for the first shown |
+|---|---|---|---|---|---|---|---|""")
 for path in sorted(Path(__file__).parent.glob("rlaif/*_agreement.json")):
     card = json.loads(path.read_text())["people"]
     name = path.name.removesuffix("_agreement.json").replace("_", ", ")
-    print(f"| {name} | {card['pairs']} | {share(card['both orders'])} | {share(card['one order'])} | {card['flipped']:.3f} "
-          f"| {card['first_shown_wins']:.3f} | {card['unread']} of {2 * card['pairs']} |")
+    print(f"| {name} | {card['pairs']} | {share(card['both orders'])} | {share(card['one order'])} | {card['unread']} of "
+          f"{2 * card['pairs']} | {card['read']} | {card['flipped']:.3f} | {card['first_shown_wins']:.3f} |")
 
 print("""
 ## How many rankings
 
-Reward models from the first so many of the stand-in's rankings, at least 80 steps each: accuracy on held-out rankings /
-on people's random pairs of reviews. Per doubling: least squares on the logarithm, standard error in brackets.""")
+Reward models from the first so many of the stand-in's rankings: accuracy on held-out rankings / on people's random pairs
+of reviews. The first four took 75 to 100 steps, the last one, of `train_all.sh`, 182. Per doubling: least squares on the
+logarithm of the number.""")
 table(["rankings"], [[str(row["rankings"]), *(
     "{held-out rankings:.3f} / {people:.3f}".format(**report["sizes"][name]) for report in reports)]
     for name, row in sorted(reports[0]["sizes"].items(), key=lambda item: item[1]["rankings"])] + [
     ["points per doubling", *(
-        " / ".join("{:+.1f} ({:.1f})".format(*(100 * x for x in report["per_doubling"][measure]))
-                   for measure in ("held-out rankings", "people")) for report in reports)]])
+        " / ".join(f"{100 * report['per_doubling'][measure][0]:+.1f}" for measure in ("held-out rankings", "people"))
+        for report in reports)]])
 
 print(f"\n## Time and memory of seed {first['config']['seed']}\n")
 print("| stage | seconds | peak memory, MB |\n|---|---|---|")
