@@ -221,9 +221,10 @@ def rank_by_model(samples, cfg, folder):
 def rank(cfg):
     samples = read_samples(cfg.samples, cfg.limit)
     check(cfg.labeler, "--labeler is empty: a reward model's folder, your name, vader, or a server's URL")
+    check(cfg.labeler.lower() != "vader" or cfg.labeler == "vader", f"--labeler {cfg.labeler}: write vader")
     if "://" in cfg.labeler or cfg.labeler == "vader":
         import rlaif  # only machines need it
-        rlaif.rank(samples, cfg, Path(cfg.out or f"out/tiny/label-{'vader' if cfg.labeler == 'vader' else 'ai'}"))
+        rlaif.rank(samples, cfg, Path(cfg.out or f"out/tiny/label-{'ai' if '://' in cfg.labeler else 'vader'}"))
     elif "/" in cfg.labeler or Path(cfg.labeler).is_dir():
         rank_by_model(samples, cfg, Path(cfg.out or "out/tiny/label"))
     else:

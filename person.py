@@ -22,7 +22,7 @@ def rank_by_person(samples, labeler, folder):
     ids, row = {sample["id"] for sample in samples}, None
     if others := sum(answer["id"] not in ids for answer in stored):
         print(f"{folder} also holds answers to other samples ({others}); they stay")
-    print(HELP)
+    print(f"you rank as {labeler}; your answers are in {path}\n\n{HELP}")
     while True:
         answered = [answer for answer in stored if answer["id"] in ids]
         done = {answer["id"] for answer in answered}

@@ -200,7 +200,8 @@ def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ({"between": "sft,gpt"}, "expected two of sft, ppo, dpo"), ({"between": "sft"}, "expected two"),
-    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"), ({"ask": "answers-x.jsonl"}, "no such file"),
+    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"),
+    ({"ask": "answers-x.jsonl"}, "no such file"),
     ({"count": 0}, "--count"), ({"out": "no"}, "no such file")])
 def test_blind_errors(evaluation, flags, message):
     with pytest.raises(UserError, match=message):

@@ -83,7 +83,8 @@ READERS = [  # (script, flag, kind of file)
     ("label sample", "--prompts", "prompts"), ("label rank", "--samples", "samples"),
     ("label rank", "--calibrate", "ratings"), ("label rank me", "--samples", "samples"),
     ("label rank vader", "--samples", "samples"), ("label rank vader", "--pairs", "pairs"),
-    ("label merge", "--samples", "samples"), ("label merge", "--files", "answers"), ("label report", "--files", "answers"),
+    ("label merge", "--samples", "samples"), ("label merge", "--files", "answers"),
+    ("label report", "--files", "answers"),
     ("evaluate", "--prompts", "prompts"), ("evaluate", "--others", "prompts"), ("evaluate", "--text", "texts")]
 EVERY_READER = pytest.mark.parametrize("script, flag, kind", [pytest.param(*reader, id=" ".join(reader))
                                                               for reader in READERS])

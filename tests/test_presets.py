@@ -37,7 +37,7 @@ def test_gpt2_on_ratings(tmp_path):
     """The preset gpt2: stages that do not fit a base model which was not trained here. It comes from an export."""
     folder, data = tmp_path, tmp_path / "the data"
     prepare(folder)
-    subprocess.run([sys.executable, str(ROOT / "sft.py"), "--preset", "smoke-base", "--train", data / "corpus_train.jsonl",
+    subprocess.run([sys.executable, ROOT / "sft.py", "--preset", "smoke-base", "--train", data / "corpus_train.jsonl",
                     "--test", data / "corpus_valid.jsonl", "--vocab", data / "vocab.tiktoken", "--out", folder / "own"],
                    check=True)
     subprocess.run([sys.executable, str(ROOT / "export.py"), folder / "own", folder / "a base"], check=True)

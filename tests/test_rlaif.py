@@ -249,7 +249,8 @@ def test_a_small_cap_and_a_cap_on_tries(tmp_path, server):
 def test_another_labelers_answers_are_not_overwritten(tmp_path, server, monkeypatch):
     """A person's evening, lost to a machine that was given the same folder."""
     monkeypatch.setattr(rlaif, "vader", lambda: lambda pairs: [0.5] * len(pairs))
-    before = [dict(id="s0", prompt="The film 0", labeler="ann", shown=SAMPLES[0]["responses"], order="1 2 3 4", seconds=1)]
+    before = [{"id": "s0", "prompt": "The film 0", "labeler": "ann", "shown": SAMPLES[0]["responses"],
+               "order": "1 2 3 4", "seconds": 1}]
     (tmp_path / "out").mkdir()
     write_jsonl(tmp_path / "out/answers.jsonl", before)
     for labeler in ("vader", server.url):

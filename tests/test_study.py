@@ -140,7 +140,8 @@ def test_agreement_with_flips():
     margins = torch.tensor([0.5, 1.0, 2.0])
     assert label.order_kept(margins, 0.0, 0.25) == (0.75, pytest.approx(0.75**2 + 0.25**2))
     one, _ = label.order_kept(margins, 0.7)
-    assert label.order_kept(margins, 0.7, 0.5)[0] == pytest.approx(0.5) and label.order_kept(margins, 0.7, 0.0)[0] == one
+    assert label.order_kept(margins, 0.7, 0.5)[0] == pytest.approx(0.5)
+    assert label.order_kept(margins, 0.7, 0.0)[0] == one
 
 
 def test_an_ensemble_shares_its_data(checkpoints, tmp_path, monkeypatch):
