@@ -193,7 +193,8 @@ def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
     blind.main(blind.Config(ask="ann", out=str(evaluation)))
     out = capsys.readouterr().out
     assert "ann prefers ppo to sft: " in out and "2 answers" in out
-    assert "ppo" not in out.split("ann prefers")[0] and "sft" not in out.split("ann prefers")[0]
+    asked = out.split("1 of 3")[1].split("ann prefers")[0]
+    assert "dull" in asked and "ppo" not in asked and "sft" not in asked
     shown = [row["shown"] for row in answers.read_answers(evaluation / "ask-sft-ppo/ann/answers.jsonl")]
     assert len(shown) == 2
 
