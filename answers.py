@@ -78,9 +78,12 @@ def write_answers(folder, answers):
     return len(rankings)
 
 
-def how_to_train(rankings, reward):
-    """The command that trains a reward model on a file of rankings. Few rankings take more passes, so that there are 80
-    steps or so: with 42 and 167 rankings the best held-out accuracy was there, of a few tries in seed 1 (study.sh)."""
+def how_to_train(folder):
+    """The command that trains a reward model on a folder's rankings, into a folder beside it. Few rankings take more
+    passes, so that there are 80 steps or so: with 42 and 167 rankings the best held-out accuracy was there, of a few
+    tries in seed 1 (study.sh)."""
+    rankings, name = folder / "rankings.jsonl", folder.name
+    reward = folder.with_name(name.replace("label", "reward", 1) if name.startswith("label") else f"reward-{name}")
     count = read_text(rankings).count("\n")
     epochs = f" --epochs {80 * 16 // count}" if 80 * 16 // count > 2 else ""
     return f"python reward.py --train {shlex.quote(str(rankings))}{epochs} --out {shlex.quote(str(reward))}"
@@ -216,4 +219,4 @@ def merge(cfg):
         print(f"{visible(labeler)}: {count} answers")
     print(f"{folder}: {len(answers)} answers, {rankings} rankings")
     if rankings:
-        print(f"to train:  {how_to_train(folder / 'rankings.jsonl', folder.parent / 'reward-people')}")
+        print(f"to train:  {how_to_train(folder)}")

@@ -186,6 +186,8 @@ def rank_by_model(samples, cfg, folder):
     """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
     check(math.isfinite(cfg.noise) and cfg.noise >= 0, f"--noise is {cfg.noise}: it must be 0 or more")
     check(0 <= cfg.flip <= 1, f"--flip is {cfg.flip}: it must be from 0 to 1")
+    check(Path(cfg.labeler).is_dir(), f"{cfg.labeler}: no checkpoint here, and no folder (a server's address "
+          "begins with http)")
     stage = Stage(cfg, "labeler", "samples", *(["calibrate"] if cfg.noise else []), folder=folder)
     check(not (folder / "answers.jsonl").exists(), f"{folder} holds the work of another kind of labeler: change --out")
     mean_of, facts = read_ratings(cfg.calibrate) if cfg.noise else ({}, {})
@@ -232,8 +234,7 @@ def rank(cfg):
               "then also dots, hyphens, underscores)")
         folder = Path(cfg.out or f"out/tiny/label-{cfg.labeler}")
         if any(map(ranking_of, rank_by_person(samples, cfg.labeler, folder))):
-            reward = folder.parent / folder.name.replace("label", "reward", 1)
-            print(f"to train:  {how_to_train(folder / 'rankings.jsonl', reward)}")
+            print(f"to train:  {how_to_train(folder)}")
 
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig), "page": (page, PageConfig),

@@ -25,9 +25,10 @@ for rankings in "$OUT"/label-*/rankings.jsonl; do
   name=$(basename "$(dirname "$rankings")")
   name=${name#label-}
   [ "$(wc -l < "$rankings")" -ge 10 ] || { echo "$rankings has fewer than 10 rankings: left out"; continue; }
-  reward "reward-$name" "$rankings" "$(wc -l < "$rankings")"
-  stage "ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"
-  policies=$policies,$OUT/ppo-$name rewards=$rewards,$OUT/reward-$name
+  # In study/: a reward-NAME and ppo-NAME of your own in $OUT stay as they are.
+  reward "study/reward-$name" "$rankings" "$(wc -l < "$rankings")"
+  stage "study/ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/study/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"
+  policies=$policies,$OUT/study/ppo-$name rewards=$rewards,$OUT/study/reward-$name
   answers=${rankings%rankings.jsonl}answers.jsonl
   [ -f "$answers" ] || answers=$rankings
   files=$files,$answers

@@ -6,7 +6,7 @@ from answers import check_owner, levels_of, mend, parse_order, read_answers, sho
 from common import check
 from data import write_jsonl
 from runs import open_folder
-from terminal import HELP, append, ask, show
+from terminal import HELP, HELP_OF_TWO, append, ask, show
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"  # of a person, as it stands in files and folders
 
@@ -22,7 +22,8 @@ def rank_by_person(samples, labeler, folder):
     ids, row = {sample["id"] for sample in samples}, None
     if others := sum(answer["id"] not in ids for answer in stored):
         print(f"{folder} also holds answers to other samples ({others}); they stay")
-    print(f"you rank as {labeler}; your answers are in {path}\n\n{HELP}")
+    words = HELP_OF_TWO if all(len(row["responses"]) == 2 for row in samples) else HELP
+    print(f"you rank as {labeler}; your answers are in {path}\n\n{words}")
     while True:
         answered = [answer for answer in stored if answer["id"] in ids]
         done = {answer["id"] for answer in answered}
@@ -39,7 +40,7 @@ def rank_by_person(samples, labeler, folder):
         elif reply == "q" or not left:
             break
         elif reply in ("u", "?"):
-            print(HELP if reply == "?" else "there is nothing to undo")
+            print(words if reply == "?" else "there is nothing to undo")
         else:
             try:
                 order = reply.removesuffix("!").strip()

@@ -10,6 +10,11 @@ import unicodedata
 
 from common import DISK, UserError
 
+HELP_OF_TWO = """Which response would you rather read after the prompt?
+    1 or 2   that one                    =   they are equally good
+    1! or 2! that one, but you would accept neither
+    s   skip: it is not asked again      u   undo the last answer and give it again
+    ?   this help                        q   quit: every answer is on disk already"""
 HELP = """Which response would you rather read after the prompt? Type the numbers, best first.
     3142 or 3 1 4 2   3 is best, 2 is worst
     3=1 4 2           3 and 1 are equally good

@@ -172,7 +172,7 @@ def test_ranking_errors_write_nothing(folder, tmp_path):
     write_jsonl(tmp_path / "far/ratings.jsonl", [{"prompt": "", "responses": ["a", "b"], "means": [1, 2]}])
     write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "", "responses": ["a", "b"]}])
     for flags, message in [({"noise": -1.0}, "--noise"), ({"noise": math.nan}, "--noise"),
-                           ({"labeler": "no/where"}, "no checkpoint"), ({"labeler": "Zoë"}, "no folder, and no name"),
+                           ({"labeler": "no/where"}, "no checkpoint here, and no folder"), ({"labeler": "Zoë"}, "no folder, and no name"),
                            ({"labeler": str(folder / "lm")}, "expected reward"), ({"samples": "x"}, "no such file"),
                            ({"samples": str(tmp_path / "twice.jsonl")}, "id: the same one twice"),
                            ({"calibrate": str(tmp_path / "far/ratings.jsonl")}, "summary.json: no temperature"),

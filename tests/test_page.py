@@ -226,6 +226,19 @@ def test_two_tabs_and_a_browser_that_keeps_nothing(start_browser, folder):
     assert three.find("#save").text == "Save 4 answers"
 
 
+def test_a_clicked_button_gives_the_keys_back(start_browser, folder):
+    """Enter that presses None or Clear a second time, where the page says that it goes on."""
+    rater = Rater(start_browser(folder / "downloads"), folder / "a page.html", "hal")
+    rater.find("#none").click()
+    rater.keys(["1", "2", "3", "4", "\ue007"])
+    assert rater.find("#count").text == "2 of 5"
+    rater.find("#reset").click()
+    rater.keys(["4", "3", "2", "1", "\ue007"])
+    assert rater.find("#count").text == "3 of 5"
+    rows = [json.loads(line) for line in rater.save(folder / "downloads", "hal").read_text().splitlines()]
+    assert [(row["order"], row.get("acceptable")) for row in rows] == [("1 2 3 4", False), ("4 3 2 1", None)]
+
+
 def test_moving_by_hand_keeps_the_other_ties(start_browser, folder):
     """1=2=3 4: with 2 at the end, 1 and 3 are still tied."""
     rater = Rater(start_browser(folder / "downloads"), folder / "a page.html", "gus")
