@@ -87,7 +87,7 @@ def dpo_budget(config, cfg, rankings, test, device):
 def ppo_budget(config, cfg, prompts, device):
     """(operations, bytes) of ppo.py, if every response has its full length; prompts in ids."""
     P, R = round(sum(map(len, prompts)) / len(prompts)), cfg.response_tokens
-    values = cfg.value == "separate"  # one more trained model
+    values = cfg.value != "shared"  # one more trained model
     policy, value = flop(config, P + R - 1, R, head=True), values * flop(config, P + R - 1, R)
     # Policy, reference, value and reward read an episode once; policy and value are trained on it.
     episode = (sample_flop(config, P, R) + 2 * policy + value + flop(config, P + R, 1)

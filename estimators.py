@@ -33,6 +33,16 @@ def length_controlled(wins, longer, resamples, random):
     return round(rates[0].item(), 4), [round(low, 4), round(high, 4)]
 
 
+def repetition(responses, mask):
+    """Share of the pairs of neighbouring tokens that their response had before, a response without pairs counted 0.
+
+    responses (B, R) ids, mask (B, R): the mean over responses. 0: nothing twice; near 1: the same words for ever.
+    """
+    pairs, real = torch.stack([responses[:, :-1], responses[:, 1:]], dim=2), mask[:, 1:]  # (B, R - 1, 2), (B, R - 1)
+    before = (pairs[:, :, None] == pairs[:, None]).all(3).tril(-1).any(2)  # (B, R - 1)
+    return ((before * real).sum(1) / real.sum(1).clamp(min=1)).mean()
+
+
 def expected_best(scores, values, n):
     """Mean value of the response with the highest score among n: scores, values (M, N) to (M,), one per prompt.
 

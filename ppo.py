@@ -23,7 +23,8 @@ from checkpoint import save_checkpoint
 from common import adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say, set_up
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
 from doctor import guard, guard_ratio
-from model import entropy, full_precision, load_model, load_reward, prompt_room, token_logprobs
+from estimators import repetition
+from model import entropy, full_precision, load_model, load_reward, load_trunk, prompt_room, token_logprobs
 from runs import Log, Stage
 from sampling import sample_prompts
 from terminal import visible
@@ -36,7 +37,7 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate: another model, from the reward model; shared: a head on the policy
+    value: str = "separate"             # separate, from the reward model; sft: from SFT; shared: a head on the policy
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -46,6 +47,7 @@ class Config:
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
     graph: bool = False                 # on CUDA: record one step of each sampling batch as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
+    adam_eps: float = 1e-5              # of Adam, as in the 2019 code; there of the uncorrected root, so smaller steps
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
@@ -59,6 +61,7 @@ class Config:
     kl_ceiling: float = 60.0            # nats per response: the run stops above it; 0: it never does
     no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
     whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
+    whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout
     snapshots: int = 8                  # policies kept along the way, for the evaluation
     sample_every: int = 10              # iterations between printed samples
     save_every: float = 300.0           # seconds between saves of the state that a stopped run goes on from
@@ -228,7 +231,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
-    rollout.update(advantages=whiten(advantages, mask), returns=returns)
+    rollout.update(advantages=whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns=returns)
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
     error, spread = returns - rollout["values"], returns - masked_mean(returns, mask)
@@ -239,6 +242,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "end_rate": ended.float().mean(), "distinct": len(torch.unique(responses, dim=0)) / len(responses),
+        "repetition": repetition(responses[order], mask),
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
         "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8)}
 
@@ -270,25 +274,26 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 
-def show_sample(enc, rollout, iteration):
-    """Print one response with its score and KL: looking at samples finds most faults of RLHF."""
+def sample(enc, rollout, iteration):
+    """One response with its score and KL, to be printed and logged: looking at samples finds most faults of RLHF."""
     i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
     R = rollout["mask"].size(1)
     tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
-    prompt, response = enc.decode(tokens[pad + 1:-R]), enc.decode(tokens[-R:][:n])
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
-    say(f"  [{visible(prompt[-200:])}]{response!r} score {rollout['scores'][i]:.2f} kl {kl:.1f}")
+    return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
+            "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
 
 
 def main(cfg):
     check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
                    "temperature", "kl_target", "snapshots", "sample_every", "clip", "value_clip",
-                   or_zero=("lr", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "kl_ceiling", "save_every"))
+                   or_zero=("lr", "adam_eps", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "kl_ceiling",
+                            "save_every"))
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1 < cfg.episodes,
           "--gamma and --lam must be from 0 to 1, --episodes 2 or more")
-    check(cfg.value in ("separate", "shared"), f"--value is {cfg.value!r}: write separate or shared")
+    check(cfg.value in ("separate", "sft", "shared"), f"--value is {cfg.value!r}: write separate, sft or shared")
     below = max(1, cfg.episodes // cfg.minibatches) * cfg.minibatches
     check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
           f"{cfg.minibatches} (try --episodes {below} or {below + cfg.minibatches})")
@@ -299,10 +304,12 @@ def main(cfg):
     reward, rewards = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
     if cfg.value == "separate":
         value = load_model(rewards[0], device, kind="reward", recompute=cfg.recompute)
-    else:
+    elif cfg.value == "sft":
+        value = load_trunk(cfg.sft, device, recompute=cfg.recompute)
+    else:  # shared
         value = torch.nn.Linear(policy.config.width, 1).to(device)
-        torch.nn.init.zeros_(value.weight)
-        torch.nn.init.zeros_(value.bias)
+        for parameter in value.parameters():  # values begin at 0, and with --value-coef 0 they stay there
+            torch.nn.init.zeros_(parameter)
     vocab = Path(cfg.sft) / "vocab.tiktoken"
     enc = load_tokenizer(vocab)
     check_same_vocab(cfg.sft, *rewards)
@@ -311,8 +318,7 @@ def main(cfg):
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     announce(*ppo_budget(policy.config, cfg, prompts, device), device, autocast)
     stage.open()
-    # PyTorch's Adam adds eps to the bias-corrected root, the 2019 code's to the uncorrected: larger first steps here.
-    optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=1e-5)
+    optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=cfg.adam_eps)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
     log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row
@@ -337,17 +343,20 @@ def main(cfg):
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
         done = time.time()
 
+        show = iteration == 0 or (iteration + 1) % cfg.sample_every == 0
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
                          lr=lr, rollout_tokens_per_second=round(tokens / (rolled - began)),
                          update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
-                         seconds=round(stage.seconds(), 1), warnings=", ".join(warnings))
+                         seconds=round(stage.seconds(), 1), warnings=", ".join(warnings),
+                         **({"sample": sample(enc, rollout, iteration)} if show else {}))
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
-        if (iteration + 1) % cfg.sample_every == 0 or iteration == 0:
+        if show:
             say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
                 "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
                 "{seconds} s {warnings}".format(of=cfg.iterations, **line))
-            show_sample(enc, rollout, iteration)
+            say("  [{}]{response!r} score {score:.2f} kl {kl:.1f}".format(visible(line["sample"]["prompt"]),
+                                                                        **line["sample"]))
         if (iteration + 1) % every == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab,
                             iteration=iteration + 1)

@@ -19,6 +19,7 @@ from checkpoint import read_checkpoint
 from common import UserError
 from conftest import END, log_of, ppo_config, ragged_mask, random_model, rollout_of, script
 from data import pad_prompts
+from estimators import repetition
 from model import ScalarModel, token_logprobs
 from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 
@@ -236,6 +237,8 @@ def test_rollout_against_one_response_at_a_time(four_models):
                 "entropy": sum(seen["entropy"]) / count, "length": count / 8,
                 "end_rate": sum(sampled[row, n - 1] == END for row, n in enumerate(lengths)) / 8,
                 "distinct": len({tuple(row) for row in sampled.tolist()}) / 8,
+                "repetition": sum(1 - len({tuple(row[t:t + 2]) for t in range(n - 1)}) / max(1, n - 1) if n > 1 else 0
+                                  for row, n in zip(sampled.tolist(), lengths)) / 8,
                 "explained_variance": 1 - sum(x * x for x in error) / count / returns.var(unbiased=False)}
     for name, number in expected.items():
         assert float(metrics[name]) == pytest.approx(float(number), abs=1e-3), name
@@ -517,7 +520,7 @@ def test_recompute_reaches_policy_and_value(checkpoints, tmp_path, monkeypatch):
     assert [line["score"] for line in lines] == [line["score"] for line in plain]
 
 
-@pytest.mark.parametrize("value", ["separate", "shared"])
+@pytest.mark.parametrize("value", ["separate", "sft", "shared"])
 def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value):
     """Old and new log-probabilities of different passes (dropout, padding, cache): ratio not 1, KL not 0."""
     lines = tiny_run(checkpoints, tmp_path, lr=0.0, value=value, minibatches=2)
@@ -527,6 +530,34 @@ def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value):
         assert line["approx_kl"] <= 1e-10 and line["sampler_difference"] <= 5e-6
     before, after = (read_checkpoint(folder, ["lm"])[0] for folder in (checkpoints.sft, tmp_path))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_values_the_returns_are_the_advantages(checkpoints, tmp_path, monkeypatch):
+    """--value shared --value-coef 0, which stands for no values, with values that move all the same."""
+    seen, plain = [], ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *args: seen.append(plain(*args)) or seen[-1])
+    tiny_run(checkpoints, tmp_path, value="shared", value_coef=0.0, whiten_advantages=False, lr=0.01)
+    for rollout, _ in seen:
+        assert not rollout["values"].any() and torch.equal(rollout["advantages"], rollout["returns"])
+    assert any(rollout["advantages"].any() for rollout, _ in seen)
+
+
+def test_adam_eps_reaches_the_optimizer(checkpoints, tmp_path, monkeypatch):
+    """A flag that changes nothing."""
+    made = []
+    monkeypatch.setattr(ppo, "adamw", lambda *args, **how: made.append(common.adamw(*args, **how)) or made[-1])
+    tiny_run(checkpoints, tmp_path, adam_eps=0.5, iterations=1)
+    assert {group["eps"] for group in made[0].param_groups} == {0.5}
+
+
+def test_repetition():
+    """Pairs of the padding counted, or a pair that repeats itself only in another response."""
+    responses = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 7, 1, 2], [3, 3, 3, 3, 9], [5, 9, 9, 9, 9]])
+    assert repetition(responses[:1], torch.ones(1, 5)).item() == 2 / 4  # 12 21 12 21
+    rows = torch.stack([repetition(responses[i:i + 1], mask) for i, mask in enumerate(
+        [ragged_mask([n], 5) for n in (5, 4, 4, 1)])])
+    assert rows.tolist() == pytest.approx([1 / 2, 0, 2 / 3, 0])
+    assert repetition(responses, ragged_mask([5, 4, 4, 1], 5)).item() == pytest.approx((1 / 2 + 2 / 3) / 4)
 
 
 def test_a_run_is_a_function_of_its_seed(checkpoints, tmp_path):
@@ -546,7 +577,9 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
                 "grad_norm", "lr", "rollout_tokens_per_second", "update_tokens_per_second", "seconds", "policy_loss",
                 "sampler_difference", "first_ratio_error"}
     assert expected <= set(lines[0])
-    assert all(math.isfinite(line[name]) for line in lines for name in set(line) - {"warnings"})
+    assert all(math.isfinite(line[name]) for line in lines for name in set(line) - {"warnings", "sample"})
+    assert ["sample" in line for line in lines] == [True, False, False]  # the first, and each --sample-every
+    assert set(lines[0]["sample"]) == {"prompt", "response", "score", "kl"} and 0 <= lines[0]["repetition"] < 1
     assert lines[1]["kl_k3"] > 0 and [line["iteration"] for line in lines] == [1, 2, 3]
     assert sorted(folder.name for folder in (tmp_path / "snapshots").iterdir()) == ["00001", "00002", "00003"]
     done = json.loads((tmp_path / "done.json").read_text())
