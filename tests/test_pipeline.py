@@ -85,6 +85,13 @@ def test_the_report_is_drawn_from_its_results_alone(finished, tmp_path):
         assert (tmp_path / made.name).read_bytes() == made.read_bytes()
 
 
+def test_the_doctor_finds_it_healthy(finished):
+    """False alarms on a smoke run, which has learned next to nothing."""
+    asked = subprocess.run([sys.executable, str(ROOT / "doctor.py"), str(finished[0] / "the output")],
+                           capture_output=True, text=True)
+    assert asked.returncode == 0 and asked.stdout.count(": healthy") == 9, asked.stdout + asked.stderr
+
+
 def test_finished_stages_are_not_run_again(finished):
     """A rerun that trains everything anew, or that overwrites a finished stage."""
     out = finished[0] / "the output"

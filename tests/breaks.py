@@ -1,0 +1,285 @@
+"""Classic bugs of PPO put into small runs on purpose: does the doctor see them?
+
+    python tests/breaks.py > docs/faults.md      the bug, what the doctor says, which test catches what no log shows
+
+Each is a patch of one function, for a run of a few seconds on small models, whose healthy runs learn. test_doctor.py
+holds the doctor to what is expected of it.
+"""
+import contextlib
+import copy
+import io
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import checkpoint  # noqa: E402
+import common  # noqa: E402
+import data  # noqa: E402
+import doctor  # noqa: E402
+import dpo  # noqa: E402
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import sft  # noqa: E402
+from conftest import SENTENCES  # noqa: E402
+from model import GPT, GPTConfig, ScalarModel  # noqa: E402
+from sampling import sample_many  # noqa: E402
+from symptoms import examine  # noqa: E402
+
+
+def steer(model, enc, ended):
+    """Make a random model write letters and spaces, and end of text with a logit of its own."""
+    rows = {enc.decode_single_token_bytes(i): i for i in range(enc.n_vocab - 1)}
+    plain = [i for text, i in rows.items() if text.isalpha() and text.islower() or text == b" "]
+    direction = torch.nn.functional.normalize(torch.randn(model.config.width), dim=0)
+    with torch.no_grad():
+        model.trunk.norm.bias.add_(6 * direction)
+        model.trunk.token_embedding.weight.sub_(2 * direction)
+        model.trunk.token_embedding.weight[plain] += 2 * direction
+        model.trunk.token_embedding.weight[enc.eot_token] += (2 + ended) * direction
+
+
+def world(folder):
+    """A whole small set-up: an SFT model, rankings of its samples (more vowels are better), a reward model learned from
+    them, and prompts. The configurations of its reward and PPO stages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, prompts = folder / "vocab.tiktoken", folder / "prompts.jsonl"
+    data.save_ranks(data.train_bpe(SENTENCES * 2, 270), vocab)
+    enc = data.load_tokenizer(vocab)
+    torch.manual_seed(1)
+    policy = GPT(GPTConfig(enc.n_vocab, block_size=64, n_layer=1, n_head=2, width=32))
+    for parameter in policy.parameters():
+        parameter.data.mul_(4)
+    steer(policy, enc, 0.1)
+    texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 9)] * 24
+    data.write_jsonl(prompts, [{"prompt": text} for text in texts])
+    ids = [data.encode_prompt(enc, text, 32) for text in texts for _ in range(4)]
+    drawn = sample_many(policy, ids, 12, enc.eot_token, random=torch.Generator().manual_seed(1))
+    drawn = [enc.decode(response[:-1] if response[-1] == enc.eot_token else response) for response in drawn]
+    def vowels(text):
+        return sum(text.count(vowel) for vowel in "aeiou") / len(text)
+
+    rankings = []
+    for i, text in enumerate(texts):
+        usable = {x for x in drawn[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
+        rankings.append({"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))})
+    data.write_jsonl(folder / "rankings.jsonl", [row for row in rankings if len(row["responses"]) > 1])
+    checkpoint.save_checkpoint(folder / "sft", policy, ppo.Config(), vocab)
+    same = {"response_tokens": 12, "temperature": 1.0, "device": "cpu", "dtype": "float32", "sft": str(folder / "sft"),
+            "prompts": str(prompts)}
+    demos = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in rankings if row["responses"]]
+    data.write_jsonl(folder / "demos.jsonl", demos[:40])
+    data.write_jsonl(folder / "held_out.jsonl", demos[40:80])
+    small = {"device": "cpu", "dtype": "float32"}
+    start, rows = str(folder / "sft"), str(folder / "rankings.jsonl")
+    answers = {"sft": start, "prompts": str(prompts), "response_tokens": 12, "temperature": 1.0, **small}
+    return {"reward": reward.Config(out=str(folder / "reward"), model=start, train=rows, pairs="", epochs=2, lr=3e-3,
+                                    dropout=0.0, samples=256, log_every=10, **answers),
+            "ppo": ppo.Config(reward=str(folder / "reward"), iterations=20, episodes=96, lr=1e-3, snapshots=1,
+                              kl_horizon=300.0, no_end_score=float("nan"), **answers),
+            "dpo": dpo.Config(model=start, train=rows, epochs=2, **small),
+            "sft": sft.Config(model=start, train=str(folder / "demos.jsonl"), test=str(folder / "held_out.jsonl"),
+                              epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
+
+
+@dataclass
+class Break:
+    """A bug, as a patch or as changed flags of a run, and what the doctor says of it."""
+    bug: str
+    expected: str                               # symptom that the doctor must name
+    patch: dict = field(default_factory=dict)   # {name in the stage's module, or Class.method: what takes its place}
+    flags: dict = field(default_factory=dict)
+    stage: str = "ppo"
+
+
+# What the patches call: the functions as they are.
+forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs, gae, length_mask, score = (
+    ppo.forward, ppo.load_model, ppo.sample_prompts, ppo.policy_loss, ppo.shape_rewards, ppo.token_logprobs, ppo.gae,
+    ppo.length_mask, ScalarModel.score)
+load_reward, read_rankings, ranking_loss = ppo.load_reward, reward.read_rankings, reward.ranking_loss
+dpo_loss, response_logprobs = dpo.dpo_loss, dpo.response_logprobs
+
+
+def shifted(policy, value, batch, temperature):
+    logits, _, values = forward(policy, value, batch, temperature)
+    logits = logits.roll(1, dims=1)  # those one position late
+    return logits, token_logprobs(logits, batch["tokens"][:, ppo.prompt_columns(batch) - 1:], temperature), values
+
+
+def unpadded(policy, value, batch, temperature):
+    return forward(policy, value, {**batch, "pad": torch.zeros_like(batch["pad"])}, temperature)
+
+
+def in_training_mode(*args, **how):
+    return load_model(*args, **{**how, "dropout": 0.1}).train()
+
+
+def too_kind(*args):
+    model = load_reward(*args)
+    model.bias.add_(2.0)
+    return model
+
+
+def shuffled(path):
+    """Rankings whose responses stand in no order."""
+    rows, order = read_rankings(path), random.Random(1)
+    for row in rows:
+        order.shuffle(row["responses"])
+    return rows
+
+
+def of_another_model(*args, **how):
+    """Log-probabilities without a gradient, those of the reference, as another model would give them."""
+    sums = response_logprobs(*args, **how)
+    return sums if torch.is_grad_enabled() else [x * (1 + torch.rand(len(x))) for x in sums]
+
+
+def at_the_first_weights():
+    """sample_prompts of the model as it was at the first call."""
+    first = []
+
+    def sample(model, *args, **how):
+        first.append(copy.deepcopy(model)) if not first else None
+        return sample_prompts(first[0], *args, **how)
+    return sample
+
+
+def one_for_all():
+    """load_model that gives the same object for the same folder."""
+    loaded = {}
+    return lambda folder, *args, **how: loaded.setdefault(folder, load_model(folder, *args, **how))
+
+
+class Backwards(ppo.AdaptiveKL):
+    def update(self, kl, episodes):
+        super().update(2 * self.target - kl, episodes)
+
+
+BREAKS = [
+    Break("log-probabilities shifted by one", "sampler differs", {"forward": shifted}),
+    Break("left padding attended to and counted in the positions", "sampler differs", {"forward": unpadded}),
+    Break("logits not divided by the temperature", "sampler differs",
+          {"token_logprobs": lambda logits, tokens, _=1.0: token_logprobs(logits, tokens)}, {"temperature": 0.7}),
+    Break("padding after the end of text counted (mask of ones)", "sampler differs",
+          {"length_mask": lambda lengths, size: torch.ones(len(lengths), size)}),
+    Break("dropout left on", "first ratio", {"load_model": in_training_mode}),
+    Break("responses drawn with stale weights", "negative KL", {"sample_prompts": at_the_first_weights}),
+    Break("KL penalty with the wrong sign", "rewards do not add up",
+          {"shape_rewards": lambda scores, own, ref, mask, coef: shape_rewards(scores, own, ref, mask, -coef)}),
+    Break("score on every token", "rewards do not add up",
+          {"shape_rewards": lambda scores, own, ref, mask, coef: (scores[:, None] - coef * (own - ref)) * mask}),
+    Break("KL controller backwards", "wrong way", {"AdaptiveKL": Backwards}),
+    Break("reference trained along with the policy", "KL stays at 0", {"load_model": one_for_all}),
+    Break("advantages with the wrong sign", "flat score",
+          {"policy_loss": lambda own, old, advantages, mask, clip: policy_loss(own, old, -advantages, mask, clip)}),
+    Break("old log-probabilities taken from the current pass", "clip never binds",
+          {"policy_loss": lambda own, old, *rest: policy_loss(own, own.detach(), *rest)}),
+    Break("learning rate 30 times too high", "KL runs away", flags={"lr": 0.03}),
+    Break("learning rate 1,000 times too low", "KL stays at 0", flags={"lr": 1e-6}),
+    Break("KL coefficient 250 times too high", "flat score", flags={"kl_coef": 50.0, "kl_horizon": 0.0}),
+    Break("no KL penalty", "KL runs away", flags={"kl_coef": 0.0, "kl_horizon": 0.0, "lr": 4e-3}),
+    Break("reward model normalised on other samples", "first scores off", {"load_reward": too_kind}),
+    Break("reward model untrained", "not learning", flags={"lr": 1e-9}, stage="reward"),
+    Break("rankings in no order", "near chance", {"read_rankings": shuffled}, {"test_share": 0.3}, stage="reward"),
+    Break("ranking loss upside down", "near chance", {"ranking_loss": lambda scores, mask: ranking_loss(-scores, mask)},
+          stage="reward"),
+    Break("reward model trained far too long", "learned by heart", flags={"epochs": 30}, stage="reward"),
+    Break("DPO with chosen and rejected swapped", "near chance",
+          {"dpo_loss": lambda a, b, ref_a, ref_b, *rest: dpo_loss(b, a, ref_b, ref_a, *rest)}, stage="dpo"),
+    Break("DPO against another model than its start", "margins not 0 at first",
+          {"response_logprobs": of_another_model}, stage="dpo"),
+    Break("DPO with a beta 10 times too small", "chosen falls", flags={"beta": 0.01, "lr": 3e-3}, stage="dpo"),
+    Break("SFT on few demonstrations for long", "over-fitted", flags={"epochs": 60.0}, stage="sft"),
+]
+
+
+# What no log shows: a text of ppo.py, what takes its place, and the test in test_ppo.py that fails then.
+UNSEEN = {
+    "score read in the last column, padding or not": (
+        "P + lengths[rows] - 1)", "0 * lengths[rows] + tokens.size(1) - 1)",
+        "test_rollout_against_one_response_at_a_time"),
+    "values of the states after the tokens": (
+        "value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])", "value(tokens, pad, at=np.s_[:, P:])",
+        "test_rollout_against_one_response_at_a_time"),
+    "returns from whitened advantages": (
+        "returns=returns)", "returns=(whiten(advantages, mask) + rollout['values']) * mask)",
+        "test_whitened_rewards_are_masked_again"),
+    "a value past the end of text": (
+        "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
+        "next_advantage, next_value = torch.zeros_like(rewards[:, 0]), values[:, -1]",
+        "test_gae_with_lambda_one_is_monte_carlo"),
+    "mask without the end of text": (
+        "mask = length_mask(lengths, responses.size(1))", "mask = length_mask(lengths - 1, responses.size(1))",
+        "test_rollout_against_one_response_at_a_time"),
+    "whitening over the padding": (
+        "mean = masked_mean(x, mask)\n    var", "mean = x.mean()\n    var", "test_whiten"),
+    "loss averaged over microbatches of unlike length": (
+        "(tokens / counted)", "(1 / len(rows.split(cfg.microbatch)))", "test_microbatches_change_nothing"),
+}
+
+
+def run(cfg, broken):
+    """Findings of the doctor after a run with the bug: {symptom: what was seen}."""
+    module = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft}[broken.stage]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for name, substitute in broken.patch.items():
+            made = substitute() if substitute in (at_the_first_weights, one_for_all) else substitute  # fresh ones
+            stack.enter_context(mock.patch.object(module, name, made))
+        try:
+            module.main(replace(cfg, **broken.flags))
+        except common.UserError as error:  # a guard, which writes the reason into the log
+            assert error.code == common.GUARD, error
+    record, = doctor.records(cfg.out)
+    return {name: seen for name, seen, _ in examine(record)}
+
+
+def fails(test, old, new):
+    """Whether the test fails on a copy of the project whose ppo.py has the new text in place of the old one."""
+    source = (ROOT / "ppo.py").read_text()
+    assert source.count(old) == 1, f"ppo.py has not, or not once: {old}"
+    with tempfile.TemporaryDirectory() as copied:
+        for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+            target = Path(copied) / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(path.read_text())
+        (Path(copied) / "ppo.py").write_text(source.replace(old, new))
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                               f"tests/test_ppo.py::{test}"], cwd=copied, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return done.returncode == 1
+
+
+if __name__ == "__main__":
+    print("""# Bugs put into small runs on purpose
+
+Written by `python tests/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small models,
+whose healthy runs have no findings. What the doctor says is what `python doctor.py` prints of that run; the words are
+explained in [metrics.md](metrics.md).
+
+| bug | stage | the doctor says |
+|---|---|---|""")
+    with tempfile.TemporaryDirectory() as folder:
+        configs = world(Path(folder))
+        healthy = [Break(f"none, seed {seed}", "", stage=stage, flags={"seed": seed})
+                   for stage in configs for seed in range(1, 6)]
+        for number, broken in enumerate([*healthy, *BREAKS]):
+            config = configs[broken.stage]
+            if broken.stage != "reward" or number:  # the first one is the reward model of all PPO runs
+                config = replace(config, out=f"{folder}/run{number}")
+            found = run(config, broken)
+            print(f"| {broken.bug} | {broken.stage} | {', '.join(found) or 'healthy'} |", flush=True)
+    print("""
+What a log can't show, and the test of `tests/test_ppo.py` that fails with it:
+
+| bug | test |
+|---|---|""")
+    for bug, (old, new, test) in UNSEEN.items():
+        print(f"| {bug} | {f'`{test}`' if fails(test, old, new) else 'none fails'} |", flush=True)
