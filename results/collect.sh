@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Keep what a finished run found:   bash results/collect.sh out/tiny results/tiny/seed1
-# Logs, report cards, the report and its figures, and of study.sh's and labelers.sh's stages, if there are any, the same; no
-# weights, and no text of the data set beyond the report's samples. Paths into the run become paths into out/tiny.
+# Logs, flags, report cards, the report and its figures, and of study.sh's, labelers.sh's and ablations.sh's stages, if there
+# are any, the same; no weights, and no text of the data set beyond samples in the report and in PPO's log. Paths into the run
+# become paths into out/tiny.
 set -euo pipefail
 run=$1 kept=$2
 [ -f "$run/evaluate/done.json" ] || { echo "error: $run is not finished (evaluate/done.json is missing)" >&2; exit 2; }
@@ -14,7 +15,7 @@ for file in "$run"/evaluate/{results.json,report.md,*.png}; do
   keep "$file" "$kept/$(basename "$file")"
 done
 for stage in "$run"/*/; do
-  for file in log.jsonl report_card.json done.json agreement.json; do
+  for file in config.json log.jsonl report_card.json done.json agreement.json; do
     keep "$stage$file" "$kept/$(basename "$stage")_$file"
   done
 done
@@ -23,8 +24,8 @@ for stage in labelers agreement; do
     keep "$file" "$kept/$stage/$(basename "$file")"
   done
 done
-for stage in "$run"/study/*/; do
-  for file in log.jsonl report_card.json done.json results.json; do
-    keep "$stage$file" "$kept/study/$(basename "$stage")/$file"
+for stage in "$run"/{study,ablations}/*/; do
+  for file in config.json log.jsonl report_card.json done.json results.json; do
+    keep "$stage$file" "$kept/$(basename "$(dirname "$stage")")/$(basename "$stage")/$file"
   done
 done

@@ -1,5 +1,6 @@
 """The study's arithmetic: Gao et al.'s forms recovered from their own curves, the turn, labels upside down."""
 import importlib
+import json
 import math
 import os
 import shutil
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import ablations
 import common
 import data
 import label
+import ppo
 import report
 import reward
 import study
@@ -98,9 +101,9 @@ def test_flipped_rankings_are_upside_down(checkpoints, tmp_path):
     assert all(some[name] == plain[name][::-1] for name in flipped) and 0 < len(flipped) < len(plain)
 
 
-def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path):
-    """A flag that was renamed, a policy measured before it is trained, or one that study.py will not find: all of which
-    would show only after half an hour."""
+def configs_of(script, tmp_path):
+    """{output folder: the configuration of its command} of all commands of a script on top of a finished run, each
+    checked: flags that the command takes, and models that were made before it."""
     out, record, stub = tmp_path / "the output", tmp_path / "record", tmp_path / "python"
     stub.write_text(f'''#!/bin/sh
 [ "$1" != -c ] || exec "{sys.executable}" "$@"
@@ -109,30 +112,76 @@ printf "%s\\n" "$@" END >> "{record}"
     stub.chmod(0o755)
     (out / "evaluate").mkdir(parents=True)
     (out / "evaluate" / "done.json").touch()
-    result = subprocess.run(["bash", str(ROOT / "study.sh"), "smoke"], capture_output=True, text=True, timeout=100,
+    result = subprocess.run(["bash", str(ROOT / script), "smoke"], capture_output=True, text=True, timeout=100,
                             env={**os.environ, "PYTHON": str(stub), "OUT": str(out), "DATA": str(tmp_path),
                                  "SEED": "7"})
     assert result.returncode == 0, result.stderr
     made = {str(out / name) for name in ("labeler", "judge", "reward", "sft", "ppo", "dpo", "samples", "label")}
-    seeds = {}
+    found = {}
     for command in record.read_text().split("END\n")[:-1]:
         name, *flags = command.split("\n")[:-1]
         module = importlib.import_module(name.removesuffix(".py"))
-        Config, flags = (module.RankConfig, flags[1:]) if name == "label.py" else (module.Config, flags)
-        presets = {} if name == "label.py" else module.PRESETS
-        cfg = common.load_config(Config, presets, flags)
+        if name == "label.py":
+            _, Config, *presets = module.STEPS[flags.pop(0)]
+        else:
+            Config, presets = module.Config, [module.PRESETS]
+        cfg = common.load_config(Config, dict(*presets), flags)
         for flag in ("sft", "model", "reward", "labeler", "judge", "policies"):
             missing = set(filter(None, str(getattr(cfg, flag, "")).split(","))) - made
             assert not missing, f"{name} --{flag}: {missing} not made yet"
         assert cfg.out not in made and cfg.restart
         made.add(cfg.out)
-        seeds[Path(cfg.out).name] = cfg.seed, getattr(cfg, "split_seed", -1)
-    assert {str(out / "study" / name) for name in study.NAMES} <= made
+        found[cfg.out] = cfg
+    return found
+
+
+def test_every_command_of_the_study_is_one_that_its_script_takes(tmp_path):
+    """A flag that was renamed, a policy measured before it is trained, or one that study.py will not find: all of which
+    would show only after half an hour."""
+    found = configs_of("study.sh", tmp_path)
+    seeds = {Path(out).name: (cfg.seed, getattr(cfg, "split_seed", -1)) for out, cfg in found.items()}
+    assert set(study.NAMES) <= set(seeds)
     assert seeds.pop("reward-250-2") == (72, 7) and seeds.pop("reward-250-3") == (73, 7)
     assert {seed for seed, _ in seeds.values()} == {7}
     assert "no finished run" in subprocess.run(
         ["bash", str(ROOT / "study.sh"), "smoke"], capture_output=True, text=True,
-        env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "nothing")}).stderr
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "nothing")}).stderr
+
+
+def test_every_command_of_the_ablations_changes_one_thing(tmp_path):
+    """A flag that was renamed, a run that the table does not show, or one that differs from the default in more than it
+    says."""
+    found = {Path(out).name: cfg for out, cfg in configs_of("ablations.sh", tmp_path).items()}
+    runs = {name: cfg for name, cfg in found.items() if isinstance(cfg, ppo.Config)}
+    shown = {name for _, names in ablations.DETAILS.values() for name in names}
+    assert shown - set(runs) == {"free-all", "ppo-kl3", "ppo-kl12"} and set(runs) <= shown
+    assert {Path(path).name for path in found["evaluate"].policies.split(",")} == set(runs) | {"ppo"}
+    same = {"out", "snapshots", "kl_ceiling", "restart", "sft", "reward", "prompts", "seed"}
+    plain = vars(ppo.Config(**ppo.PRESETS["smoke"]))
+    for name, cfg in runs.items():
+        changed = {flag for flag, value in vars(cfg).items() if str(value) != str(plain[flag])} - same
+        own_reward = Path(cfg.reward).name != "reward"
+        assert len(changed) + own_reward == (2 if name == "value-zero" else 1), (name, changed)
+    reads = {K: found[f"reward-K{K}"] for K in (2, 4, 9)}  # the same number of responses, in all and in a step
+    assert all(K * cfg.limit == 2880 and cfg.batch_size == 64 // K for K, cfg in reads.items())
+
+
+def test_the_table_of_ablations(tmp_path):
+    """Differences between seeds instead of within one, or a spread that is not the least and the largest."""
+    for seed, (default, change) in enumerate([(0.90, 0.80), (0.94, 0.90)]):
+        (tmp_path / str(seed) / "evaluate").mkdir(parents=True)
+        row = {"kl": 5.0, "length": 10.0, "proxy": 2.0, "labeler": 1.0}
+        (tmp_path / str(seed) / "evaluate" / "results.json").write_text(json.dumps({
+            "config": {"seed": seed, "count": 100}, "hardware": "x", "date": "y", "torch": "z", "policies": {
+                name: {**row, "win_rate_judge": wins, "length_controlled": wins}
+                for name, wins in (("ppo", default), ("lam-0", change))}}))
+        (tmp_path / str(seed) / "evaluate" / "done.json").write_text('{"seconds": 1800}')
+    ablations.main(ablations.Config(",".join(str(tmp_path / str(seed)) for seed in range(2)), str(tmp_path)))
+    text = (tmp_path / "ablations.md").read_text()
+    assert "| 0 | 0.850 (0.800 to 0.900) | -0.070 (-0.100 to -0.040) | 0.850 (0.800 to 0.900) | 5.0" in text
+    assert "2 stages took 1.0 hours" in text and "## Clip" not in text
+    with pytest.raises(common.UserError, match="ablations.sh"):
+        ablations.main(ablations.Config(str(tmp_path)))
 
 
 def test_agreement_with_flips():
