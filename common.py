@@ -41,8 +41,10 @@ def load_config(Config, presets, argv=None):
         parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags win over it")
     for field in dataclasses.fields(Config):
         shown = f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        kind = _boolean if field.type in (bool, "bool") else type(field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=None, help=shown, metavar="X")
+        # A flag that is true or false may stand alone: --restart is --restart true.
+        kind = ({"type": _boolean, "nargs": "?", "const": True} if field.type in (bool, "bool") else
+                {"type": type(field.default)})
+        parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=shown, metavar="X", **kind)
     parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
     args = vars(parser.parse_args(argv))
     chosen = dict(presets.get(args.pop("preset", None), {}))

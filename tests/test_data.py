@@ -321,6 +321,8 @@ def test_default_preset_flag():
     assert common.load_config(ppo.Config, presets, ["--preset", "fast", *flags]) == expected
     on = {"on": {"whiten_rewards": True}}
     assert common.load_config(ppo.Config, on, ["--preset", "on", "--whiten-rewards", "false"]) == ppo.Config()
+    for alone in (["--whiten-rewards"], ["--whiten-rewards", "--seed", "1"], ["--seed", "1", "--whiten-rewards"]):
+        assert common.load_config(ppo.Config, {}, alone) == ppo.Config(whiten_rewards=True)
 
 
 @pytest.mark.parametrize("flags", [["--learning-rate", "1"], ["--see", "1"], ["--preset", "none"], ["--epochs", "two"],
@@ -342,7 +344,8 @@ def test_every_flag_has_its_help(script, capsys):
     for line in open(script.__file__).read().split("class Config:")[1].split("\n\n")[0].splitlines()[1:]:
         name, comment = line.split(":")[0].strip(), line.partition("  # ")[2]
         assert comment, f"{name} has no comment"
-        assert f"--{name.replace('_', '-')} X {comment} (default:".replace(" ", "") in text
+        value = "[X]" if isinstance(getattr(script.Config(), name), bool) else "X"  # true may be left out
+        assert f"--{name.replace('_', '-')} {value} {comment} (default:".replace(" ", "") in text
 
 
 @SCRIPTS
