@@ -46,7 +46,7 @@ DETAILS = {  # detail: (what papers say, the runs)
     "GAE's lambda": (
         "0.95 in Ziegler et al. 2019's code and Stiennon et al. 2020. Schulman et al. 2016, section 6.3: 0.92 to 0.98 "
         "learn fastest on a cart-pole",
-        ["lam-0", "lam-1"]),
+        ["lam-1"]),
     "score of a response without end of text": (
         "-1 in Huang et al. 2024 (detail 23); -1 for one without a full stop in Ziegler et al. 2019",
         ["any-end"]),

@@ -34,7 +34,6 @@ ppo any-end            "$OUT/reward" --no-end-score nan
 ppo clip-0.1           "$OUT/reward" --clip 0.1
 ppo clip-0.4           "$OUT/reward" --clip 0.4
 ppo temperature-1      "$OUT/reward" --temperature 1
-ppo lam-0              "$OUT/reward" --lam 0
 ppo lam-1              "$OUT/reward" --lam 1
 ppo adam-eps-1e-8      "$OUT/reward" --adam-eps 1e-8
 

@@ -174,11 +174,11 @@ def test_the_table_of_ablations(tmp_path):
         (tmp_path / str(seed) / "evaluate" / "results.json").write_text(json.dumps({
             "config": {"seed": seed, "count": 100}, "hardware": "x", "date": "y", "torch": "z", "policies": {
                 name: {**row, "win_rate_judge": wins, "length_controlled": wins}
-                for name, wins in (("ppo", default), ("lam-0", change))}}))
+                for name, wins in (("ppo", default), ("lam-1", change))}}))
         (tmp_path / str(seed) / "evaluate" / "done.json").write_text('{"seconds": 1800}')
     ablations.main(ablations.Config(",".join(str(tmp_path / str(seed)) for seed in range(2)), str(tmp_path)))
     text = (tmp_path / "ablations.md").read_text()
-    assert "| 0 | 0.850 (0.800 to 0.900) | -0.070 (-0.100 to -0.040) | 0.850 (0.800 to 0.900) | 5.0" in text
+    assert "| 1 | 0.850 (0.800 to 0.900) | -0.070 (-0.100 to -0.040) | 0.850 (0.800 to 0.900) | 5.0" in text
     assert "2 stages took 1.0 hours" in text and "## Clip" not in text
     with pytest.raises(common.UserError, match="ablations.sh"):
         ablations.main(ablations.Config(str(tmp_path)))
