@@ -72,11 +72,11 @@ CHANGES = {  # what is not plain from the name
     "raw-advantages": "not whitened", "value-sft": "from the SFT model", "value-shared": "a head on the policy",
     "value-zero": "none: values are 0", "whiten-rewards": "on", "kl-fixed": "0.2, fixed", "free-all": "0 (study.sh)",
     "ppo-kl3": "3 nats, horizon 250 (study.sh)", "ppo-kl12": "12 nats, horizon 250 (study.sh)",
-    "any-end": "its own score", "raw-reward": "as the reward model gives them",
+    "any-end": "its own score", "raw-reward": "as the reward model gives them", "adam-eps-1e-8": "1e-8",
 }
 
 
-def span(values, digits=2):
+def spread(values, digits=2):
     """Mean, and in brackets the least and the largest where there are several."""
     texts = [f"{x:.{digits}f}" for x in (mean(values), min(values), max(values))]
     return f"{texts[0]} ({texts[1]} to {texts[2]})" if len(values) > 1 else texts[0]
@@ -84,7 +84,7 @@ def span(values, digits=2):
 
 def change_of(name):
     """What was changed, for the table."""
-    return CHANGES.get(name, name.rsplit("-", 1)[-1] if "eps" not in name else "1e-8")
+    return CHANGES.get(name, name.rsplit("-", 1)[-1])
 
 
 def row(name, change, seeds):
@@ -93,9 +93,10 @@ def row(name, change, seeds):
     own, default = [policies[name] for policies in have], [policies["ppo"] for policies in have]
     wins = [a["win_rate_judge"] for a in own]
     gains = [a["win_rate_judge"] - b["win_rate_judge"] for a, b in zip(own, default)]
-    cells = [span(wins, 3), span(gains, 3) if name != "ppo" else "", span([a["length_controlled"] for a in own], 3),
-             span([a["kl"] for a in own], 1), span([a["length"] for a in own], 1), span([a["proxy"] for a in own]),
-             span([a["labeler"] for a in own])]
+    cells = [spread(wins, 3), spread(gains, 3) if name != "ppo" else "",
+             spread([a["length_controlled"] for a in own], 3), spread([a["kl"] for a in own], 1),
+             spread([a["length"] for a in own], 1),
+             spread([a["proxy"] for a in own]), spread([a["labeler"] for a in own])]
     return f"| {change} | " + " | ".join(cells) + " |"
 
 
@@ -114,14 +115,16 @@ def main(cfg):
     done = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("*/done.json"))]
     hours, first = sum(stage["seconds"] for stage in done) / 3600, seeds[0]
     head = "| win rate | difference to the default | win rate at equal length | KL, nats | length | proxy | labeler |"
+    widths = [high - low for seed in seeds for low, high in [seed["policies"]["ppo"]["win_rate_judge_interval"]]]
     numbers = ", ".join(str(seed["config"]["seed"]) for seed in seeds)
     text = [f"""# What each detail of PPO does
 
 `bash ablations.sh`, {first['config']['count']} held-out prompts, seeds {numbers}: means over the seeds, and in brackets
-the least and the largest. Win rates are the judge's against the SFT model; their 95 % intervals are about 0.03 wide in
-one seed, so smaller differences that change sign between seeds are chance. Proxy: the default's reward model, labeler:
-what that learned from. {len(done)} stages took {hours:.1f} hours of {first['hardware']}, {first['date']}, torch
-{first['torch']}; several went on beside each other, so this is no speed figure.
+the least and the largest. Win rates are the judge's against the SFT model; the default's 95 % intervals are
+{mean(widths):.2f} wide in one seed, wider nearer to 0.5. A difference whose sign the seeds do not share is chance.
+Proxy: the default's reward model; labeler: what that learned from. {len(done)} stages took {hours:.1f} hours of
+{first['hardware']}, {first['date']}, torch {first['torch']}; several went on beside each other, so this is no speed
+figure.
 
 | run {head}
 |---{'|---' * 7}|

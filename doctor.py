@@ -4,8 +4,9 @@
     python doctor.py out/tiny/ppo           one stage; results/tiny/seed1, committed, works too
 
 Reads logs, report cards and the evaluation; loads no model. One line per finding, with what the committed runs show in
-its place; the exit code is 1 if there is one. The faults that it knows, and their limits, are in symptoms.py; some
-faults no log can show (docs/metrics.md): read samples, too. guard looks at every rollout of PPO while the run lasts.
+its place; the exit code is 1 if there is one, 2 if files could not be read. The faults that it knows, and their limits,
+are in symptoms.py. Some faults no log can show (docs/faults.md): read samples, too. guard looks at every rollout of PPO
+while the run lasts.
 """
 import json
 import math
@@ -13,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import GUARD, check, run
+from common import GUARD, UserError, check, run
 from symptoms import ENOUGH, SYMPTOMS, examine
 from terminal import visible, words_for
 
@@ -64,17 +65,18 @@ def guard(metrics, streak, kl_ceiling, log):
 class Record:
     """What a stage left."""
     name: str
-    kind: str
+    kind: str                                    # sft (base, too), reward (labeler and judge, too), label, dpo, ...
     path: Path                                   # of the file that the findings are about
     lines: list = field(default_factory=list)    # of log.jsonl
     stop: dict = field(default_factory=dict)     # the line with "stopped" that a guard wrote, and its metrics
-    flags: dict = field(default_factory=dict)    # of config.json, with the sha256 of the inputs
-    inputs: dict = field(default_factory=dict)
+    flags: dict = field(default_factory=dict)    # of config.json; {} if there is none
+    inputs: dict = field(default_factory=dict)   # ... with the sha256 of what they name
+    vocab_size: int = 0                          # ... 0: unknown
     card: dict = field(default_factory=dict)     # report_card.json
-    facts: dict = field(default_factory=dict)    # done.json
+    facts: dict = field(default_factory=dict)    # done.json; {} while the stage is not finished
     results: dict = field(default_factory=dict)  # results.json of an evaluation
-    reward_model: str = ""                       # PPO: its reward model's folder
-    reward_start: str = ""                       # ... and the sha256 of the model that this started from
+    agreement: dict = field(default_factory=dict)  # agreement.json of a labeler that is a machine
+    reward_start: str = ""                       # PPO: the sha256 of the model that its reward model started from
 
     def column(self, metric):
         """The values of a metric, from the lines that have it."""
@@ -86,6 +88,11 @@ class Record:
         last = self.lines[-1] if self.lines else {}
         per_line = self.flags.get("epochs", 4) * self.flags.get("minibatches", 1)  # of a rollout
         return last.get("step", len(self.lines) * per_line)
+
+    @property
+    def judged(self):
+        """Whether it went on for long enough to ask what it learned."""
+        return self.steps >= ENOUGH and len(self.lines) >= (8 if self.kind == "ppo" else 1)
 
 
 def read(path):
@@ -106,7 +113,7 @@ def read_log(path):
         try:
             line = json.loads(text)
             numbers = [x for key, x in line.items() if key not in ("stopped", "warnings", "sample")]
-            check(all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers),
+            check(all(isinstance(x, (int, float)) and abs(x) < 1e30 for x in numbers),
                   f"{path}:{number + 1}: holds what is no number")
             stop = line if "stopped" in line else {}
             lines += [] if stop else [line]
@@ -115,53 +122,71 @@ def read_log(path):
     return lines, stop
 
 
-def kind_of(lines, place):
-    """Which stage wrote this, from what its files hold; "" for one that the doctor knows nothing about."""
-    keys = {**lines[0], **lines[-1]}
-    names = {"iteration": "ppo", "chosen_logprobs": "dpo", "test_loss": "sft", "accuracy": "reward"}
-    found = [kind for key, kind in names.items() if key in keys]
-    done = read(place("done.json"))
-    return (found or ["label"] * ("order_kept" in done) or
-            ["evaluate"] * ("results.json" in done.get("outputs", {}) and place("results.json").is_file()) or [""])[0]
+def kind_of(lines, flags, done, agreement, results):
+    """Which stage wrote these; "" for one that the doctor knows nothing about."""
+    metrics = {"iteration": "ppo", "chosen_logprobs": "dpo", "test_loss": "sft", "accuracy": "reward"}
+    own_flags = {"kl_coef": "ppo", "beta": "dpo", "evals": "sft", "test_share": "reward"}  # of one without lines yet
+    keys = {**lines[0], **lines[-1]} if lines else {}
+    return next((kind for key, kind in metrics.items() if key in keys), None) or (
+        next((kind for key, kind in own_flags.items() if key in flags), None)) or (
+        "label" if "order_kept" in done or agreement else "evaluate" if "snapshots" in results else "")
+
+
+def start_of(reward, weights, place):
+    """sha256 of the model that the reward model in folder reward started from; "" if it is not to be found: beside
+    the run, or where the run found it, it must have the weights (sha256) that PPO read."""
+    name = Path(reward).name
+    for at in (place("x").parent.parent / name / "{}", place("x").parent / f"{name}_{{}}", Path(reward) / "{}"):
+        config, done = (read(Path(str(at).format(file))) for file in ("config.json", "done.json"))
+        if weights and f"sha256 {done.get('outputs', {}).get('model.pt')}" == weights:
+            return config.get("inputs", {}).get("model", "")
+    return ""
 
 
 def record_of(name, place):
     """The Record of a stage, None if it is of no kind that is known; place: from a file's name to its path."""
     lines, stop = read_log(place("log.jsonl"))
-    kind = kind_of(lines or [stop], place) or ("ppo" if "first_ratio_error" in stop or "kl" in stop else "")
+    config, done, card, agreement, results = (read(place(f"{file}.json")) for file in (
+        "config", "done", "report_card", "agreement", "results"))
+    flags, inputs = config.get("stage", {}), config.get("inputs", {})
+    kind = kind_of(lines, flags if stop else {}, done, agreement, results)
     if not kind:
         return None
-    config = read(place("config.json"))
     path = place({"label": "done.json", "evaluate": "results.json"}.get(kind, "log.jsonl"))
-    record = Record(name, kind, path, lines, stop, config.get("stage", {}), config.get("inputs", {}),
-                    read(place("report_card.json")), read(place("done.json")), read(place("results.json")))
-    if kind == "ppo" and "," not in (reward := record.flags.get("reward", "")):
-        folder = Path(reward)
-        for path in (folder / "config.json", place("x").parent.parent / folder.name / "config.json",
-                     place("x").parent / f"{folder.name}_config.json"):
-            record.reward_model = record.reward_model or (str(folder) if path.is_file() else "")
-            record.reward_start = record.reward_start or read(path).get("inputs", {}).get("model", "")
-    return record
+    start = start_of(flags["reward"], inputs.get("reward"), place) if kind == "ppo" and flags.get("reward") else ""
+    return Record(name, kind, path, lines, stop, flags, inputs, config.get("model", {}).get("vocab_size", 0), card,
+                  done, results, agreement, start)
+
+
+def stages(folder):
+    """{name: from a file's name to its path} of the stages in a run's folder (out/tiny), of those that
+    results/collect.sh kept (results/tiny/seed1), or of one; in the order of train_all.sh."""
+    folder = Path(folder)
+    check(folder.is_dir(), f"{folder}: no such folder")
+    alone = any((folder / file).is_file() for file in ("log.jsonl", "done.json", "config.json"))
+    found = {folder.resolve().name: folder.joinpath} if alone else {}
+    found |= {path.name: path.joinpath for path in folder.iterdir() if path.is_dir()}
+    for path in [*folder.glob("*_done.json"), *folder.glob("*_log.jsonl")]:  # kept
+        name = path.name.rsplit("_", 1)[0]
+        results = folder / "results.json" if name == "evaluate" else folder / name / "results.json"
+        found[name] = lambda file, name=name, results=results: (
+            results if file == "results.json" else folder / f"{name}_{file}")
+    order = {name: i for i, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
 
 
 def records(folder):
-    """Records of all stages in a run's folder (out/tiny), of a kept one (results/tiny/seed1), or of one stage."""
-    folder = Path(folder)
-    check(folder.is_dir(), f"{folder}: no such folder")
-    stages = {folder.resolve().name: folder.joinpath}  # name: from a file's name to its path
-    stages |= {path.name: path.joinpath for path in sorted(folder.iterdir()) if path.is_dir()}
-    for path in [*folder.glob("*_done.json"), *folder.glob("*_log.jsonl")]:  # kept by results/collect.sh
-        name = path.name.rsplit("_", 1)[0]
-        stages[name] = lambda file, name=name: folder / (file if file == "results.json" else f"{name}_{file}")
-    found = [record for name, place in stages.items() if (record := record_of(name, place))]
-    check(found, f"{folder}: no log.jsonl that the doctor knows, neither here nor in a folder below")
-    return sorted(found, key=lambda record: (ORDER.index(record.name) if record.name in ORDER else 99, record.name))
+    """A Record of each stage in a folder that is of a known kind."""
+    return [record for name, place in stages(folder).items() if (record := record_of(name, place))]
+
+
+# ---- what is normal --------------------------------------------------------------------------------------------------
 
 
 def span(numbers):
     """From the least to the largest of some numbers, in few digits."""
     numbers = sorted(numbers)
-    low, high = (f"{x:.2f}" if abs(x) < 100 else f"{x:.0f}" for x in (numbers[0], numbers[-1]))
+    low, high = (f"{x:.2f}" if abs(x) < 100 else f"{x:.4g}" for x in (numbers[0], numbers[-1]))
     return low if low == high else f"{low} to {high}"
 
 
@@ -171,8 +196,23 @@ def committed(stage, metric):
     return [values for lines in logs if (values := [line[metric] for line in lines if metric in line])]
 
 
+OTHERS = {  # what is in no log: (file, how to find it)
+    "report_card.json: held-out rankings": ("{}_report_card.json", lambda card: card["held-out rankings"]["accuracy"]),
+    "report_card.json: human comparisons": ("{}_report_card.json", lambda card: (
+        card["human comparisons"]["movie, random"]["reward model"]["accuracy"])),
+    "done.json: order_kept; agreement.json": ("label_done.json", lambda done: done["order_kept"]),
+    "results.json: snapshots": ("results.json", lambda results: results["snapshots"]["ppo"][-1]["judge"]),
+    "results.json: win_rate_judge": ("results.json", lambda results: results["policies"]["ppo"]["win_rate_judge"])}
+
+
 def reference(record, metric, whole=True):
-    """The same in words, of the stage of that name or else of that kind; "" if there is none."""
+    """What healthy runs have, in words, of the stage of that name or else of that kind; "" if there is none."""
+    if metric in OTHERS:
+        file, find = OTHERS[metric]
+        values = [find(read(path)) for stage in (record.name, record.kind)
+                  for path in sorted(COMMITTED.glob(f"seed*/{file.format(stage)}"))]
+        return f"healthy runs: {span(values)}" if values else ""
+    metric = metric.split(", ")[0]
     seeds = committed(record.name, metric) or committed(record.kind, metric)
     if not seeds:
         return ""
@@ -189,6 +229,28 @@ def place_of(record, where):
     return f"{record.path}, {unit} {at[0]}" + (f" to {at[-1]}" if len(at) > 1 else "")
 
 
+def report(record):
+    """Print what there is to say of a stage; whether something was found."""
+    findings, last = examine(record), record.lines[-1] if record.lines else {}
+    for name, seen, where in findings:
+        symptom = SYMPTOMS[name]
+        places = filter(None, [place_of(record, where), reference(record, symptom.metric)])
+        print(visible(f"{record.name}: {name}: {symptom.metric}: {seen} ({'; '.join(places)}): {symptom.why}. "
+                      f"Try: {symptom.tries}."))
+    if findings:
+        for line in [line for line in record.lines if "sample" in line][-1:]:
+            print(visible("{}: look at iteration {}: [{prompt!r}]{response!r} score {score} kl {kl}".format(
+                record.name, line["iteration"], **line["sample"])))
+        return True
+    numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({reference(record, metric, whole=False)})"
+               for metric in NUMBERS[record.kind] if (x := record.column(metric))]
+    few = f" as far as {record.steps} optimizer steps show" if record.lines and not record.judged else ""
+    far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
+        not record.facts and "iteration" in last and "iterations" in record.flags) else ""
+    print("; ".join([f"{record.name}: healthy{few}{far}", *numbers]))
+    return False
+
+
 @dataclass
 class Config:
     run: str = ""  # folder of a run, or of one of its stages
@@ -196,26 +258,21 @@ class Config:
 
 def main(cfg):
     check(cfg.run, "name a folder, such as: python doctor.py out/tiny")
-    sick = 0
-    for record in records(cfg.run):
+    known, sick, unread = 0, 0, 0
+    for name, place in stages(cfg.run).items():
         try:
-            findings = examine(record)
-        except (KeyError, TypeError, ZeroDivisionError, IndexError) as error:
-            check(False, f"{record.path}: damaged, or of another version: {error!r}")
-        sick += bool(findings)
-        for name, seen, where in findings:
-            symptom = SYMPTOMS[name]
-            places = filter(None, [place_of(record, where), reference(record, symptom.metric)])
-            print(visible(f"{record.name}: {name}: {symptom.metric}: {seen} ({'; '.join(places)}): {symptom.why}. "
-                          f"Try: {symptom.tries}."))
-        if not findings:
-            few = f" as far as {record.steps} optimizer steps show" if record.lines and record.steps < ENOUGH else ""
-            numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({reference(record, metric, whole=False)})"
-                       for metric in NUMBERS[record.kind] if (x := record.column(metric))]
-            print("; ".join([f"{record.name}: healthy{few}", *numbers]))
+            if record := record_of(name, place):
+                known += 1
+                sick += report(record)
+        except Exception as error:  # whatever is wrong with its files, the other stages are still looked at
+            unread += 1
+            words = error if isinstance(error, UserError) else f"damaged, or of another version: {error!r}"
+            print(visible(f"error: {name}: {words}"), file=sys.stderr)
+    check(known or unread, f"{cfg.run}: no log.jsonl that the doctor knows, neither here nor in a folder below")
     if sick:
         print(f"{sick} stage{'s' * (sick > 1)} with findings")
-        sys.exit(1)
+    if sick or unread:
+        sys.exit(2 if unread else 1)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def repetition(responses, mask):
 
     responses (B, R) ids, mask (B, R): the mean over responses. 0: nothing twice; near 1: the same words for ever.
     """
-    pairs, real = torch.stack([responses[:, :-1], responses[:, 1:]], dim=2), mask[:, 1:]  # (B, R - 1, 2), (B, R - 1)
-    before = (pairs[:, :, None] == pairs[:, None]).all(3).tril(-1).any(2)  # (B, R - 1)
+    pairs, real = responses[:, :-1] * (responses.max() + 1) + responses[:, 1:], mask[:, 1:]  # (B, R - 1), each a number
+    before = (pairs[:, :, None] == pairs[:, None]).tril(-1).any(2)  # (B, R - 1)
     return ((before * real).sum(1) / real.sum(1).clamp(min=1)).mean()
 
 

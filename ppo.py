@@ -47,7 +47,7 @@ class Config:
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
     graph: bool = False                 # on CUDA: record one step of each sampling batch as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
-    adam_eps: float = 1e-5              # of Adam, as in the 2019 code; there of the uncorrected root, so smaller steps
+    adam_eps: float = 1e-5              # of Adam, as in the 2019 code, whose root is uncorrected: smaller first steps
     grad_clip: float = 1.0              # global norm of the gradient; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
     clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops

@@ -31,14 +31,16 @@ kl_k3: the same KL, estimated by exp(-x) - 1 + x for x = logprobs - ref_logprobs
 kl_coef: price of one nat in this rollout
 entropy: nats per token, of the policy's next-token distribution where it wrote
 length: tokens per response, end of text included
-end_rate: share of responses that reach end of text
+end_rate: share of responses that reach end of text. It goes to 1 where a response without it counts --no-end-score;
+    a bad sign only if the length collapses, too
 distinct: share of the rollout's responses that differ from each other
 repetition: share of a response's pairs of neighbouring tokens that it had before, mean
 sampler_difference: mean distance, in nats per token, between the sampler's log-probabilities and those of the
     training graph: rounding only
 explained_variance: 1 - mean((returns - values)^2) / variance of the returns: 1 is perfect, 0 as good as a constant.
     Below 0 in the first rollouts, as the value model starts as a reward model
-first_ratio_error: largest distance of the ratio from 1 before anything was learned from the rollout: rounding only
+first_ratio_error: largest distance of the ratio from 1 before anything was learned from the rollout, mean over
+    microbatches: rounding only
 policy_loss: the clipped loss; near 0 whatever happens, as advantages have mean 0: no measure of progress
 value_loss: half the squared error of the values, clipped
 clip_fraction: share of tokens where the clip binds. It falls with the learning rate

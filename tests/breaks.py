@@ -177,9 +177,9 @@ BREAKS = [
           {"shape_rewards": lambda scores, own, ref, mask, coef: (scores[:, None] - coef * (own - ref)) * mask}),
     Break("KL controller backwards", "wrong way", {"AdaptiveKL": Backwards}),
     Break("reference trained along with the policy", "KL stays at 0", {"load_model": one_for_all}),
-    Break("advantages with the wrong sign", "flat score",
+    Break("advantages with the wrong sign", "KL runs away",
           {"policy_loss": lambda own, old, advantages, mask, clip: policy_loss(own, old, -advantages, mask, clip)}),
-    Break("old log-probabilities taken from the current pass", "clip never binds",
+    Break("old log-probabilities taken from the current pass", "KL runs away",
           {"policy_loss": lambda own, old, *rest: policy_loss(own, own.detach(), *rest)}),
     Break("learning rate 30 times too high", "KL runs away", flags={"lr": 0.03}),
     Break("learning rate 1,000 times too low", "KL stays at 0", flags={"lr": 1e-6}),
@@ -257,15 +257,18 @@ def fails(test, old, new):
         return done.returncode == 1
 
 
-if __name__ == "__main__":
-    print("""# Bugs put into small runs on purpose
+HEAD = """# Bugs put into small runs on purpose
 
 Written by `python tests/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small models,
 whose healthy runs have no findings. What the doctor says is what `python doctor.py` prints of that run; the words are
 explained in [metrics.md](metrics.md).
 
 | bug | stage | the doctor says |
-|---|---|---|""")
+|---|---|---|"""
+
+
+if __name__ == "__main__":
+    print(HEAD)
     with tempfile.TemporaryDirectory() as folder:
         configs = world(Path(folder))
         healthy = [Break(f"none, seed {seed}", "", stage=stage, flags={"seed": seed})

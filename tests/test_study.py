@@ -173,7 +173,7 @@ def test_the_table_of_ablations(tmp_path):
         row = {"kl": 5.0, "length": 10.0, "proxy": 2.0, "labeler": 1.0}
         (tmp_path / str(seed) / "evaluate" / "results.json").write_text(json.dumps({
             "config": {"seed": seed, "count": 100}, "hardware": "x", "date": "y", "torch": "z", "policies": {
-                name: {**row, "win_rate_judge": wins, "length_controlled": wins}
+                name: {**row, "win_rate_judge": wins, "length_controlled": wins, "win_rate_judge_interval": [0, wins]}
                 for name, wins in (("ppo", default), ("lam-1", change))}}))
         (tmp_path / str(seed) / "evaluate" / "done.json").write_text('{"seconds": 1800}')
     ablations.main(ablations.Config(",".join(str(tmp_path / str(seed)) for seed in range(2)), str(tmp_path)))
