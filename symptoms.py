@@ -307,9 +307,9 @@ def dpo(record):
     first, chosen = record.lines[0], record.column("chosen_logprobs")
     if first["step"] <= 10 and abs(first["loss"] - math.log(2)) > 0.05:
         yield "margins not 0 at first", f"{first['loss']:.3f}", [0]
+    yield from reward(record)
     if record.judged and (late := mean(chosen[-max(1, len(chosen) // 4):])) < 1.3 * chosen[0]:
         yield "chosen falls", f"from {chosen[0]:.1f} to {late:.1f} nats per response", None
-    yield from reward(record)
 
 
 def sft(record):

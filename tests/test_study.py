@@ -237,5 +237,7 @@ def test_committed_figures_and_tables_are_drawn_from_committed_files(tmp_path):
         made, kept = (folder / "labelers/report.md" for folder in (tmp_path / seed.name, seed))
         assert "## Who ranked" in made.read_text() and same_words(made.read_text(), kept.read_text())
     assert same_words((tmp_path / "study" / "study.md").read_text(), (ROOT / "results/study/study.md").read_text())
+    ablations.main(ablations.Config(",".join(str(seed / "ablations") for seed in seeds), str(tmp_path)))
+    assert (tmp_path / "ablations.md").read_text() == (ROOT / "results" / "ablations.md").read_text()
     for name in ("frontier.png", "over_optimisation.png"):
         assert (tmp_path / "study" / name).is_file() and (ROOT / "results/study" / name).is_file()
