@@ -62,7 +62,8 @@ DETAILS = {  # detail: (what papers say, the runs)
         "prompt in one step, as they over-fit otherwise)",
         ["K-2", "K-4", "K-9"]),
     "clip": (
-        "0.2 nearly everywhere. Schulman et al. 2017, table 1: 0.1, 0.2, 0.3 score 0.76, 0.82, 0.70 in robot tasks",
+        "0.2 in Ziegler et al. 2019's code, Ouyang et al. 2022, Bai et al. 2022. Schulman et al. 2017, "
+        "table 1: 0.1, 0.2, 0.3 score 0.76, 0.82, 0.70 in robot tasks",
         ["clip-0.1", "clip-0.4"]),
     "temperature of the rollouts": (
         "0.7 in Ziegler et al. 2019's code (books, TL;DR), 1 in Ouyang et al. 2022",
@@ -135,6 +136,12 @@ figure.
         if rows:
             text.append("\n".join([f"## {detail[0].upper()}{detail[1:]}\n", f"Papers: {papers}.\n", f"| here {head}",
                                    f"|---{'|---' * 7}|", *rows, ""]))
+    cards = {K: [json.loads(path.read_text())["human comparisons"]["movie, random"]["reward model"]["accuracy"]
+                 for folder in folders if (path := folder / f"reward-K{K}" / "report_card.json").is_file()]
+             for K in (2, 4, 9)}
+    if all(cards.values()):
+        text.append("Reward models of these rankings order people's random pairs of film reviews as people do in " +
+                    ", ".join(f"{spread(shares, 3)} (K = {K})" for K, shares in cards.items()) + ".\n")
     path = Path(cfg.out or folders[0]) / "ablations.md"
     path.write_text("\n".join(text))
     print(path)
