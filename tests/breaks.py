@@ -29,7 +29,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from conftest import SENTENCES  # noqa: E402
-from model import GPT, GPTConfig, ScalarModel  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from sampling import sample_many  # noqa: E402
 from symptoms import examine  # noqa: E402
 
@@ -46,9 +46,14 @@ def steer(model, enc, ended):
         model.trunk.token_embedding.weight[enc.eot_token] += (2 + ended) * direction
 
 
+def vowels(text):
+    """What is good in this small world: the share of vowels."""
+    return sum(text.count(vowel) for vowel in "aeiou") / len(text)
+
+
 def world(folder):
-    """A whole small set-up: an SFT model, rankings of its samples (more vowels are better), a reward model learned from
-    them, and prompts. The configurations of its reward and PPO stages."""
+    """A whole small set-up: an SFT model, rankings of its samples (vowels are good), a reward model learned from
+    them, demonstrations and prompts: {stage: its configuration}."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab, prompts = folder / "vocab.tiktoken", folder / "prompts.jsonl"
     data.save_ranks(data.train_bpe(SENTENCES * 2, 270), vocab)
@@ -63,30 +68,28 @@ def world(folder):
     ids = [data.encode_prompt(enc, text, 32) for text in texts for _ in range(4)]
     drawn = sample_many(policy, ids, 12, enc.eot_token, random=torch.Generator().manual_seed(1))
     drawn = [enc.decode(response[:-1] if response[-1] == enc.eot_token else response) for response in drawn]
-    def vowels(text):
-        return sum(text.count(vowel) for vowel in "aeiou") / len(text)
-
     rankings = []
     for i, text in enumerate(texts):
         usable = {x for x in drawn[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
         rankings.append({"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))})
     data.write_jsonl(folder / "rankings.jsonl", [row for row in rankings if len(row["responses"]) > 1])
     checkpoint.save_checkpoint(folder / "sft", policy, ppo.Config(), vocab)
-    same = {"response_tokens": 12, "temperature": 1.0, "device": "cpu", "dtype": "float32", "sft": str(folder / "sft"),
-            "prompts": str(prompts)}
     demos = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in rankings if row["responses"]]
     data.write_jsonl(folder / "demos.jsonl", demos[:40])
     data.write_jsonl(folder / "held_out.jsonl", demos[40:80])
     small = {"device": "cpu", "dtype": "float32"}
     start, rows = str(folder / "sft"), str(folder / "rankings.jsonl")
     answers = {"sft": start, "prompts": str(prompts), "response_tokens": 12, "temperature": 1.0, **small}
-    return {"reward": reward.Config(out=str(folder / "reward"), model=start, train=rows, pairs="", epochs=2, lr=3e-3,
-                                    dropout=0.0, samples=256, log_every=10, **answers),
-            "ppo": ppo.Config(reward=str(folder / "reward"), iterations=20, episodes=96, lr=1e-3, snapshots=1,
-                              kl_horizon=300.0, no_end_score=float("nan"), **answers),
-            "dpo": dpo.Config(model=start, train=rows, epochs=2, **small),
-            "sft": sft.Config(model=start, train=str(folder / "demos.jsonl"), test=str(folder / "held_out.jsonl"),
-                              epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
+    configs = {"reward": reward.Config(out=str(folder / "reward"), model=start, train=rows, pairs="", epochs=2, lr=3e-3,
+                                          dropout=0.0, samples=256, log_every=10, **answers),
+               "ppo": ppo.Config(reward=str(folder / "reward"), iterations=20, episodes=96, lr=1e-3, snapshots=1,
+                                 kl_horizon=300.0, no_end_score=float("nan"), **answers),
+               "dpo": dpo.Config(model=start, train=rows, epochs=2, **small),
+               "sft": sft.Config(model=start, train=str(folder / "demos.jsonl"), test=str(folder / "held_out.jsonl"),
+                                 epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        reward.main(configs["reward"])
+    return configs
 
 
 @dataclass
@@ -94,15 +97,14 @@ class Break:
     """A bug, as a patch or as changed flags of a run, and what the doctor says of it."""
     bug: str
     expected: str                               # symptom that the doctor must name
-    patch: dict = field(default_factory=dict)   # {name in the stage's module, or Class.method: what takes its place}
+    patch: dict = field(default_factory=dict)   # {name in the stage's module: what takes its place}
     flags: dict = field(default_factory=dict)
     stage: str = "ppo"
 
 
 # What the patches call: the functions as they are.
-forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs, gae, length_mask, score = (
-    ppo.forward, ppo.load_model, ppo.sample_prompts, ppo.policy_loss, ppo.shape_rewards, ppo.token_logprobs, ppo.gae,
-    ppo.length_mask, ScalarModel.score)
+forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs = (
+    ppo.forward, ppo.load_model, ppo.sample_prompts, ppo.policy_loss, ppo.shape_rewards, ppo.token_logprobs)
 load_reward, read_rankings, ranking_loss = ppo.load_reward, reward.read_rankings, reward.ranking_loss
 dpo_loss, response_logprobs = dpo.dpo_loss, dpo.response_logprobs
 
@@ -274,10 +276,7 @@ if __name__ == "__main__":
         healthy = [Break(f"none, seed {seed}", "", stage=stage, flags={"seed": seed})
                    for stage in configs for seed in range(1, 6)]
         for number, broken in enumerate([*healthy, *BREAKS]):
-            config = configs[broken.stage]
-            if broken.stage != "reward" or number:  # the first one is the reward model of all PPO runs
-                config = replace(config, out=f"{folder}/run{number}")
-            found = run(config, broken)
+            found = run(replace(configs[broken.stage], out=f"{folder}/run{number}"), broken)
             print(f"| {broken.bug} | {broken.stage} | {', '.join(found) or 'healthy'} |", flush=True)
     print("""
 What a log can't show, and the test of `tests/test_ppo.py` that fails with it:
