@@ -40,13 +40,13 @@ SYMPTOMS = {
         "before the first step of a rollout old and new log-probabilities are of the same weights: the ratio must "
         "be 1 up to rounding",
         "look for dropout, another temperature, a mask or positions that differ between the rollout and the "
-        "update; is everything in a precision below bf16?"),
+        "update; are the weights themselves in bf16?"),
     "negative KL": Symptom(
         "ppo", "kl", "mean below -0.1, four of five rollouts below 0",
         "a KL is never negative; an estimate is by chance, but not again and again: the responses are not draws "
         "of the policy",
-        "see `sampler differs`; is the mask 1 up to the end of text and no further? are policy and reference the "
-        "right way round?"),
+        "see `sampler differs`; is the mask 1 up to the end of text and no further? are policy and reference "
+        "exchanged?"),
     "rewards do not add up": Symptom(
         "ppo", "rewards", "further than 0.01 from score - kl_coef * kl",
         "the per-token rewards sum to something else: the penalty has the wrong sign or the score is not, or not "

@@ -66,6 +66,7 @@ def read_where(found, d):
     """{name: {column: what the figure shows there}} of the row of the response."""
     r, pad, P, n = found["response"], found["rollout"]["pad"], found["rollout"]["columns"], len(d.kl)
     return {"column": {column: str(column) for column in range(P + n + 1)},
+            "t": {P + t: str(t) for t in range(n)},
             "position": {column: str(column - pad) for column in range(pad, P + n)},
             "mask": {**{P + t: "1" for t in range(n)}, P + n: "0"},
             "value": {P - 1 + t: f(x, 2) for t, x in enumerate(r["values"])},
@@ -88,12 +89,12 @@ def draw_alignment(found, d, path):
         box(axis, right - width / 2, 0, width, 0.8, colour, text, fontsize=10)
     rows = read_where(found, d)
     for place, (name, row) in enumerate([("logits predict", {}), ("token", {}), *rows.items()]):
-        y, colour = (0.8, 0.0, *(-0.7 - 0.5 * i for i in range(len(rows))))[place], RED if place in (0, 5) else "black"
+        y, colour = (0.8, 0.0, *(-0.7 - 0.5 * i for i in range(len(rows))))[place], RED if place in (0, 6) else "black"
         axis.text(-0.2, y, name, ha="right", va="center", fontsize=11, color=colour)
         for column, text in row.items():
             if column in middle:  # most of the padding is left out
                 axis.text(middle[column], y, text, fontsize=10, color=colour, **CENTRED)
     for t in range(n):
         arrow(axis, (middle[P - 1 + t], 0.4), (middle[P + t], 0.4), -0.6, RED)
-    axis.set(xlim=(-2.2, right + 0.1), ylim=(-4.5, 1.2))
+    axis.set(xlim=(-2.2, right + 0.1), ylim=(-5.0, 1.2))
     save(figure, axis, path)

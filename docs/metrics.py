@@ -21,9 +21,10 @@ STAGES = {  # title: (a stage of that kind in results/tiny, its metrics: what th
     "PPO": ("ppo", """
 iteration: rollouts so far
 episodes: responses so far
-score: the reward model's score of a whole response, mean of the rollout; SFT samples have mean 0
+score: the reward model's score of a whole response, mean of the rollout; SFT samples to training prompts have mean 0
 score_std: its standard deviation in the rollout; SFT samples have 1
-rewards: sum of a response's per-token rewards, mean: what PPO maximises, score - kl_coef * kl
+rewards: sum of a response's per-token rewards, mean: what PPO maximises. It is score - kl_coef * kl, where a response
+    without end of text counts --no-end-score in place of its score
 kl: nats per response: sum of logprobs - ref_logprobs over its tokens (k1). Unbiased; single responses are often
     negative, and at the very beginning the mean may be
 kl_k3: the same KL, estimated by exp(-x) - 1 + x for x = logprobs - ref_logprobs (k3), which is never negative.
@@ -43,8 +44,9 @@ first_ratio_error: largest distance of the ratio from 1 before anything was lear
     microbatches: rounding only
 policy_loss: the clipped loss; near 0 whatever happens, as advantages have mean 0: no measure of progress
 value_loss: half the squared error of the values, clipped
-clip_fraction: share of tokens where the clip binds. It falls with the learning rate
-value_clip_fraction: the same for values
+clip_fraction: share of tokens where the clip binds: the clipped loss is the larger one, and the token has no
+    gradient. It falls with the learning rate
+value_clip_fraction: share of tokens whose clipped value error is the larger one
 approx_kl: half the mean squared log-ratio of new to old policy, per token: how far one rollout's updates go
 rollout_tokens_per_second: response tokens sampled and scored per second
 update_tokens_per_second: response tokens per second of the update, each epoch counted
@@ -63,7 +65,8 @@ accuracy: share of training pairs with a margin above 0
 margin: chosen_reward - rejected_reward
 chosen_reward: beta * (logprobs - ref_logprobs) of the chosen response: its implicit reward
 rejected_reward: the same of the rejected one
-chosen_logprobs: nats of the whole chosen response. That it falls somewhat is normal: the loss sees differences
+chosen_logprobs: log-probability of the whole chosen response, in nats. A moderate fall is normal: the loss depends
+    only on differences
 rejected_logprobs: the same of the rejected one; it should fall more
 """),
     "SFT and base": ("sft", """
@@ -107,6 +110,9 @@ if __name__ == "__main__":
 Written by `python docs/metrics.py`. What each number in a stage's `log.jsonl` is, from where to where it went in the
 runs of [results/tiny](../results/tiny) (preset tiny, three seeds: the least to the largest of them), and what `python
 doctor.py` takes for a bad sign. Which of its findings follow from which bug: [faults.md](faults.md). Runs of another
-size have other numbers; what moves in which direction, and the signs of broken code, stay.""")
+size have other numbers; what moves in which direction, and the signs of broken code, stay. "First line" and "last
+line" are those
+of the log. The training graph is the forward pass that has gradients, not the sampler; the guard looks at each rollout
+of PPO while it runs (`doctor.py: guard`); the report card is what reward.py leaves in `report_card.json`.""")
     for title, (stage, metrics) in STAGES.items():
         section(title, stage, metrics)

@@ -142,7 +142,8 @@ you get what you see, or one off in the last digit.
 ![the stages of train_all.sh and what they hand on](pipeline.png)
 
 *The stages of `train_all.sh` and their scripts. A blue stage trains a model, which starts from the weights that are
-named. An arrow goes from what is made to what reads it. This page is about the middle row, where PPO is. dpo is another
+named; a green one trains nothing. The arrows show the main inputs. This page is about the middle row, where PPO is.
+dpo is another
 way to train on rankings; the judge only examines.*
 
 ## 1. Tokens
@@ -163,7 +164,7 @@ thousandth.
 sentences that people wrote, cut into prompt and response. (No two stages share a prompt: this is not ours.) The loss is
 minus the log-probability of a token given all before it, averaged where the mask is 1. The prompt has mask 0: the model
 is not to learn to write prompts. End of text has 1: the model is to learn to stop. The log-probabilities are those of
-the SFT model after its training.
+the SFT model after its training, at temperature 1 (PPO's are at another one, section 6).
 
 {table("position | token | mask | log-probability", [
     (i, quoted(text), int(i >= demo["prompt_length"]), demo["logprobs"][i - 1] if i else "-")
@@ -195,8 +196,8 @@ one's; sigmoid(margin) is taken as the probability that a person agrees with the
     (i + 1, j + 1, margin.item(), margin.sigmoid().item(), -logsigmoid(margin).item()) for i, j, margin in pairs])}
 
 The loss of the ranking is the mean, {f(ranking_loss(scores[None], torch.ones_like(scores)[None]).item())}; with equal
-scores it would be ln 2 = 0.6931. After its training the model's scores are shifted and scaled, so that those of the SFT
-model's responses have mean 0 and standard deviation 1.
+scores it would be ln 2 = 0.6931. These are scores of the finished model, which were shifted and scaled so that those of
+the SFT model's responses have mean 0 and standard deviation 1; in training the same formula is applied before that.
 
 ## 5. The rollout: which logits predict which token
 
@@ -209,13 +210,18 @@ SFT model. The response is {quoted("".join(text or "" for text in r["tokens"]))}
 
 ![one row of the rollout, and what is read in which column](alignment.png)
 
-*One row of the rollout. An arrow goes from the column where logits are read to the token that they predict.*
+*One row of the rollout. Grey: padding; blue: prompt; green: response. An arrow goes from the column where logits are
+read
+to the token that they predict. Red: read in this column, about the next token (the first value is `value[0]`); black:
+of
+the token in this column.*
 
 All prompts of a rollout end in the same column: shorter ones are padded on the left, ours with {rollout["pad"]} tokens,
 to P = {P} columns. No token attends to padding, and positions count from the first real token. Response token t stands
 in column `P + t`. The logits that predict it are read one column earlier, at `P - 1 + t`, where the model has seen all
 before the token, but not the token. Its value is read there, too: it is that of the state before the token. In code,
-`tokens[:, :-1]` goes in, `np.s_[:, P - 1:]` is read, and `tokens[:, P:]` is predicted. The score is one number for the
+`tokens[:, :-1]` goes in, the outputs at `[:, P - 1:]` are read, and `tokens[:, P:]` is predicted. The score is one
+number for the
 whole response, read in the column of its last token (`model.py: ScalarModel`). What follows is padding, with mask 0.
 
 ## 6. Log-probabilities and KL
@@ -229,8 +235,8 @@ under the reference, both with logits divided by the temperature, {flags["temper
 The KL of the response is the sum, {f(sum(d.kl))} nats. A token's can be negative ({sum(x < 0 for x in d.kl)} of {n}
 here): the policy likes it less than the reference does. Averaged over what the policy writes it estimates the
 Kullback-Leibler divergence, which is never negative; over the {flags["episodes"]} responses of this rollout it is
-{f(rollout["kl"])} nats per response. `old` is from a forward pass like those of the update, not from the sampler (at
-most {f(difference)} apart here), so that the ratio in section 10 begins at 1.
+{f(rollout["kl"])} nats per response. `old` is from a forward pass like those of the update, not from the sampler (the
+two differ by at most {f(difference)} here), so that the ratio in section 10 begins at 1.
 
 ## 7. Rewards per token
 
@@ -248,8 +254,9 @@ reward[{n - 1}] = -{r["kl_coef"]:.6f} * {b(d.kl[-1])} + {b(d.score)} = {f(d.rewa
 
 [`ppo.py: gae`] `value[t]` is what the value model, before token t, expects the rewards from t to the end to sum to.
 `delta[t]` says how much better it went with token t: its reward, plus what is expected after it, minus what was
-expected before it. After the last token nothing follows, so 0 is expected. The advantage also counts the deltas that
-follow, as the token led there, each step later `gamma * lam` times as much. The return is what the value model should
+expected before it. After the last token nothing follows, so 0 is expected. The advantage also adds the later
+deltas, since this token led to them, each multiplied by `gamma * lam` once for every step between. The return is what
+the value model should
 have said, and learns to say.
 
 ```
@@ -274,8 +281,10 @@ values but `value[t]` cancel, and the luck of every later token counts in full.
 ## 9. Whitening
 
 [`ppo.py: whiten`] The advantages of all {rollout["all_tokens"]:,} response tokens of the rollout have mean
-{f(rollout["advantage_mean"])} and standard deviation {f(rollout["advantage_std"])}. The mean is subtracted, and the
-result divided by the standard deviation, so that the scale of the scores does not set the size of the steps. This is A,
+{f(rollout["advantage_mean"])} and standard deviation {f(rollout["advantage_std"])} (divided by n, not n - 1). The mean
+is subtracted, and the
+result divided by the standard deviation, so that the policy's loss has the same scale whatever that of the scores.
+This is A,
 the advantage that the policy learns from. Returns stay as they are. For the first token:
 
 ```
@@ -293,7 +302,8 @@ clamp(ratio, {1 - clip:g}, {1 + clip:g})`. In the last pass, after {flags["epoch
     (t, tokens[t], d.white[t], r["old_logprobs"][t], r["new_logprobs"][t], d.ratio[t], f(d.plain[t], 3),
      f(d.clipped[t], 3), larger[t], f(d.gradient[t], 3)) for t in range(n)])}
 
-The gradient is that of the token's loss with respect to `new`. Where clipped is larger, `new` has no part in the loss
+The gradient is the derivative of the token's loss with respect to `new`. The derivative of the ratio is the ratio
+itself, so that of the plain loss is the plain loss. Where clipped is larger, `new` has no part in the loss
 and the gradient is 0: the token has moved far enough. So it is for {bound}. All cases:
 
 {table("ratio | A above 0: more of this token | A below 0: less of it", [
@@ -323,7 +333,9 @@ The mean over all tokens, times {flags["value_coef"]:g} (`value_coef`), is added
 ## 12. The KL controller
 
 [`ppo.py: AdaptiveKL`] After an update `kl_coef` moves, so that the KL of a response comes to {flags["kl_target"]:g}
-nats: down if the rollout had less, up if it had more. After our iteration, and late in the run:
+nats: down if the rollout had less, up if it had more. `kl` is the rollout's mean KL per response, `target` is
+{flags["kl_target"]:g}, `episodes` the {flags["episodes"]} responses of a rollout, `horizon` {flags["kl_horizon"]:g}
+(`--kl-horizon`; smaller is faster). After our iteration, and late in the run:
 
 ```
 error   = kl / target - 1, kept between -0.2 and 0.2
@@ -341,8 +353,8 @@ The log of the run, `ppo/log.jsonl`, has {log[1]["kl_coef"]:.6f} in iteration {l
 
 ## 13. What became of it
 
-After {flags["iterations"]} such iterations the mean score of a rollout is {f(log[3]["score"])}, at {f(log[3]["kl"])}
-nats per response. The finished policy's responses to our prompt, drawn like those of section 3:
+The rollout of the last iteration, number {log[3]["iteration"]}, has a mean score of {f(log[3]["score"])} and a KL of
+{f(log[3]["kl"])} nats per response. The finished policy's responses to our prompt, drawn like those of section 3:
 
 {table("response | reward model's score", [
     (quoted(text), score) for text, score in zip(after["responses"], after["reward"])])}
