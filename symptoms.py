@@ -166,7 +166,8 @@ SYMPTOMS = {
         "policy and reference are the same model before the first step",
         "is the reference the model that the policy starts from? dropout?"),
     "over-optimised": Symptom(
-        "evaluate", "results.json: snapshots", "labeler or judge fall by 0.25 while the proxy climbs",
+        "evaluate", "results.json: snapshots",
+        "labeler or judge fall by 0.25, and beyond chance, while the proxy climbs",
         "the policy pleases the reward model and nobody else",
         "stop at the best snapshot; a larger --kl-coef, more rankings, several reward models"),
     "no better than SFT": Symptom(
@@ -335,13 +336,15 @@ def label(record):
 def evaluate(record):
     """The comparison of all policies."""
     results = record.results
+    few = min(results["prompts"], results["config"]["snapshot_count"])
+    least = max(0.25, 3 * math.sqrt(2 / few))  # three standard errors of a difference of means, of deviation 1
     for policy, curve in results["snapshots"].items():
         for scorer in ("labeler", "judge"):
             points = [(point[scorer], point["proxy"], i) for i, point in enumerate(curve) if scorer in point]
             if not points:
                 continue
             (best, proxy, i), last = max(points), points[-1]
-            if last[0] < best - 0.25 and last[1] > proxy:
+            if last[0] < best - least and last[1] > proxy:
                 yield "over-optimised", (f"{policy}: the {scorer} fell from {best:.2f} at iteration "
                                          f"{curve[i]['iteration']} to {last[0]:.2f}, the proxy rose from {proxy:.2f} "
                                          f"to {last[1]:.2f}"), None

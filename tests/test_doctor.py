@@ -47,7 +47,9 @@ def test_committed_runs_are_healthy(seed):
 
 @pytest.mark.parametrize("stage, symptom", [
     ("free-all", "KL runs away"), ("free-250", "KL runs away"), ("reward-250", "learned by heart"),
-    ("dpo-beta0.05", "chosen falls"), ("ppo-kl3", None), ("ppo-kl12", None), ("ppo-exact", None), ("dpo-beta1", None)])
+    ("dpo-beta0.05", "chosen falls"), ("ppo-kl3", None), ("ppo-kl12", None), ("ppo-exact", None), ("dpo-beta1", None),
+    ("../ablations/value-zero", "length shrinks"), ("../ablations/value-shared", "values explain nothing"),
+    ("../ablations/epochs-8", None), ("../ablations/minibatches-4", None), ("../ablations/temperature-1", None)])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_runs_of_the_study(seed, stage, symptom):
     """Blind to real runs that went wrong (no leash, 250 comparisons, a small beta), or alarmed by another KL target."""
@@ -192,6 +194,8 @@ JUST_INSIDE = [  # what is unusual, and no finding yet
     ("label", lambda record: record.facts.update(order_kept=0.61)),
     ("dpo", put("chosen_logprobs", -66.0)), ("dpo", lambda record: record.lines[0].update(loss=0.735)),
     ("evaluate", lambda record: record.results["snapshots"]["ppo"][-1].update(labeler=-1.0, proxy=-1.0)),
+    ("evaluate", lambda record: [record.results["snapshots"]["ppo"][-1].update(labeler=-1.0, proxy=9.0),
+                                 record.results["config"].update(snapshot_count=1)]),
     ("evaluate", lambda record: record.results["policies"]["ppo"].update(win_rate_judge_interval=[0.51, 0.6])),
     ("evaluate", lambda record: [record.results["policies"]["ppo"].update(win_rate_judge_interval=[0.3, 0.6]),
                                  record.results.update(prompts=32)])]
