@@ -183,7 +183,7 @@ def any_stage(record):
         yield "stopped", record.stop["stopped"], None
     norms, clip = record.column("grad_norm"), record.flags.get("grad_clip", 1.0)
     # DPO's gradient grows with beta and with the length of responses, so that there a large one means nothing.
-    if norms and clip and record.kind != "dpo" and record.steps >= ENOUGH and median(norms) > 10 * clip:
+    if norms and clip and record.kind != "dpo" and record.judged and median(norms) > 10 * clip:
         yield "gradient far above the clip", f"median {median(norms):.1f}, --grad-clip {clip:g}", None
 
 
