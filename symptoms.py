@@ -5,7 +5,7 @@ per kind of stage, each in a Record (what a stage left: doctor.py), and yield (n
 lines of the log where).
 
 A limit is far outside what healthy runs show (results/tiny: three seeds), and where chance plays a part, outside of
-that, too. What takes learning to show is asked only after ENOUGH optimizer steps.
+that, too. What takes learning to show is asked only after ENOUGH optimizer steps, of PPO eight rollouts, too.
 """
 import math
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ SYMPTOMS = {
         "see `sampler differs`; is the mask 1 up to the end of text and no further? are policy and reference "
         "exchanged?"),
     "rewards do not add up": Symptom(
-        "ppo", "rewards", "further than 0.01 from score - kl_coef * kl",
+        "ppo", "rewards",
+        "further from score - kl_coef * kl than 1 % and the responses without end of text can explain",
         "the per-token rewards sum to something else: the penalty has the wrong sign or the score is not, or not "
         "only once, in the rewards",
         "compare with `ppo.py: shape_rewards`"),
