@@ -1,12 +1,12 @@
 """Is my run broken, or is this normal? What looks wrong in what a run wrote, why it matters, and what to try.
 
     python doctor.py out/tiny               every stage of a run of train_all.sh
-    python doctor.py out/tiny/ppo           one stage; results/tiny/seed1, committed, works too
+    python doctor.py out/tiny/ppo           one stage; or out/tiny/study, or results/tiny/seed1, which is committed
 
 Reads logs, report cards and the evaluation; loads no model. One line per finding, with what the committed runs show in
-its place; the exit code is 1 if there is one, 2 if files could not be read. The faults that it knows, and their limits,
-are in symptoms.py. Some faults no log can show (docs/faults.md): read samples, too. guard looks at every rollout of PPO
-while the run lasts.
+its place; the exit code is 1 if there is one, 2 if files could not be read. The faults that it knows are in
+symptoms.py, how it finds them in examine.py. Some faults no log can show (docs/faults.md): read samples, too. guard
+looks at every rollout of PPO while the run lasts.
 """
 import json
 import math
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import GUARD, UserError, check, run
-from symptoms import ENOUGH, SYMPTOMS, examine
+from examine import ENOUGH, examine
+from symptoms import SYMPTOMS
 from terminal import visible, words_for
 
 CLOSE = 0.5  # how far a first ratio may be from 1: the rounding of bf16 at an unlikely token, but no bug
@@ -56,6 +57,17 @@ def guard(metrics, streak, kl_ceiling, log):
     doubts = {"hardly a response reaches end of text": metrics["end_rate"] < 0.05,
               "nearly all responses are the same": metrics["distinct"] < 0.1}
     return [text for text, found in doubts.items() if found]
+
+
+def one_response(enc, rollout, iteration):
+    """One response of a rollout of ppo.collect with its score and KL, to be printed and logged: looking at samples
+    finds most faults of RLHF."""
+    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
+    R = rollout["mask"].size(1)
+    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
+    kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
+    return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
+            "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
 
 
 # ---- afterwards ------------------------------------------------------------------------------------------------------
@@ -244,6 +256,10 @@ def report(record):
         return True
     numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({reference(record, metric, whole=False)})"
                for metric in NUMBERS[record.kind] if (x := record.column(metric))]
+    numbers += [f"held out {row['accuracy']:.2f}" for name, row in record.card.items() if name == "held-out rankings"]
+    numbers += [f"order_kept {x:.2f}" for name, x in record.facts.items() if name == "order_kept"]
+    policies = record.results.get("policies", {}).items()
+    numbers += [f"{name} wins {row['win_rate_judge']:.2f}" for name, row in policies if "win_rate_judge" in row]
     few = f" as far as {record.steps} optimizer steps show" if record.lines and not record.judged else ""
     far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
         not record.facts and "iteration" in last and "iterations" in record.flags) else ""

@@ -22,7 +22,7 @@ from budget import announce, ppo_budget
 from checkpoint import save_checkpoint
 from common import adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say, set_up
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
-from doctor import guard, guard_ratio
+from doctor import guard, guard_ratio, one_response
 from estimators import repetition
 from model import entropy, full_precision, load_model, load_reward, load_trunk, prompt_room, token_logprobs
 from runs import Log, Stage
@@ -274,16 +274,6 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 
-def sample(enc, rollout, iteration):
-    """One response with its score and KL, to be printed and logged: looking at samples finds most faults of RLHF."""
-    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
-    R = rollout["mask"].size(1)
-    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
-    kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
-    return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
-            "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
-
-
 def main(cfg):
     check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
                    "temperature", "kl_target", "snapshots", "sample_every", "clip", "value_clip",
@@ -348,7 +338,7 @@ def main(cfg):
                          lr=lr, rollout_tokens_per_second=round(tokens / (rolled - began)),
                          update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
                          seconds=round(stage.seconds(), 1), warnings=", ".join(warnings),
-                         **({"sample": sample(enc, rollout, iteration)} if show else {}))
+                         **({"sample": one_response(enc, rollout, iteration)} if show else {}))
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if show:

@@ -1,6 +1,7 @@
 """The figures of docs/walkthrough.md, for walkthrough.py: the stages of train_all.sh, and one row of a rollout."""
 import matplotlib
 
+from arithmetic import f
 from checkpoint import write_atomic
 
 matplotlib.use("Agg")  # files, no window
@@ -15,12 +16,6 @@ STAGES = {"base": (0, 1, BLUE, "sft.py\nfrom nothing"), "sft": (1, 1, BLUE, "sft
           "ppo": (5, 1, BLUE, "ppo.py\nfrom sft"), "evaluate": (6, 1, GREEN, "evaluate.py\nreport")}
 DATA = {"base": (0, "sentences"), "sft": (1, "demonstrations"), "samples": (2, "prompts"), "ppo": (4.9, "prompts"),
         "labeler": (3, "half of the\nratings"), "judge": (6.2, "other half"), "evaluate": (5.45, "held-out\nprompts")}
-
-
-def f(x, digits=4):
-    """A number as the page writes it: no minus before a zero."""
-    text = f"{x:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text
 
 
 def box(axis, x, y, width, height, colour, text="", **style):

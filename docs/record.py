@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import label  # noqa: E402
 import ppo  # noqa: E402
+from arithmetic import derive  # noqa: E402
 from checkpoint import digest, write_atomic  # noqa: E402
 from common import adamw, check, generator, learning_rate, run, set_up  # noqa: E402
 from data import encode_prompt, load_tokenizer, parse, read_jsonl, read_text  # noqa: E402
@@ -25,7 +26,6 @@ from reward import encode_rankings  # noqa: E402
 from runs import Log  # noqa: E402
 from sft import response_rows  # noqa: E402
 from terminal import words_for  # noqa: E402
-from walkthrough import derive  # noqa: E402
 
 
 @dataclass

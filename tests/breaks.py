@@ -29,9 +29,9 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from conftest import SENTENCES  # noqa: E402
+from examine import examine  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from sampling import sample_many  # noqa: E402
-from symptoms import examine  # noqa: E402
 
 
 def steer(model, enc, ended):
