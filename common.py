@@ -1,61 +1,42 @@
-"""Run plumbing that a reader may skip: configuration, exit codes, device and precision, learning rate, the screen.
+"""Run plumbing that a reader may skip: flags, device and precision, optimizer, files, exact resume, log.
 
-Nothing in this file knows about RLHF.
+Nothing in this file knows about RLHF. What the folder of a stage holds: model.pt and vocab.tiktoken, the weights with
+what they are (torch.load(weights_only=True) reads it) and the tokenizer; config.json, flags and sha256 of the inputs;
+log.jsonl; resume.pt, until the run is finished all it needs to continue; done.json, written last: seconds and memory.
 """
 import argparse
-import ctypes
 import dataclasses
+import fcntl
+import functools
+import hashlib
 import inspect
-import io
+import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
+import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-DISK, NOT_FINITE, OUT_OF_MEMORY, GUARD = 3, 4, 5, 6  # exit codes; 2: bad input or usage; 128 + n: stopped by signal n
+# Flags that may change when a run is resumed: they change no result (but for rounding, and what dropout draws).
+FREE = {"out", "overwrite", "save_every", "microbatch", "recompute", "sample_every", "kl_ceiling",
+        "max_calls", "parallel", "timeout", "dry_run"}
+LOCKED = {}  # output folder that this process has locked: its open handle
+progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name): on a terminal only
+say = tqdm.write  # print a line above the progress bar
 
 
 class UserError(Exception):
-    """An end of the run that one line explains: what is wrong, and what to do about it. code: the exit code."""
+    """An end of the run that one line explains. code: 2 bad input or flags, 1 what happens later, 128 + n signal n."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
-
-
-# ---- configuration -------------------------------------------------------------------------------------------------
-
-
-def load_config(Config, presets, argv=None):
-    """Build a Config from the command line: field default < --preset < explicit flag. Unknown flags are errors.
-    A field's trailing comment in the source is its --help text."""
-    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
-               for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
-    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    if presets:
-        parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags win over it")
-    for field in dataclasses.fields(Config):
-        shown = f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        # A flag that is true or false may stand alone: --restart is --restart true.
-        kind = ({"type": _boolean, "nargs": "?", "const": True} if field.type in (bool, "bool") else
-                {"type": type(field.default)})
-        parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=shown, metavar="X", **kind)
-    parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
-    args = vars(parser.parse_args(argv))
-    chosen = dict(presets.get(args.pop("preset", None), {}))
-    chosen.update({name: value for name, value in args.items() if value is not None})
-    return Config(**chosen)
-
-
-def _boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
-    return text.lower() == "true"
 
 
 def check(condition, message, code=2):
@@ -72,87 +53,75 @@ def check_positive(cfg, *names, or_zero=()):
               f"--{name.replace('_', '-')} is {value}: it must be {least}")
 
 
-def run(main, Config, presets=()):
+def load_config(Config, presets, argv=None, words=()):
+    """A Config from the command line: field default < --preset < flag. A field's trailing comment is its --help text.
+    words: flags that may be given without their name, in this order; "files...": any number of words for --files."""
+    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
+               for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
+    parser.add_argument("words", nargs="*", metavar=" ".join(words).upper(), help=argparse.SUPPRESS)
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
+    for field in dataclasses.fields(Config):
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):  # may stand alone: --overwrite is --overwrite true
+            kind = {"type": {"true": True, "false": False}.__getitem__, "nargs": "?", "const": True}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=None, metavar="X", **kind, help=(
+            f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")))
+    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given, preset = flags.pop("words"), flags.pop("preset", None)
+    given = [",".join(given)] if given and "".join(words).endswith("...") else given
+    check(len(given) <= len(words), f"unexpected: {' '.join(given[len(words):])} (--help explains the flags)")
+    return Config(**{**(presets[preset] if preset else {}), **dict(zip((w.rstrip(".") for w in words), given)), **flags})
+
+
+def run(main, Config, presets=(), words=(), argv=None):
     """The guard at the end of each script: parse, run, and turn what can go wrong into one line and an exit code."""
-    for stream in (sys.stdin, sys.stdout):  # what is no UTF-8 shows as it is, and stops nothing
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a job in the background starts with it ignored
-        signal.signal(number, interrupted)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # a service may have none of them
+            setattr(sys, name, open(os.devnull, mode))
+        getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        return main(load_config(Config, dict(presets)))
+        return main(load_config(Config, dict(presets), argv, words))
     except UserError as error:
         problem, code = f"{'error: ' * (0 < error.code < 128)}{error}", error.code
     except BrokenPipeError:  # the reader of our output, such as head, has left
-        mute(sys.stdout)
-        sys.exit(141)
+        os._exit(128 + signal.SIGPIPE)
     except OSError as error:
-        problem, code = f"error: {error.filename or 'while writing'}: {error.strerror or error}", DISK
-    except KeyboardInterrupt as stop:
-        problem, code = "stopped", stop.args[0] if stop.args else 130
+        problem, code = f"error: {error.filename or 'while writing'}: {error.strerror or error}", 1
+    except KeyboardInterrupt:
+        problem, code = "stopped", 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|alloc.* memory|bad_alloc", str(error)):
             raise
         flags = [name for name in ("microbatch", "response_tokens", "batch_size", "count") if hasattr(Config, name)]
-        problem, code = f"error: out of memory: lower --{' or --'.join(flags[:2])}".replace("_", "-"), OUT_OF_MEMORY
-    # Names of files and fields may hold anything: one line, and nothing that acts on the terminal.
-    problem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)
-    try:
-        print(problem, file=sys.stderr if code else sys.stdout)
-    except BrokenPipeError:
-        mute(sys.stderr)
+        problem, code = f"error: out of memory: lower --{' or --'.join(flags[:2])}".replace("_", "-"), 1
+    print(visible(problem).replace("\n", " "), file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
 
-def interrupted(number, _):
-    """Handle a signal that ends the run, by an exception that no `except Exception` on the way takes for a fault."""
-    raise KeyboardInterrupt(128 + number)
+def visible(text):
+    """Text that cannot act on the terminal: escape codes, direction marks and the like become \\x1b, \\u202e, ..."""
+    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)  # joiners: emoji
 
 
-# ---- device, precision, randomness ---------------------------------------------------------------------------------
+# ---- device, precision, randomness, optimizer ----------------------------------------------------------------------
 
 
-def set_up(cfg, quiet=False):
-    """Seed every generator, choose device and precision, print the configuration unless quiet: (device, autocast).
-    autocast() is a fresh context manager for the forward pass. The weights stay in float32 whatever the precision.
-    """
+def set_up(cfg):
+    """Seed the generators and resolve cfg.device and cfg.dtype in place: (device, autocast). "auto" is bfloat16 on a GPU
+    that has it, else float32. autocast() is a context manager for forward passes; trained weights stay float32."""
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
-    check(abs(cfg.seed) < 2**63, f"--seed is {cfg.seed}: it must be below 2^63")
     torch.manual_seed(cfg.seed)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    # bf16 pays where the hardware multiplies it natively; elsewhere it is emulated and slower than float32.
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda") else
-            torch.cpu._is_avx512_bf16_supported())
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if fast else "float32"
-    keep_freed_memory()
-    if not quiet:
-        print(f"{device}, {dtype}, {torch.get_num_threads()} threads | "
-              + " ".join(f"{key}={value}" for key, value in dataclasses.asdict(cfg).items() if value != ""), flush=True)
-
-    def autocast():
-        return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-    return device, autocast
-
-
-def keep_freed_memory():
-    """Have glibc keep freed memory: clearing pages that went back to the system is a fifth of base training's time on a
-    CPU. The price is some fragmentation: 2 % more memory in reward training."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # M_MMAP_THRESHOLD in bytes, of which older versions take no more than 32 MB; then M_TRIM_THRESHOLD.
-        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
-            libc.mallopt(-1, 2**30)
-
-
-def dropout_generator(device):
-    """The generator that dropout draws from on a CPU or CUDA device: part of the state of a run that has dropout.
-    (Elsewhere it is the CPU's, and a run with dropout goes on with other luck.)"""
-    on_gpu = device.startswith("cuda")
-    return torch.cuda.default_generators[torch.device(device).index or 0] if on_gpu else torch.default_generator
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(cfg.device).type
+    if cfg.dtype == "auto":
+        fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.dtype = "bfloat16" if fast else "float32"
+    return cfg.device, lambda: torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 def generator(*key):
@@ -163,20 +132,16 @@ def generator(*key):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- optimizer and learning rate -----------------------------------------------------------------------------------
-
-
 def learning_rate(step, steps, peak, warmup=0, schedule="cosine", floor=0.0):
     """Learning rate at step 0..steps-1: linear warm-up, then "cosine" down to floor * peak or "linear" to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    return peak * (cosine if schedule == "cosine" else 1 - done)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
 
 
 def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
-    """Fused AdamW. Weight decay applies to matrices and embeddings only, not to biases and layer-norm gains."""
+    """Fused AdamW. Weight decay applies to matrices and embeddings only, not to biases and norms."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -195,23 +160,215 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
     log.steps += 1
 
 
-# ---- on the screen -----------------------------------------------------------------------------------------------
+# ---- files that survive a crash ------------------------------------------------------------------------------------
 
 
-def progress(iterable, name):
-    """A tqdm bar on a terminal; elsewhere (a log file) nothing, so that logs stay readable."""
-    return tqdm(iterable, desc=name, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
+def write_atomic(path, content):
+    """Write a text, or what content(file) writes, flush it to the disk, rename: a crash leaves the old file or the new."""
+    with open(f"{path}.tmp", "wb") as file:
+        content(file) if callable(content) else file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
-def say(text):
-    """Print a line at once, above the progress bar if there is one."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # tee, say, has ended by the same Ctrl-C: the step comes to its end, and the log has it all
-        mute(sys.stdout)
+def write_json(path, content):
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def mute(stream):
-    """Send what is written to a stream from now on nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def digest(path, but=0):
+    """sha256 in hexadecimal of a file, except for so many bytes at its end."""
+    content = Path(path).read_bytes()
+    return hashlib.sha256(memoryview(content)[:max(0, len(content) - but)]).hexdigest()
+
+
+def save(path, content):
+    """Write nested dicts of tensors and plain values, with the sha256 of it all behind them."""
+    def write(file):
+        torch.save(content, file)
+        file.flush()
+        file.write(digest(file.name).encode())
+    write_atomic(path, write)
+
+
+def load(path):
+    """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
+    sealed = Path(path).read_bytes()[-64:] == digest(path, 64).encode()
+    check(sealed, f"{path}: damaged, or not a checkpoint of this version (delete it and run again)")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_checkpoint(folder, model, cfg, vocab, **facts):
+    """Write vocab.tiktoken (copied from the file vocab), model.pt, and what model.pt says of itself as config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if Path(vocab).resolve() != (folder / "vocab.tiktoken").resolve():
+        write_atomic(folder / "vocab.tiktoken", Path(vocab).read_text())
+    facts = {"kind": model.kind, "model": dataclasses.asdict(model.config), "stage": dataclasses.asdict(cfg), **facts,
+             "vocab": digest(vocab), "versions": {"torch": str(torch.__version__)}}
+    save(folder / "model.pt", {**facts, "weights": model.state_dict()})
+    write_json(folder / "config.json", facts)
+
+
+def read_checkpoint(folder, kind):
+    """(weights, facts) of a checkpoint folder; UserError if there is none, or one of another kind."""
+    path, vocab = Path(folder) / "model.pt", Path(folder) / "vocab.tiktoken"
+    check(path.is_file(), f"{folder}: no checkpoint here (model.pt is missing; has its stage been run?)")
+    facts = load(path)
+    check(facts["kind"] == kind, f"{folder}: this is a checkpoint of kind {facts['kind']}, expected {kind}")
+    check(vocab.is_file() and digest(vocab) == facts["vocab"], f"{vocab}: missing, or not the vocabulary of model.pt")
+    return facts.pop("weights"), facts
+
+
+# ---- a run in its folder -------------------------------------------------------------------------------------------
+
+
+def open_folder(folder):
+    """Make an output folder and keep other processes out of it until this one ends, however it does: its Path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() not in LOCKED:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is at work there (wait for it, or choose another folder)") from None
+        LOCKED[folder.resolve()] = handle
+    return folder
+
+
+def state_of(part):
+    """What reads and what writes the state of a part of a run: a dict, a generator, or anything with a state_dict."""
+    names = ("copy", "update") if isinstance(part, dict) else (
+        ("get_state", "set_state") if isinstance(part, torch.Generator) else ("state_dict", "load_state_dict"))
+    return [getattr(part, name) for name in names]
+
+
+class Stage:
+    """One run in its output folder: skipped if finished, resumed if interrupted, refused if the folder holds the work
+    of other flags or inputs (unless --overwrite). In main: Stage(cfg, flags that name inputs), open() once the input is
+    known to be good, resume() before the loop, keep() after each step, save() and finish()."""
+
+    def __init__(self, cfg, *inputs, folder=None):
+        self.cfg, self.folder, self.began, hashes = cfg, Path(folder or cfg.out), time.time(), {}
+        for name in inputs:
+            for path in map(Path, filter(None, getattr(cfg, name).split(","))):
+                check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
+                check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
+                files = [path] if path.is_file() else sorted(path.glob("model.*"))
+                hashes[name] = " ".join([hashes.get(name, "sha256"), *map(digest, files)])
+        self.facts = {"stage": dataclasses.asdict(cfg), "inputs": hashes, "versions": {"torch": str(torch.__version__)}}
+        self.changed, config = "", self.folder / "config.json"
+        if config.is_file():
+            now, before = ({**facts["stage"], **facts["inputs"]} for facts in (self.facts, json.loads(config.read_text())))
+            self.changed = "; ".join(f"--{name} was {before.get(name)}, is {now.get(name)}" for name in now | before
+                                     if name not in FREE and str(before.get(name)) != str(now.get(name))).replace("_", "-")
+        check(cfg.overwrite or not self.changed,
+              f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
+        check(self.changed or not (self.folder / "done.json").is_file(), f"{self.folder}: finished already", 0)
+
+    def open(self):
+        """Make and lock the folder, note in config.json which run it is for, and print the configuration."""
+        open_folder(self.folder)
+        if self.changed:
+            print(f"{self.folder} is overwritten: {self.changed}")
+        if self.changed or not (self.folder / "resume.pt").exists():
+            for name in ("done.json", "model.pt", "resume.pt"):  # what is not finished must not look finished
+                (self.folder / name).unlink(missing_ok=True)
+        write_json(self.folder / "config.json", self.facts)
+        print(torch.get_num_threads(), "threads |", *(f"{k}={v}" for k, v in self.facts["stage"].items() if v != ""))
+
+    def resume(self, steps, **parts):
+        """How many of the steps an earlier run has done, whose state goes into the parts: all that changes from step to
+        step (modules, optimizers, logs, generators, dicts). Until the last step SIGINT and SIGTERM wait for keep."""
+        self.steps, self.parts, self.received, self.saved, done = steps, parts, 0, time.time(), 0
+        if (path := self.folder / "resume.pt").is_file():
+            state = load(path)
+            done, self.began = state["step"], self.began - state["seconds"]
+            torch.set_rng_state(state["rng"])
+            for name, part in parts.items():
+                state_of(part)[1](state["parts"][name])
+            print(f"resuming from step {done} of {steps}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: setattr(self, "received", number))
+        return done
+
+    def keep(self, step):
+        """After each step: save the state if it is time, after the last step, or if a signal has come; that ends it."""
+        if step == self.steps or self.received or time.time() - self.saved >= self.cfg.save_every:
+            parts = {name: state_of(part)[0]() for name, part in self.parts.items()}
+            save(self.folder / "resume.pt",
+                 {"step": step, "seconds": self.seconds(), "rng": torch.get_rng_state(), "parts": parts})
+            self.saved = time.time()
+        if step == self.steps or self.received:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        check(not self.received, f"{self.folder}: stopped after step {step} of {self.steps}: the same command resumes "
+                                 "it", 128 + self.received)
+
+    def seconds(self):
+        """Run time so far, that of earlier parts included."""
+        return time.time() - self.began
+
+    def save(self, model, vocab, **facts):
+        """Write weights, configuration and tokenizer of a model (facts: JSON facts that belong to the weights)."""
+        save_checkpoint(self.folder, model, self.cfg, vocab, inputs=self.facts["inputs"], **facts)
+        self.saved = 0.0  # then keep saves the state, too: a model in a folder without it looks finished
+
+    def finish(self, **facts):
+        """Write done.json, the file that makes the stage count as finished."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        facts = {"seconds": round(self.seconds(), 1), "peak_memory_mb": round(peak), **facts}
+        if torch.cuda.is_available():
+            facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        write_json(self.folder / "done.json", facts)
+        (self.folder / "resume.pt").unlink(missing_ok=True)
+        print(f"{self.folder}:", ", ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+class Log:
+    """Averages metrics between two calls of write, and appends one JSON line per write to folder/log.jsonl."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / "log.jsonl"
+        self.steps, self.text, self.sums, self.counts = 0, "", {}, {}  # steps of the optimizer, lines so far
+
+    def add(self, weight=1.0, **metrics):
+        """Collect one value per metric towards the weighted mean of this interval. A one-element tensor is summed on
+        its device: a GPU is asked for values once per optimizer step, not per microbatch."""
+        for name, value in metrics.items():
+            value = value.detach() if torch.is_tensor(value) else value
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+            self.counts[name] = self.counts.get(name, 0.0) + weight
+
+    def check_finite(self, metrics):
+        """Stop the run if one of these is not a finite number."""
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")
+
+    def stop(self, problem):
+        """End the run before it does harm: UserError with folder, optimizer step, problem, and what is still good."""
+        self.append({"stopped": problem, "optimizer_step": self.steps + 1})
+        good = [str(path) for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]
+        raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
+                        f"last good state: {(good + ['none saved yet'])[0]}", 1)
+
+    def write(self, **facts):
+        """Append the interval's means and these facts as one line, six significant digits each; returns the line."""
+        line = {**facts, **{name: float(self.sums[name] / self.counts[name]) for name in self.sums}}
+        self.check_finite({name: value for name, value in line.items() if isinstance(value, float)})
+        self.sums, self.counts = {}, {}
+        self.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in line.items()})
+        return line
+
+    def append(self, line):
+        self.text += json.dumps(line) + "\n"
+        self.path.write_text(self.text)
+
+    def state_dict(self):
+        return {name: value for name, value in vars(self).items() if name != "path"}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+        self.path.write_text(self.text)

@@ -14,20 +14,17 @@ Papers: Rafailov et al. 2023 (DPO); Ouyang et al. 2022, section 3.5 (all pairs o
 Left out on purpose: a loss on demonstrations beside it, other losses of the family, several GPUs.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from budget import announce, dpo_budget
-from checkpoint import write_json
-from common import adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up
-from data import batches, encode_prompt, encode_response, load_tokenizer, read_rankings
-from model import load_model
-from reward import ranking_card, split_by_prompt
-from runs import Log, Stage
-from sft import row_logprobs
+from common import (Log, Stage, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up,
+                    write_json)
+from data import batches, encode_texts, load_tokenizer, ranking_accuracy, read_rankings, report_truncated, split_by_prompt
+from model import load_model, row_logprobs
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Config:
     test: str = ""                                # held-out rankings; empty: --test-share of the training prompts
     test_share: float = 0.1                       # share of the prompts held out when --test is empty
     beta: float = 0.1                             # PPO's kl_coef: larger stays closer to the SFT model
-    label_smoothing: float = 0.0                  # share of the labels believed to be the wrong way round
+    label_smoothing: float = 0.0                  # share of the labels believed to be reversed
     comparisons: str = "all"                      # pairs of a ranking: all, or ends (the best against the worst)
     epochs: int = 2                               # passes over the rankings
     batch_size: int = 16                          # rankings behind one optimizer step
@@ -48,8 +45,8 @@ class Config:
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
     log_every: int = 10                           # steps per log line
-    save_every: float = 300.0                     # seconds between saves of the state that a stopped run goes on from
-    restart: bool = False                         # begin again where --out holds another run, instead of refusing
+    save_every: float = 300.0                     # seconds between saves of the resume state
+    overwrite: bool = False                       # replace another run that --out holds, instead of refusing
     seed: int = 1                                 # split, order
     device: str = "auto"                          # auto, cpu, cuda, mps
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -58,14 +55,14 @@ class Config:
 # Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop. Here hh: 64 rankings of one pair, gpt2: 16 of six.
 GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}
 # tiny: epochs, batch and learning rate of the reward model that it is compared with.
-PRESETS = {"tiny": {}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": {**GPT2, "batch_size": 64}}
+PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": {**GPT2, "batch_size": 64}}
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.
 
     Rafailov et al. 2023, eq. 7: -log sigmoid of the difference of the implicit rewards, which are beta * (logprobs -
-    ref_logprobs) and returned detached. label_smoothing: the share of pairs expected to be the wrong way round.
+    ref_logprobs) and returned detached. label_smoothing: the share of pairs expected to be reversed.
     """
     chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
@@ -74,19 +71,18 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def encode(enc, rows, block_size, comparisons, flag="--train"):
+def encode(enc, rows, block_size, comparisons, counts, flag="--train"):
     """Rankings: lists of texts, best first, each (ids, length of the prompt). comparisons: see Config.
 
-    Of texts that are equal once cut to the block size the best stays; a ranking of one text compares nothing.
+    Of texts that truncation has made equal the best stays; a ranking of one text compares nothing.
     """
     rankings = []
     for row in rows:
-        prompt = encode_prompt(enc, row["prompt"], block_size // 2)
-        room = block_size - len(prompt)
-        cut = list(dict.fromkeys(tuple(encode_response(enc, text, room)) for text in row["responses"]))
-        if len(cut) > 1:
-            cut = cut if comparisons == "all" else [cut[0], cut[-1]]
-            rankings.append([(prompt + list(response), len(prompt)) for response in cut])
+        prompt, responses = encode_texts(enc, row["prompt"], row["responses"], block_size, counts)
+        responses = list(dict.fromkeys(map(tuple, responses)))
+        if len(responses) > 1:
+            responses = responses if comparisons == "all" else [responses[0], responses[-1]]
+            rankings.append([(prompt + list(response), len(prompt)) for response in responses])
     check(rankings, f"{flag}: nothing to compare: the responses are equal within the block size")
     return rankings
 
@@ -126,21 +122,20 @@ def main(cfg):
     check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
           "--test-share must be between 0 and 1, --warmup from 0 to below 1")
     check(cfg.comparisons in ("all", "ends"), f"--comparisons is {cfg.comparisons!r}: write all or ends")
-    stage = Stage(cfg, "model", "train", "test")
     device, autocast = set_up(cfg)
+    stage = Stage(cfg, "model", "train", "test")
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
     if cfg.test:
         test_rows = read_rankings(cfg.test)
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)  # as in reward.py: the same are held out
-    rankings = encode(enc, rows, policy.config.block_size, cfg.comparisons)
-    test = encode(enc, test_rows, policy.config.block_size, "all", "--test" if cfg.test else "--train")
+    counts, block_size = Counter(), policy.config.block_size
+    rankings = encode(enc, rows, block_size, cfg.comparisons, counts)
+    test = encode(enc, test_rows, block_size, "all", Counter(), "--test" if cfg.test else "--train")
     optimizer = adamw(policy.parameters(), cfg.lr, weight_decay=0.0)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
-    announce(*dpo_budget(policy.config, cfg, rankings, test, device), device, autocast)
-
     stage.open()
     end = enc.eot_token
     with torch.no_grad():  # the policy is still the SFT model: its log-probabilities now are the reference's for good
@@ -150,6 +145,7 @@ def main(cfg):
     lengths = [max(len(ids) - 1 for ids, _ in ranking) // 64 for ranking in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     log = Log(stage.folder)
+    report_truncated(counts, log)
     done = stage.resume(steps, policy=policy, optimizer=optimizer, log=log)
     for step in progress(range(done, steps), "dpo"):  # in eval mode: no dropout, so that the first margins are 0
         batch = order[step]
@@ -174,7 +170,7 @@ def main(cfg):
     held_out = {name: round(x.item(), 4) for name, x in measure(logprobs, test_ref_logprobs, cfg).items()}
     # How often the implicit reward orders as the ranking does, over pairs, as reward.py has it of the reward model.
     rewards = [cfg.beta * (own - ref).cpu() for own, ref in zip(logprobs, test_ref_logprobs)]
-    card = ranking_card([[ids for ids, _ in ranking] for ranking in test], rewards)
+    card = ranking_accuracy([[ids for ids, _ in ranking] for ranking in test], rewards)
     print("held out: loss {0[loss]:.3f} margin {0[margin]:.3f} accuracy {1[accuracy]:.3f} ({1[interval][0]:.3f}-"
           "{1[interval][1]:.3f}), {1[pairs]} pairs".format(held_out, card))
     write_json(stage.folder / "report_card.json", {"held-out rankings": card})

@@ -12,8 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import read_checkpoint
-from common import UserError, check
+from common import check, read_checkpoint
 from data import pad_responses
 
 
@@ -130,15 +129,14 @@ class Trunk(nn.Module):
         positions whose hidden states are wanted (np.s_[:, P - 1:], or one position per row); what the last block would
         compute for the others only is left out, and so is their place in the result.
         """
-        T = tokens.size(1)
-        past, seen = (cache.length, cache.seen(T)) if cache is not None else (0, T)  # tokens before, keys to look at
-        check(seen <= self.config.block_size, f"{seen} tokens do not fit in block size {self.config.block_size}")
+        T, past = tokens.size(1), cache.length if cache is not None else 0  # tokens now, tokens before
+        check(past + T <= self.config.block_size, f"{past + T} tokens do not fit in block size {self.config.block_size}")
         place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
         position, bias = place, None
-        if pad is not None or seen > T and (T > 1 or cache.fixed):  # else the plain causal case
+        if pad is not None or past and T > 1:  # else the plain causal case
             pad = torch.zeros(1, dtype=torch.long, device=tokens.device) if pad is None else pad
             position = (place - pad[:, None]).clamp(min=0)  # (B, T)
-            key = torch.arange(seen, device=tokens.device)
+            key = torch.arange(past + T, device=tokens.device)
             may = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, keys)
             # A padding query would attend to nothing, and softmax over nothing is NaN: let it see itself.
             may = may | (key == place[:, None])
@@ -164,18 +162,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-
-    @classmethod
-    def from_gpt2(cls, where, block_size=0):
-        """GPT-2 in eval mode: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (downloaded once), or a folder or file in
-        Hugging Face's format on disk. block_size: keep this many positions only; 0: all. UserError as in read_gpt2.
-        """
-        from gpt2 import read_gpt2  # which needs this file
-        config, state = read_gpt2(where, block_size)
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-            model = cls(config)
-        model.trunk.load_state_dict(state, assign=True)
-        return model.eval()
 
     def forward(self, tokens, pad=None):
         """tokens (B, T), pad (B,) or None: logits (B, T, V). The logits at t predict the token at t + 1."""
@@ -248,6 +234,18 @@ def token_logprobs(logits, tokens, temperature=1.0):
     return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
+def row_logprobs(model, rows, pad_id, device, autocast):
+    """Log-probability in nats of each row (ids, first), summed over its counted tokens ids[first:]: (B,)."""
+    P = min(first for _, first in rows)  # the head runs from here on only
+    tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); no real token sees padding on the right
+    firsts = torch.tensor([first for _, first in rows])
+    mask = real * (torch.arange(tokens.size(1)) >= firsts[:, None])  # (B, T)
+    tokens, mask = tokens.to(device), mask.to(device)
+    with autocast():
+        logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
+    return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
+
+
 @torch.no_grad()
 def entropy(logits, temperature=1.0):
     """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
@@ -297,8 +295,13 @@ def score_many(model, texts, batch_size=256):
 
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
-    state, config = read_checkpoint(folder, [kind])
-    return fill((GPT if kind == "lm" else ScalarModel), folder, state, config, device, dropout, recompute)
+    weights, facts = read_checkpoint(folder, kind)
+    return fill((GPT if kind == "lm" else ScalarModel), weights, facts, device, dropout, recompute)
+
+
+def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
+    """A scalar model with a fresh head on the trunk of the language model in folder."""
+    return fill(ScalarModel, *read_checkpoint(folder, "lm"), device, dropout, recompute)
 
 
 def load_reward(folders, device="cpu", ensemble="mean"):
@@ -308,31 +311,10 @@ def load_reward(folders, device="cpu", ensemble="mean"):
     return models[0] if len(models) == 1 else Ensemble(models, ensemble).eval()
 
 
-def fill(Model, folder, state, config, device, dropout, recompute):
+def fill(Model, weights, facts, device, dropout, recompute):
     """A model of this class with the weights of a checkpoint, in eval mode; a head that these lack stays fresh."""
-    try:
-        model = Model(GPTConfig(**{**config["model"], "dropout": dropout}))
-        head = {name: x for name, x in model.state_dict().items() if not name.startswith("trunk.")}
-        model.load_state_dict(state if config["kind"] == model.kind else {**head, **state})
-    except (RuntimeError, TypeError):
-        raise UserError(f"{folder}/model.pt: the weights are not of the sizes that it names (run its stage again)"
-                        ) from None
+    model = Model(GPTConfig(**{**facts["model"], "dropout": dropout}))
+    fresh = {name: x for name, x in model.state_dict().items() if not name.startswith("trunk.")}
+    model.load_state_dict({**fresh, **weights})
     model.trunk.recompute = recompute
     return model.to(device).eval()
-
-
-def prompt_room(config, response_tokens):
-    """How many prompt tokens, the first end of text included, may stand before a response of this length.
-
-    Never more than half of the block size, where sft.py and reward.py cut their prompts: none should be longer than all
-    that the models were trained on.
-    """
-    check(config.block_size - response_tokens >= 2,
-          f"--response-tokens {response_tokens} leaves no room for a prompt in block size {config.block_size}")
-    return min(config.block_size - response_tokens, config.block_size // 2)
-
-
-def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
-    """A scalar model with a fresh head on the trunk of the language model in folder."""
-    state, config = read_checkpoint(folder, ["lm"])
-    return fill(ScalarModel, folder, state, config, device, dropout, recompute)

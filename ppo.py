@@ -1,7 +1,7 @@
-"""PPO: the policy learns to write what the reward model scores highly, on a leash to the SFT model.
+"""PPO: the policy learns to write what the reward model scores highly, with a KL penalty to the SFT model.
 
     python ppo.py --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
-    python ppo.py --kl-coef 0 --kl-horizon 0 --kl-ceiling 0 --out out/tiny/ppo-free    no leash: score up, text rotten
+    python ppo.py --kl-coef 0 --kl-horizon 0 --kl-ceiling 0 --out out/tiny/ppo-free    no KL penalty: over-optimisation
 
 One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
 (KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
@@ -18,16 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from budget import announce, ppo_budget
-from checkpoint import save_checkpoint
-from common import adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run, say, set_up
-from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, read_jsonl
-from doctor import guard, guard_ratio, one_response
-from estimators import repetition
-from model import entropy, full_precision, load_model, load_reward, load_trunk, prompt_room, token_logprobs
-from runs import Log, Stage
+from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+                    save_checkpoint, say, set_up, visible)
+from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl
+from model import entropy, full_precision, load_model, load_reward, load_trunk, token_logprobs
 from sampling import sample_prompts
-from terminal import visible
 
 
 @dataclass
@@ -37,7 +32,7 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate, from the reward model; sft: from SFT; shared: a head on the policy
+    value: str = "separate"             # separate (from the reward model), sft (from SFT), shared (policy's trunk), none
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -45,34 +40,33 @@ class Config:
     microbatch: int = 32                # rows behind one backward; smaller: less memory, the same result
     response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
-    graph: bool = False                 # on CUDA: record one step of each sampling batch as a CUDA graph and replay it
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
     adam_eps: float = 1e-5              # of Adam, as in the 2019 code, whose root is uncorrected: smaller first steps
-    grad_clip: float = 1.0              # global norm of the gradient; 0: none
+    grad_clip: float = 1.0              # global norm of the gradient of policy and value together; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
-    clip: float = 0.2                   # how far the ratio may leave 1 before the gradient stops
-    value_clip: float = 0.2             # how far a value may leave its old value before the gradient stops
+    clip: float = 0.2                   # clip range of the ratio
+    value_clip: float = 0.2             # clip range of a value around its old value
     value_coef: float = 0.1             # weight of the value loss
     gamma: float = 1.0                  # discount
     lam: float = 0.95                   # GAE
-    kl_coef: float = 0.2                # first price of one nat away from the SFT model, in units of score
+    kl_coef: float = 0.2                # initial KL coefficient, in units of score per nat
     kl_target: float = 6.0              # nats per response that the controller steers to
-    kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the price stays fixed
+    kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the coefficient is fixed
     kl_ceiling: float = 60.0            # nats per response: the run stops above it; 0: it never does
-    no_end_score: float = -1.0          # replaces the score of a response without end of text; nan: keep the score
+    missing_eos_score: float = -1.0     # replaces the score of a response without EOS; nan: keep the score
     whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
     whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout
     snapshots: int = 8                  # policies kept along the way, for the evaluation
     sample_every: int = 10              # iterations between printed samples
-    save_every: float = 300.0           # seconds between saves of the state that a stopped run goes on from
-    restart: bool = False               # begin again where --out holds another run, instead of refusing
+    save_every: float = 300.0           # seconds between saves of the resume state
+    overwrite: bool = False             # replace another run that --out holds, instead of refusing
     seed: int = 1                       # prompts, samples, minibatches
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
 PRESETS = {
-    "tiny": {},
+    "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
     # Ziegler et al. 2019's sentiment task, which runs a million episodes: ten times as many.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
@@ -184,6 +178,8 @@ def forward(policy, value, batch, temperature):
     hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
+    if value is None:
+        return logits, logprobs, torch.zeros_like(logprobs)
     if isinstance(value, torch.nn.Linear):  # shared: a head on the policy's hidden states
         return logits, logprobs, full_precision(value, hidden)
     return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
@@ -199,34 +195,31 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     """
     device = next(policy.parameters()).device
     tokens, pad = pad_prompts(prompts, end)
-    with autocast():
+    with autocast():  # once per rollout: it casts each weight once
         responses, lengths, sampler_logprobs = sample_prompts(
-            policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random, graph=cfg.graph)
-    order = (lengths.cpu() - pad).argsort(stable=True)  # by the length of prompt and response, less P, the same for all
-    tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
-    mask = length_mask(lengths, responses.size(1))
-    rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),
-               "sampler_logprobs": sampler_logprobs[order]}
+            policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
+        order = (lengths.cpu() - pad).argsort(stable=True)  # by length of prompt and response, less P, the same for all
+        tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
+        mask = length_mask(lengths, responses.size(1))
+        rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),
+                   "sampler_logprobs": sampler_logprobs[order], "scores": torch.zeros(len(mask), device=device)}
 
-    # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
-    names = ("old_logprobs", "ref_logprobs", "values", "entropy")
-    rollout.update({name: torch.zeros_like(mask) for name in names})
-    scores = torch.zeros(len(mask), device=device)
-    for start in range(0, len(mask), cfg.microbatch):
-        rows = slice(start, start + cfg.microbatch)
-        batch = select(rollout, rows)
-        tokens, pad, P = batch["tokens"], batch["pad"].to(device), prompt_columns(batch)
-        with autocast():
+        # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
+        names = ("old_logprobs", "ref_logprobs", "values", "entropy")
+        rollout.update({name: torch.zeros_like(mask) for name in names})
+        for start in range(0, len(mask), cfg.microbatch):
+            rows = slice(start, start + cfg.microbatch)
+            batch = select(rollout, rows)
+            tokens, pad, P = batch["tokens"], batch["pad"].to(device), prompt_columns(batch)
             logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
-            ref_logits = ref.response_logits(tokens, pad, P)
-            # The reward model reads at the last real token, end of text included.
-            scores[rows] = reward.score(tokens, pad, P + lengths[rows] - 1)
-        ref_logprobs = token_logprobs(ref_logits, tokens[:, P - 1:], cfg.temperature)
-        for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
-            rollout[name][rows, :x.size(1)] = x * batch["mask"]
+            ref_logprobs = token_logprobs(ref.response_logits(tokens, pad, P), tokens[:, P - 1:], cfg.temperature)
+            # The reward model reads at the last real token, EOS included.
+            rollout["scores"][rows] = reward.score(tokens, pad, P + lengths[rows] - 1)
+            for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
+                rollout[name][rows, :x.size(1)] = x * batch["mask"]
 
-    ended = responses[order].gather(1, lengths[:, None] - 1).squeeze(1) == end
-    judged = scores if math.isnan(cfg.no_end_score) else torch.where(ended, scores, cfg.no_end_score)
+    scores, ended = rollout["scores"], responses[order].gather(1, lengths[:, None] - 1).squeeze(1) == end
+    judged = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
     rewards = shape_rewards(judged, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -235,13 +228,12 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
     error, spread = returns - rollout["values"], returns - masked_mean(returns, mask)
-    rollout["scores"] = scores
     return rollout, {
         "score": scores.mean(), "score_std": scores.std(), "rewards": rewards.sum(1).mean(),
         "kl": log_ratio.sum(1).mean(),                                          # k1: unbiased, can be negative
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
-        "end_rate": ended.float().mean(), "distinct": len(torch.unique(responses, dim=0)) / len(responses),
+        "eos_rate": ended.float().mean(), "unique_responses": len(torch.unique(responses, dim=0)) / len(responses),
         "repetition": repetition(responses[order], mask),
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
         "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8)}
@@ -259,7 +251,7 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                 batch = select(rollout, part)
                 mask, old_logprobs, tokens = batch["mask"], batch["old_logprobs"], batch["lengths"].sum().item()
                 with autocast():
-                    _, logprobs, values = forward(policy, value, batch, cfg.temperature)
+                    logprobs, values = forward(policy, value, batch, cfg.temperature)[1:]  # the logits are freed
                 pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
                 v_loss, v_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
                 # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
@@ -267,11 +259,55 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                 with torch.no_grad():
                     moved = (logprobs - old_logprobs) * mask
                     if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
-                        log.add(first_ratio_error=(error := (moved.exp() - 1).abs().max()))
-                        guard_ratio(error, log)
+                        guard_ratio((moved.exp() - 1).abs().max(), log)
                     log.add(tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
+
+
+# ---- guards, and what to look at -------------------------------------------------------------------------------------
+
+
+def guard_ratio(error, log):
+    """Stop a run whose ratio, before anything was learned from a rollout, is off by more than 0.5 at some token."""
+    log.add(first_ratio_error=error)
+    if error > 0.5:
+        log.stop(f"the ratio is {error:.2f} away from 1 though nothing has been learned yet: old and new "
+                 "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)")
+
+
+def guard(metrics, streak, kl_ceiling, log):
+    """Stop a run that has gone wrong; what only looks wrong comes back in words. metrics: those of collect. streak:
+    {"below_zero": rollouts in a row with KL below zero}, changed here. kl_ceiling: nats per response; 0: none."""
+    kl = metrics["kl"].item()
+    streak["below_zero"] = streak["below_zero"] + 1 if kl < -0.1 else 0
+    if kl > (kl_ceiling or math.inf):
+        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
+                 "--kl-coef or a smaller --lr holds it, with --overwrite)")
+    if streak["below_zero"] >= 5:
+        log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: the responses were not sampled from the "
+                 "policy whose log-probabilities are counted")
+    doubts = {"hardly a response reaches EOS": metrics["eos_rate"] < 0.05,
+              "nearly all responses are the same": metrics["unique_responses"] < 0.1}
+    return [text for text, found in doubts.items() if found]
+
+
+def repetition(responses, mask):
+    """Share of bigrams that their response had before, a response without bigrams counted 0; mean over responses.
+    responses (B, R) ids, mask (B, R). 0: nothing twice; near 1: the same words for ever."""
+    bigrams, real = responses[:, :-1] * (responses.max() + 1) + responses[:, 1:], mask[:, 1:]  # (B, R - 1), as numbers
+    before = (bigrams[:, :, None] == bigrams[:, None]).tril(-1).any(2)  # (B, R - 1)
+    return ((before * real).sum(1) / real.sum(1).clamp(min=1)).mean()
+
+
+def one_response(enc, rollout, iteration):
+    """One response of a rollout with its score and KL, to print and log: looking at samples finds most RLHF faults."""
+    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
+    R = rollout["mask"].size(1)
+    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
+    kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
+    return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
+            "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
 
 
 def main(cfg):
@@ -283,12 +319,11 @@ def main(cfg):
           f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
     check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1 < cfg.episodes,
           "--gamma and --lam must be from 0 to 1, --episodes 2 or more")
-    check(cfg.value in ("separate", "sft", "shared"), f"--value is {cfg.value!r}: write separate, sft or shared")
-    below = max(1, cfg.episodes // cfg.minibatches) * cfg.minibatches
-    check(cfg.episodes % cfg.minibatches == 0, f"--episodes {cfg.episodes} is not divisible by --minibatches "
-          f"{cfg.minibatches} (try --episodes {below} or {below + cfg.minibatches})")
-    stage = Stage(cfg, "sft", "reward", "prompts")
+    check(cfg.value in ("separate", "sft", "shared", "none"), f"--value is {cfg.value!r}: separate, sft, shared or none")
+    check(cfg.episodes % cfg.minibatches == 0,
+          f"--episodes {cfg.episodes} is not divisible by --minibatches {cfg.minibatches}")
     device, autocast = set_up(cfg)
+    stage = Stage(cfg, "sft", "reward", "prompts")
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     reward, rewards = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
@@ -296,25 +331,27 @@ def main(cfg):
         value = load_model(rewards[0], device, kind="reward", recompute=cfg.recompute)
     elif cfg.value == "sft":
         value = load_trunk(cfg.sft, device, recompute=cfg.recompute)
-    else:  # shared
+    elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
-        for parameter in value.parameters():  # values begin at 0, and with --value-coef 0 they stay there
+        for parameter in value.parameters():  # values begin at 0
             torch.nn.init.zeros_(parameter)
+    else:
+        value = None
     vocab = Path(cfg.sft) / "vocab.tiktoken"
     enc = load_tokenizer(vocab)
     check_same_vocab(cfg.sft, *rewards)
-    room = min(prompt_room(model.config, cfg.response_tokens) for model in (policy, reward))
-    prompts = [encode_prompt(enc, row["prompt"], room) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
+    prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
-    announce(*ppo_budget(policy.config, cfg, prompts, device), device, autocast)
     stage.open()
-    optimizer = adamw(list(policy.parameters()) + list(value.parameters()), cfg.lr, weight_decay=0.0, eps=cfg.adam_eps)
+    trained = {"policy": policy, "value": value} if value else {"policy": policy}
+    optimizer = adamw([p for model in trained.values() for p in model.parameters()], cfg.lr, 0.0, eps=cfg.adam_eps)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
     log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row
     per_epoch, every = len(prompts) // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
-    first = stage.resume(cfg.iterations, 1 + cfg.iterations // every, policy=policy, value=value, optimizer=optimizer,
-                         log=log, controller=vars(controller), sampling=sampling, streak=streak)  # vars: the live dict
+    first = stage.resume(cfg.iterations, **trained, optimizer=optimizer, log=log, controller=vars(controller),
+                         sampling=sampling, streak=streak)  # vars: the live dict
     if first == 0:
         shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
 
@@ -343,7 +380,7 @@ def main(cfg):
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if show:
             say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
-                "length {length:.1f} end {end_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
+                "length {length:.1f} eos {eos_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
                 "{seconds} s {warnings}".format(of=cfg.iterations, **line))
             say("  [{}]{response!r} score {score:.2f} kl {kl:.1f}".format(visible(line["sample"]["prompt"]),
                                                                         **line["sample"]))
@@ -352,7 +389,7 @@ def main(cfg):
                             iteration=iteration + 1)
         stage.keep(iteration + 1)
     stage.save(policy, vocab)
-    stage.finish(**{f"last_rollout_{name}": round(log.last()[name], 3) for name in ("kl", "score")})
+    stage.finish()
 
 
 if __name__ == "__main__":

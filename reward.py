@@ -9,27 +9,20 @@ model's samples, and is what PPO optimises. (In the preset hh it learns from peo
 Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al. 2022, eq. 1 (K ranked responses).
 Left out on purpose: multi-GPU training, and pairs of one prompt split over steps (they would be learned by heart).
 """
-import itertools
 import math
-import re
-import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from budget import announce, reward_budget
-from checkpoint import write_json
-from common import (adamw, check, check_positive, dropout_generator, generator, learning_rate, optimizer_step, progress,
-                    run, say, set_up)
-from data import (batches, check_same_vocab, encode_prompt, encode_response, load_tokenizer, pad_responses, read_jsonl,
-                  read_rankings)
-from model import load_model, load_trunk, prompt_room, score_many
-from people import read_summary
-from runs import Log, Stage
+from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+                    say, set_up, visible, write_json)
+from data import (batches, check_same_vocab, encode_prompt, encode_rankings, load_tokenizer, pad_responses, pair_accuracy,
+                  prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated, split_by_prompt)
+from model import load_model, load_trunk, score_many
 from sampling import sample_many
-from terminal import visible
 
 
 @dataclass
@@ -39,7 +32,7 @@ class Config:
     train: str = "out/tiny/label/rankings.jsonl"  # {"prompt", "responses": best to worst}; several files: a,b
     test: str = ""                           # held-out rankings; empty: --test-share of the training prompts
     test_share: float = 0.1                  # share of the prompts held out when --test is empty
-    pairs: str = "data/reviews/pairs_test.jsonl"  # held-out human comparisons for the report; empty: none
+    pairs: str = "data/reviews/pairs_test.jsonl"  # held-out human comparisons to measure with; empty: none
     sft: str = "out/tiny/sft"                # its samples get scores of mean 0, standard deviation 1; empty: nobody's
     prompts: str = "data/reviews/prompts_label.jsonl"  # prompts for those samples
     samples: int = 512                       # how many samples
@@ -57,8 +50,8 @@ class Config:
     recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
-    save_every: float = 300.0                # seconds between saves of the state that a stopped run goes on from
-    restart: bool = False                    # begin again where --out holds another run, instead of refusing
+    save_every: float = 300.0                # seconds between saves of the resume state
+    overwrite: bool = False                  # replace another run that --out holds, instead of refusing
     seed: int = 1                            # fresh head, order, dropout, split
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
@@ -68,8 +61,8 @@ class Config:
 GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
-    "tiny-people": {"batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
-    "tiny": {"epochs": 2},              # the reward model, from the labeler's rankings
+    "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
+    "tiny": {"dtype": "bfloat16", "epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
     "gpt2-people": {**GPT2, "response_tokens": 24},
@@ -91,40 +84,20 @@ def ranking_loss(scores, mask):
     return (losses * rankings).sum() / rankings.sum().clamp(min=1)
 
 
-def pair_accuracy(scores, mask):
-    """Share of a batch's pairs with better > worse, a tie counted half: (hits, pairs) as tensors."""
+def batch_accuracy(scores, mask):
+    """Share of a batch's pairs with better > worse, a tie counted half; scores, mask (B, K) as in ranking_loss."""
     margins = scores[:, :, None] - scores[:, None, :]
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)
-    return (((margins > 0).float() + 0.5 * (margins == 0).float()) * pairs).sum(), pairs.sum()
+    return ((0.5 + 0.5 * torch.sign(margins)) * pairs).sum() / pairs.sum()
 
 
-def split_by_prompt(rows, test_share, seed):
-    """Two lists of rankings, to train on and held out: a prompt is in one of them only."""
-    prompts = sorted({row["prompt"] for row in rows})
-    check(len(prompts) > 1, "--train: rankings of one prompt only: nothing can be held out")
-    order = torch.randperm(len(prompts), generator=generator(seed)).tolist()
-    held = {prompts[i] for i in order[:max(1, round(test_share * len(prompts)))]}
-    return [row for row in rows if row["prompt"] not in held], [row for row in rows if row["prompt"] in held]
-
-
-def encode_rankings(enc, rows, block_size):
-    """Each row's texts, best first, as ids of prompt, response and end of text."""
-    encoded = []
-    for row in rows:
-        prompt = encode_prompt(enc, row["prompt"], block_size // 2)
-        encoded.append([prompt + encode_response(enc, text, block_size - len(prompt)) for text in row["responses"]])
-    return encoded
-
-
-def drop_equal(rankings, flag="--train"):
-    """Rankings (lists of texts in ids) without repeated texts, as cutting to the block size may have made two equal.
-
-    One that is left with a single text is dropped, and counted on the screen; UserError if none is left.
-    """
+def without_duplicates(rankings, flag="--train"):
+    """Rankings (lists of texts in ids) without texts that truncation has made equal. One that is left with a single text
+    is dropped, and counted on the screen; UserError if none is left."""
     kept = [[list(text) for text in dict.fromkeys(map(tuple, texts))] for texts in rankings]
     kept = [texts for texts in kept if len(texts) > 1]
     if len(kept) < len(rankings):
-        print(f"{len(rankings) - len(kept):,} rankings left out: their texts are equal within the block size")
+        print(f"{len(rankings) - len(kept):,} rankings dropped: their texts are equal within the block size")
     check(kept, f"{flag}: no ranking is left: the texts are equal within the block size")
     return kept
 
@@ -148,7 +121,7 @@ def score_rankings(model, rankings, device):
     return scores, mask.to(device)
 
 
-def train(model, rankings, cfg, stage, device, autocast):
+def train(model, rankings, counts, cfg, stage, device, autocast):
     """One optimizer step per batch of rankings, in the order that batches() gives."""
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
@@ -157,7 +130,8 @@ def train(model, rankings, cfg, stage, device, autocast):
     lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     log = Log(stage.folder)
-    done = stage.resume(steps, model=model, optimizer=optimizer, log=log, dropout=dropout_generator(device))
+    report_truncated(counts, log)
+    done = stage.resume(steps, model=model, optimizer=optimizer, log=log)
     model.train()
     for step in progress(range(done, steps), "train"):
         batch = sorted(order[step], key=lambda i: max(map(len, rankings[i])))  # little padding, if it is split
@@ -168,8 +142,7 @@ def train(model, rankings, cfg, stage, device, autocast):
             loss = ranking_loss(scores, mask)
             # A mean over rankings, weighted by their number: how a batch is split changes nothing.
             (loss * (len(part) / len(batch))).backward()
-            hits, pairs = pair_accuracy(scores.detach(), mask)
-            log.add(len(part), loss=loss, accuracy=hits / pairs)
+            log.add(len(part), loss=loss, accuracy=batch_accuracy(scores.detach(), mask))
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
         optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
@@ -182,8 +155,8 @@ def train(model, rankings, cfg, stage, device, autocast):
 @torch.no_grad()
 def normalise(model, policy, prompts, cfg, enc, device, autocast):
     """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
-    room = min(prompt_room(each.config, cfg.response_tokens) for each in (policy, model))
-    prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], room) for i in range(cfg.samples)]
+    limit = min(prompt_limit(each.config.block_size, cfg.response_tokens) for each in (policy, model))
+    prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], limit) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
         responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
@@ -194,111 +167,25 @@ def normalise(model, policy, prompts, cfg, enc, device, autocast):
     model.bias -= model.gain * scores.mean().item()
 
 
-# ---- the report card -----------------------------------------------------------------------------------------------
-
-
-def share(margins, ends):
-    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half.
-
-    ends (N, 2): numbers of the two texts of each pair. A text is in several pairs, so these are not independent: the
-    95 % interval is from the jackknife that leaves out one text at a time with all its pairs, a little too wide.
-    """
-    hits = ((margins > 0).double() + 0.5 * (margins == 0).double())  # (N,)
-    names, ends = ends.unique(return_inverse=True)
-    of_text = torch.zeros(2, len(names), dtype=torch.double)  # hits and pairs that each text is in
-    for side in (0, 1):
-        of_text[0].index_add_(0, ends[:, side], hits)
-        of_text[1].index_add_(0, ends[:, side], torch.ones_like(hits))
-    accuracy, S = hits.mean().item(), len(names)
-    without = (hits.sum() - of_text[0]) / (len(hits) - of_text[1]).clamp(min=1)  # (S,)
-    spread = 1.96 * math.sqrt((S - 1) / S * (without - without.mean()).square().sum().item())
-    return {"accuracy": round(accuracy, 4), "pairs": len(margins),
-            "interval": [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]}
-
-
-def ranking_card(rankings, scores):
-    """share() of all pairs of some rankings (lists of texts in ids, best first); scores: (K,) of each ranking."""
-    texts = [tuple(text) for ranking in rankings for text in ranking]
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text that stands there twice is one
-    names = torch.tensor([number[text] for text in texts]).split([len(ranking) for ranking in rankings])
-    better, worse = torch.cat([torch.combinations(part) for part in scores]).T
-    return share(better - worse, torch.cat([torch.combinations(part) for part in names]))
-
-
-def features(text, size=2**18):
-    """Words and pairs of neighbouring words, lower-cased, as hashed ids, each once: for the bag of words."""
-    words = re.findall(r"\w+|[^\w\s]", text.lower())
-    grams = words + [" ".join(two) for two in zip(words, words[1:])]
-    return sorted({zlib.crc32(gram.encode()) % size for gram in grams})
-
-
-def bag_of_words(rows, l2=3e-6, steps=200):
-    """A linear reward model on words and word pairs, fitted to all pairs of the same rankings: text -> score.
-
-    l2 is the best of seven strengths on the built-in held-out pairs, which flatters the baseline a little.
-    """
-    texts = sorted({row["prompt"] + text for row in rows for text in row["responses"]})
-    index = {text: i for i, text in enumerate(texts)}
-    bags = [features(text) for text in texts]
-    flat = torch.tensor([gram for bag in bags for gram in bag])
-    offsets = torch.tensor([0] + list(itertools.accumulate(len(bag) for bag in bags))[:-1])
-    scale = torch.tensor([len(bag) for bag in bags]).clamp(min=1).rsqrt()  # long texts are not stronger texts
-    pairs = torch.tensor([[index[row["prompt"] + better], index[row["prompt"] + worse]]
-                          for row in rows for better, worse in itertools.combinations(row["responses"], 2)])
-    weight = torch.zeros(2**18, 1, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.05)
-    for _ in range(steps):
-        scores = F.embedding_bag(flat, weight, offsets, mode="sum").squeeze(1) * scale
-        loss = -F.logsigmoid(scores[pairs[:, 0]] - scores[pairs[:, 1]]).mean() + l2 * weight.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    weight = weight.detach().squeeze(1)
-    return lambda text: weight[features(text)].sum().item() / math.sqrt(max(1, len(features(text))))
-
-
-def report_card(model, enc, rows, train_rows, agreement, autocast):
-    """Accuracy on held-out human comparisons, per sample of pairs, beside what chance, length, words and people reach.
-
-    rows: {"prompt", "chosen", "rejected"}, grouped by "domain" and "sample" where they are given; train_rows: rankings,
-    for the bag of words; agreement: {domain: {sample: [one person against the others' mean, ...]}}, as data.py has it.
-    """
+@torch.no_grad()
+def human_accuracy(model, enc, rows, autocast):
+    """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, a group for each "domain" and "sample"
+    that they name, and for each "gap" between the mean ratings: {"movie, random": {"reward model": pair_accuracy}}."""
     texts = sorted({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
-    linear, single = bag_of_words(train_rows), [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
-    with autocast():
-        scores = score_many(model, [ids for ids, in encode_rankings(enc, single, model.config.block_size)])
-    by = {"reward model": scores, "bag of words": torch.tensor([linear(prompt + text) for prompt, text in texts]),
-          "longer wins": torch.tensor([float(len(text)) for _, text in texts])}  # scores of the texts
     number = {text: i for i, text in enumerate(texts)}
+    single = [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
+    with autocast():
+        scores = score_many(model, [ids for ids, in encode_rankings(enc, single, model.config.block_size, Counter())])
     ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
     groups = {}
     for i, row in enumerate(rows):
-        name = f"{row.get('domain', 'all')}, {row.get('sample', 'all')}"
-        groups.setdefault(name, []).append(i)
-        if isinstance(row.get("gap"), (int, float)) and row.get("sample") == "random":
+        domain, sample = row.get("domain", "all"), row.get("sample", "all")
+        groups.setdefault(f"{domain}, {sample}", []).append(i)
+        if sample == "random" and "gap" in row:
             low = max((edge for edge in (0.5, 1, 2, 3) if edge <= row["gap"]), default=0)
-            groups.setdefault(f"{row.get('domain', 'all')}, gap from {low:g}", []).append(i)
-    card = {}
-    for name, ids in sorted(groups.items()):
-        better, worse = ends[ids].T
-        card[name] = {scorer: share(s[better] - s[worse], ends[ids]) for scorer, s in by.items()} | {"chance": 0.5}
-    for domain, samples in agreement.items():
-        for sample, people in samples.items():
-            if f"{domain}, {sample}" in card:
-                card[f"{domain}, {sample}"]["people"] = people[0]
-    return card
-
-
-def print_card(card):
-    """The report card as a table."""
-    print(f"\n{'held-out human comparisons':28} {'pairs':>6} {'reward model':>24} {'bag of words':>13} {'longer':>7} "
-          f"{'one person':>11}")
-    for name, row in card.items():
-        own, people = row["reward model"], row.get("people")
-        low, high = own["interval"]
-        print(f"{visible(name):28} {own['pairs']:6} {own['accuracy']:8.3f} ({low:.3f}-{high:.3f})"
-              f" {row['bag of words']['accuracy']:13.3f} {row['longer wins']['accuracy']:7.3f}"
-              f" {f'{people:.3f}' if people else '':>11}")
+            groups.setdefault(f"{domain}, gap from {low:g}", []).append(i)
+    return {name: {"reward model": pair_accuracy(scores[ends[ids, 0]] - scores[ends[ids, 1]], ends[ids])}
+            for name, ids in sorted(groups.items())}
 
 
 def main(cfg):
@@ -306,39 +193,37 @@ def main(cfg):
                    "temperature", or_zero=("weight_decay", "grad_clip", "save_every"))
     check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1 < cfg.samples, "--limit must be 0 or more, "
           "--test-share between 0 and 1, --warmup from 0 to below 1, --samples 2 or more")
-    stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     device, autocast = set_up(cfg)
+    stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
-    enc = load_tokenizer(cfg.model)
+    enc, block_size, counts = load_tokenizer(cfg.model), model.config.block_size, Counter()
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
     if cfg.test:
         test_rows = read_rankings(cfg.test)
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed if cfg.split_seed == -1 else cfg.split_seed)
-    rows = rows[:cfg.limit or len(rows)]
-    rankings, test = (drop_equal(encode_rankings(enc, part, model.config.block_size), flag) for part, flag in (
-        (rows, "--train"), (test_rows, "--test" if cfg.test else "--train")))
+    rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
+    test = without_duplicates(encode_rankings(enc, test_rows, block_size, Counter()), "--test" if cfg.test else "--train")
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
-    summary = Path(cfg.pairs).parent / "summary.json"  # of the built-in data
-    agreement = read_summary(summary)["agreement"] if human else {}
     policy = load_model(cfg.sft, device) if cfg.sft else None
     prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
     if policy:
-        min(prompt_room(each.config, cfg.response_tokens) for each in (policy, model))  # said before the training
+        prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)  # said before the training
         check_same_vocab(cfg.model, cfg.sft)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
-    announce(*reward_budget(model.config, cfg, rankings, test, human, device), device, autocast)
     stage.open()
 
-    train(model, rankings, cfg, stage, device, autocast)
+    train(model, rankings, counts, cfg, stage, device, autocast)
     with autocast():
         scores = score_many(model, [text for texts in test for text in texts])
-    card = {"held-out rankings": ranking_card(test, scores.split([len(texts) for texts in test]))}
-    print("accuracy on held-out rankings: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
-          .format(**card["held-out rankings"]))
+    card = {"held-out rankings": ranking_accuracy(test, scores.split([len(texts) for texts in test]))}
     if human:
-        card["human comparisons"] = report_card(model, enc, human, rows, agreement, autocast)
-        print_card(card["human comparisons"])
+        card["human comparisons"] = human_accuracy(model, enc, human, autocast)
+    rows = {"held-out rankings": card["held-out rankings"],
+            **{name: row["reward model"] for name, row in card.get("human comparisons", {}).items() if "gap" not in name}}
+    for name, row in rows.items():
+        print("accuracy on {}: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
+              .format(visible(name), **row))
     if policy:
         normalise(model, policy, prompts, cfg, enc, device, autocast)
     write_json(stage.folder / "report_card.json", card)

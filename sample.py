@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from common import check, check_positive, run, set_up
-from data import check_same_vocab, encode_prompt, load_tokenizer
-from model import load_model, prompt_room, score_many
+from common import check, check_positive, run, set_up, visible
+from data import check_same_vocab, encode_prompt, load_tokenizer, prompt_limit
+from model import load_model, score_many
 from sampling import sample_many
-from terminal import visible, words_for
 
 
 @dataclass
 class Config:
     model: str = ""            # checkpoint folder of a language model
-    prompt: str = ""           # the text to go on from; empty: read prompts from standard input
+    prompt: str = ""           # the text to continue; empty: read prompts from standard input, one per line
     reward: str = ""           # reward model that scores the samples, best first
     count: int = 3             # samples per prompt
     response_tokens: int = 32  # longest sample
@@ -35,7 +34,7 @@ class Config:
 @torch.no_grad()
 def respond(text, cfg, policy, reward, enc, random, autocast):
     """Print cfg.count responses to one prompt; with a reward model the best comes first."""
-    prompt = encode_prompt(enc, text, prompt_room(policy.config, cfg.response_tokens))
+    prompt = encode_prompt(enc, text, prompt_limit(policy.config.block_size, cfg.response_tokens))
     with autocast():
         responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,
                                 temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
@@ -52,9 +51,9 @@ def main(cfg):
     check(cfg.temperature >= 0, f"--temperature is {cfg.temperature}: it must be 0 or more")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
     check(cfg.top_k >= 0, f"--top-k is {cfg.top_k}: it must be 0 or more")
-    device, autocast = set_up(cfg, quiet=True)
+    device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
-    prompt_room(policy.config, cfg.response_tokens)  # said before a prompt is typed
+    prompt_limit(policy.config.block_size, cfg.response_tokens)  # said before a prompt is typed
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(cfg.model, cfg.reward or cfg.model)
     random = torch.Generator(device).manual_seed(cfg.seed)
@@ -64,10 +63,9 @@ def main(cfg):
     if sys.stdin.isatty():
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
     for line in sys.stdin:
-        respond(line.rstrip("\n"), cfg, policy, reward, enc, random, autocast)
+        respond(line.lstrip("\ufeff").rstrip("\r\n"), cfg, policy, reward, enc, random, autocast)
         print()
 
 
 if __name__ == "__main__":
-    words_for("model", "prompt")
-    run(main, Config)
+    run(main, Config, words=("model", "prompt"))

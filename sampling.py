@@ -2,28 +2,19 @@
 import numpy as np
 import torch
 
-from common import check, progress, say
+from common import check, progress
 from data import pad_prompts
 
-LOOK = {"cpu": 1}  # steps from one look at who has ended to the next; elsewhere 8, as a GPU has to be waited for
+LOOK = {"cpu": 1}  # steps between two looks at which rows have ended; elsewhere 8, as a GPU has to be waited for
 TOKENS = 2**16  # prompt and response tokens of a sampling batch, at most: 2.4 GB of cache for GPT-2 124M in bf16
 LEAVE = 0.8  # rows that have ended leave the batch when at most this share still runs: it costs a copy of the cache
 
 
 class KVCache:
-    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer.
+    """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
 
-    fixed: attention reads all of that memory, also what is not filled yet (masked), and the length is a tensor. So no
-    shape ever changes, and a step can be recorded.
-    """
-
-    def __init__(self, size, fixed=False, device=None):
-        self.size, self.fixed, self.layers = size, fixed, {}
-        self.length = torch.zeros((), dtype=torch.long, device=device) if fixed else 0
-
-    def seen(self, T):
-        """How many keys attention reads when T more tokens come."""
-        return self.size if self.fixed else self.length + T
+    def __init__(self, size):
+        self.size, self.length, self.layers = size, 0, {}
 
     def append(self, layer, k, v):
         """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
@@ -34,28 +25,24 @@ class KVCache:
                 keys = k.new_zeros(B, H, D, self.size).transpose(2, 3)
             self.layers[layer] = keys, values
         keys, values = self.layers[layer]
-        if self.fixed:
-            place = self.length + torch.arange(t, device=k.device)
-            return keys.index_copy_(2, place, k), values.index_copy_(2, place, v)
         keys[:, :, self.length:self.length + t] = k
         values[:, :, self.length:self.length + t] = v
         return keys[:, :, :self.length + t], values[:, :, :self.length + t]
 
     def keep(self, rows):
-        """Forget all but these rows."""
+        """Drop all but these rows."""
         for layer, (keys, values) in self.layers.items():  # one by one: the memory of one layer twice, not of all
             self.layers[layer] = keys[rows], values[rows]
 
 
 @torch.no_grad()
-def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None, graph=False):
+def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
     """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
 
-    Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id, which counts in its
-    length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
+    Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id (EOS), which counts in
+    its length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
     R is the longest row, as the loop stops when every row has ended. temperature 0 is greedy. top_k 0 and top_p 1.0
-    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature. graph: on
-    CUDA, record one step and replay it; then rows that have ended stay to the end.
+    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature.
     """
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
@@ -63,21 +50,14 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
     device = tokens.device
     responses = torch.full((B, max_tokens), end, device=device)
     logprobs = torch.zeros(B, max_tokens, device=device)
-    cache, new, recorded = KVCache(P + max_tokens - 1, fixed=graph, device=device), tokens, None
+    cache, new = KVCache(P + max_tokens - 1), tokens
     rows = torch.arange(B, device=device)  # the rows still in the batch
     running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
-
-    def step(new):
-        """Probabilities of the next token after the new ones (rows, t): (rows, V)."""
-        hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
-        return (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)
-
     for t in range(max_tokens):
-        if graph and t > 0 and recorded is None:
-            recorded = record(step, cache, new)
-        probs = (recorded or step)(new)  # (rows, V)
-        luck = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
-        next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, luck)  # (rows,)
+        hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
+        probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
+        uniform = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
+        next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, uniform)  # (rows,)
         responses[rows, t] = next_token
         logprobs[rows, t] = probs.gather(1, next_token[:, None]).squeeze(1).log()
         running = running & (next_token != end)
@@ -85,48 +65,21 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
             left = running.nonzero().squeeze(1)
             if len(left) == 0 or t + 1 == max_tokens:
                 break
-            if len(left) <= LEAVE * len(rows) and not graph:  # the rows that have ended leave the batch
+            if len(left) <= LEAVE * len(rows):  # the rows that have ended leave the batch
                 rows, running, next_token = rows[left], running[left], next_token[left]
                 pad = None if pad is None else pad[left]
                 cache.keep(left)
         new = next_token[:, None]
-    before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch goes on after its end: cut
+    before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch is sampled past its EOS: dropped
     lengths = (before.sum(1) + 1).clamp(max=max_tokens)
     R = lengths.max()
     return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
 
 
-def record(step, cache, new):
-    """step as a CUDA graph, whose some hundred kernels start with one call; step itself where that changes a bit."""
-    if not new.is_cuda:
-        return step
-    start, tokens, graph = cache.length.clone(), new.clone(), torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what the libraries set up on a first call must not be recorded
-        for _ in range(2):
-            cache.length.copy_(start)
-            expected = step(tokens)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        probs = step(tokens)
-
-    def replay(new):
-        tokens.copy_(new)
-        graph.replay()
-        return probs
-    cache.length.copy_(start)
-    same = torch.equal(replay(new), expected)
-    cache.length.copy_(start)
-    if not same:
-        say("the recorded step differs in some bit: sampling goes on without it")
-    return replay if same else step
-
-
-def draw(probs, top_k, top_p, luck):
+def draw(probs, top_k, top_p, uniform):
     """Draw one token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,).
 
-    luck (B, 1): uniform numbers from 0 to below 1. The token is the one whose part of the cumulative sum they fall in.
+    uniform (B, 1): numbers from 0 to below 1. The token is the one whose part of the cumulative sum they fall in.
     """
     if 0 < top_k < probs.size(-1):
         probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
@@ -135,7 +88,7 @@ def draw(probs, top_k, top_p, luck):
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
         probs = probs.masked_fill(beyond.scatter(1, index, beyond), 0)
     reached = probs.cumsum(-1)  # (B, V)
-    return torch.searchsorted(reached, luck * reached[:, -1:], right=True).squeeze(1)
+    return torch.searchsorted(reached, uniform * reached[:, -1:], right=True).squeeze(1)
 
 
 def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):

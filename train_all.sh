@@ -3,38 +3,69 @@
 #   tiny   (the default) a model trained from nothing, in minutes on a laptop's CPU or on a GPU
 #   smoke  under a minute: does every stage run?
 #   gpt2   GPT-2 on the same ratings of sentences, for one GPU of 24 GB
-#   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared answers to the same prompt, so the reward
-#          model learns from them and nobody has to stand in. --init gpt2-medium, or any flag of gpt2.py, may follow.
-# Stopped or killed, the same command goes on where it was. A finished stage is not run again, unless its flags or inputs
-# have changed. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that
-# the stages below name). FLAGS="--microbatch 4" goes to the stages that train: for less memory. STEPS=smoke bash
-# train_all.sh hh runs the stages of hh with the few steps of smoke.
+#   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared responses to the same prompt, so the
+#          reward model learns from them, without a labeler. Flags of prepare.pretrained may follow: --init gpt2-medium
+# Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
+# SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that the stages
+# below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh runs the stages of
+# hh with the few steps of smoke.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
 [ $# = 0 ] || shift
 case $preset in
-  tiny|smoke|gpt2|hh) ;;
+  tiny|smoke) [ $# = 0 ] || { echo "error: $preset takes no flags, found: $*" >&2; exit 2; } ;;
+  gpt2|hh) ;;
   *) echo "error: no preset '$preset' (tiny, smoke, gpt2, hh)" >&2; exit 2 ;;
 esac
-. ./stages.sh
+
+# A Python with the packages of requirements.txt: $PYTHON or python3 if it has them, else .venv, made on the first call.
+has_packages() { MPLBACKEND=Agg "$1" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors' 2>/dev/null; }
+PYTHON=${PYTHON:-python3}
+has_packages "$PYTHON" || {
+  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+  PYTHON=$PWD/.venv/bin/python
+  has_packages "$PYTHON" || { echo "installing requirements.txt into .venv (once)"; "$PYTHON" -m pip install --quiet -r requirements.txt; }
+}
+# Threads that wait for each other spin for some microseconds and then sleep: to spin on, as is the default, costs a factor
+# of three beside another busy process. glibc keeps freed memory: clearing fresh pages is a fifth of base training's time.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
+
+OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
+case $OUT in *,*) echo "error: OUT=$OUT: a comma separates folders in the flags of the stages" >&2; exit 2 ;; esac
+mkdir -p "$OUT"
+made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
+[ -s "$OUT/made" ] || echo "$made" > "$OUT/made"
+[ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
+
+script() {  # script NAME COMMAND: runs it in Python; a signal to this shell reaches it, and it saves its state
+  local name=$1 code=0; shift
+  echo "== $name"
+  "$PYTHON" "$@" & child=$!
+  wait $child || code=$?
+  while kill -0 $child 2>/dev/null; do wait $child || code=$?; done
+  [ $code != 137 ] || echo "error: $name was killed, perhaps as memory ran out (FLAGS=\"--microbatch 4\" needs less)" >&2
+  return $code
+}
+stage() {  # stage NAME COMMAND: the script sees for itself whether it is finished, or where to resume
+  script "$@" --out "$OUT/$1" --seed "$SEED" --overwrite
+}
+trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
 
 if [ -z "${DATA:-}" ]; then
-  case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind="" ;; esac
-  last=$DATA/summary.json
-  [ $preset = hh ] || [ ! -f $last ] || last=$DATA/prompts_tweets.jsonl  # which an earlier version of data.py did not make
-  [ -f $last ] || script data data.py $kind --out $DATA
+  case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind=reviews ;; esac
+  [ -f $DATA/summary.json ] || script data -m prepare.$kind --out $DATA
 fi
 others=""  # prompts of other domains, where the data has them
 for domain in amazon nyt tweets; do
   [ ! -f "$DATA/prompts_$domain.jsonl" ] || others=$others${others:+,}$DATA/prompts_$domain.jsonl
 done
 case $preset in
-  gpt2) stage base gpt2.py --block-size 128 "$@" ;;
-  hh)   stage base gpt2.py --block-size 512 "$@" ;;
-  *)    stage base sft.py --preset $STEPS-base $FLAGS --train "$DATA/corpus_train.jsonl" --test "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
+  gpt2) stage base -m prepare.pretrained --block-size 128 "$@" ;;
+  hh)   stage base -m prepare.pretrained --block-size 512 "$@" ;;
+  *)    stage base sft.py --preset $STEPS-base $FLAGS --train "$DATA/corpus_train.jsonl" --valid "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
 esac
-stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --test "$DATA/demos_valid.jsonl"
+stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --valid "$DATA/demos_valid.jsonl"
 if [ $preset = hh ]; then
   labeler="" rankings=$DATA/pairs_reward.jsonl held_out=$DATA/pairs_test.jsonl
   # The judge starts from the base model, as elsewhere: the less it shares with the reward model, the better.
@@ -49,12 +80,14 @@ else
                            --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
   done
   stage samples  label.py sample --preset $STEPS --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
-  stage label    label.py rank --labeler "$labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
+  stage label    label.py rank --preset $STEPS --labeler "$labeler" --samples "$OUT/samples/samples.jsonl" --calibrate "$DATA/rankings_test.jsonl"
   stage reward   reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --pairs "$DATA/pairs_test.jsonl" \
                            --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl"
 fi
 stage dpo      dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out"
 stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
 stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
-                         --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
+                           --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
+script card    -m study.card "$OUT"
+script report  -m study.report "$OUT/evaluate"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

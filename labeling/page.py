@@ -1,7 +1,7 @@
 """A page to rank in: one HTML file that needs no server and no network, for any browser, on a laptop or a phone.
 
-    python label.py page --count 50                  writes out/tiny/page.html: open it, or send it to others
-    python label.py merge answers-ann.jsonl ...      takes what they save in it and send back
+    python -m labeling.page --count 50               writes out/tiny/page.html: open it, or send it to others
+    python -m labeling.merge answers-ann.jsonl ...   takes what they save in it and send back
 
 The page itself is page.html. Here its questions are put in, so that whatever a model wrote stays text: the JSON is
 ASCII without "<", and the page's security policy names the hash of the one script that may run.
@@ -9,46 +9,43 @@ ASCII without "<", and the page's security policy names the hash of the one scri
 import base64
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from answers import read_samples
-from checkpoint import write_atomic
-from common import check
-
-TEMPLATE = Path(__file__).with_name("page.html")
+from common import check, run, write_atomic
+from labeling.answers import read_samples
 
 
 @dataclass
-class PageConfig:
+class Config:
     out: str = "out/tiny/page.html"  # the file to write
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
-    count: int = 50                  # only the first so many samples; 0: all
-    title: str = "Which response would you rather read?"  # the question that stands above each sample
+    count: int = 50  # only the first so many samples; 0: all
+    title: str = "Which response would you rather read?"  # the question above each sample
 
 
 def make_page(samples, title):
     """The page as text; samples: {"id", "prompt", "responses"}."""
-    before, script, after = TEMPLATE.read_text(encoding="utf-8").partition('<script>\n')
-    code, end, after = after.partition("</script>")
-    policy = "sha256-" + base64.b64encode(hashlib.sha256(("\n" + code).encode()).digest()).decode()
-    content = [{name: row[name] for name in ("id", "prompt", "responses")} for row in samples]
-    key = hashlib.sha256(json.dumps([content, title]).encode()).hexdigest()[:12]  # for the browser's storage
-    data = json.dumps({"samples": content, "title": title, "key": f"plainrlhf {key}"}).replace("<", "\\u003c")
-    before = before.replace("SCRIPT_HASH", policy).replace("PAGE_DATA", data)
-    return before + script + code + end + after
+    before, script, after = Path(__file__).with_name("page.html").read_text(encoding="utf-8").partition("<script>\n")
+    code = "\n" + after.partition("</script>")[0]
+    policy = "sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    samples = [{name: row[name] for name in ("id", "prompt", "responses")} for row in samples]
+    content = {"title": title, "samples": samples}
+    content["key"] = "plainrlhf " + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]  # of stored answers
+    data = json.dumps(content).replace("<", "\\u003c")
+    return before.replace("SCRIPT_HASH", policy).replace("PAGE_DATA", data) + script + after
 
 
-def page(cfg, then=""):
-    """Write the page; then: the command that takes what was saved in it."""
-    samples = read_samples(cfg.samples, cfg.count, "count")
-    check(all(len(row["responses"]) < 10 for row in samples), f"{cfg.samples}: more than nine responses to order")
-    check(cfg.title.strip(), "--title is empty")
-    path = Path(cfg.out)
-    check(not path.is_dir() and path.suffix == ".html" and path.resolve() != TEMPLATE.resolve(),
-          f"--out {path}: name a file that ends in .html, and another than the template")
+def main(cfg, then=None):
+    """Write the page; then: the words of the command that takes what was saved in it."""
+    path, samples = Path(cfg.out), read_samples(cfg.samples, cfg.count)
+    check(path.suffix == ".html", f"--out {path}: name a file that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    html = make_page(samples, cfg.title)
-    write_atomic(path, lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    print(f"{path}: {len(samples)} questions, {path.stat().st_size / 1000:.0f} kB. Open it, rank, save, and then:\n"
-          + (then or f"python label.py merge answers-NAME.jsonl --samples {cfg.samples}"))
+    write_atomic(path, make_page(samples, cfg.title))
+    then = then or ["labeling.merge", "answers-NAME.jsonl", "--samples", cfg.samples]
+    print(f"{path}: {len(samples)} questions. Open it, rank, save, and then:\n{shlex.join(['python', '-m', *then])}")
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,90 +1,117 @@
-"""Talking with a person at the terminal: the words of a command line, text that is safe to show; and, for person.py,
-the questions and a file from which no answer is lost."""
+"""A person ranks at the terminal: one sample after another, with undo, ties and skips.
+
+    python -m labeling.terminal ann                  ranks out/tiny/samples/samples.jsonl into out/tiny/label-ann
+
+The answer is on disk before the next question; the same command resumes, and its undo reaches into earlier sessions.
+"""
 import itertools
-import json
-import os
+import re
 import shutil
-import sys
 import textwrap
-import unicodedata
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
 
-from common import DISK, UserError
+from common import check, open_folder, run, visible
+from data import write_jsonl
+from label import shuffled
+from labeling.answers import levels_of, parse_order, read_answers, read_samples, write_answers, write_order
 
-HELP_OF_TWO = """Which response would you rather read after the prompt?
-    1 or 2   that one                    =   they are equally good
-    1! or 2! that one, but you would accept neither
-    s   skip: it is not asked again      u   undo the last answer and give it again
-    ?   this help                        q   quit: every answer is on disk already"""
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"  # of a person, as it is written in files and folders
 HELP = """Which response would you rather read after the prompt? Type the numbers, best first.
     3142 or 3 1 4 2   3 is best, 2 is worst
     3=1 4 2           3 and 1 are equally good
-    1=2=3=4           no difference: kept, but not trained on
-    3142!             3 is best, but you would accept none of them
-    s   skip: it is not asked again      u   undo the last answer and give it again
+    1=2=3=4           no difference: stored, but not trained on
+    3142!             3 is best, but none of them is acceptable
+    1, 2, or =        is enough where there are two responses
+    s   skip: it is not asked again      u   undo the last answer and ask again
     ?   this help                        q   quit: every answer is on disk already"""
 
 
-def words_for(*flags, several=False):
-    """Let the words that a command line begins with stand for these flags, in this order: sample.py FOLDER PROMPT.
-    several: any number of words stand for the one flag, with commas between them."""
-    words = []
-    while sys.argv[1:] and not sys.argv[1].startswith("-") and (several or len(words) < len(flags)):
-        words.append(sys.argv.pop(1))
-    sys.argv += [f"--{flag}={word}" for flag, word in zip(flags, [",".join(words)] if several and words else words)]
+@dataclass
+class Config:
+    labeler: str = ""  # your name, the first word of the command line: letters and digits, then also . _ -
+    samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
+    limit: int = 0     # only the first so many samples; 0: all
+    out: str = ""      # folder for answers.jsonl and rankings.jsonl; empty: out/tiny/label-NAME
 
 
-def visible(text):
-    """Text that cannot act on the terminal: escape codes, direction marks and the like become \\x1b, \\u202e, ..."""
-    text = "".join(c if c in "\n\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-                   else ascii(c)[1:-1] for c in text)  # the two joiners belong to scripts and emoji
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def cells(text):
-    """How many columns of the terminal a line takes."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def wrap(text, width, **indents):
-    """Lines of at most this many columns (textwrap counts letters, and some take two columns)."""
-    return textwrap.wrap(text, width // 2 if cells(text) > len(text) else width, **indents)
+def shown_to(labeler, sample):
+    """A sample's responses in the order in which a labeler sees them, a different one for each labeler."""
+    return shuffled(sample["responses"], zlib.crc32(sample["id"].encode()), zlib.crc32(labeler.encode()))
 
 
 def show(title, prompt, responses):
     """Print one question: the responses side by side if each gets 36 columns, else one below the other."""
     width = max(20, shutil.get_terminal_size().columns - 1)
-    column = (width - 3 * (len(responses) - 1)) // len(responses)
+    column = min(60, (width - 3 * (len(responses) - 1)) // len(responses))
     texts = [f"{number}  ...{visible(text)}" for number, text in enumerate(responses, start=1)]
     print(f"\n{'-' * min(100, width)}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', min(100, width))}\n")
     if column >= 36:
-        column = min(column, 60)
-        blocks = [wrap(text, column, subsequent_indent="   ") for text in texts]
+        blocks = [textwrap.wrap(text, column, subsequent_indent="   ") for text in texts]
         for lines in itertools.zip_longest(*blocks, fillvalue=""):
-            print("   ".join(line + " " * (column - cells(line)) for line in lines).rstrip())
+            print("   ".join(line.ljust(column) for line in lines).rstrip())
     else:
         for text in texts:
-            print("\n".join(wrap(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8)))
+            print(textwrap.fill(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8))
     print(f"\n{'best to worst' if len(responses) > 2 else '1 or 2'}, = for a tie; s skip, u undo, q quit, ? help")
-
-
-def append(path, row):
-    """Add one line to a JSONL file; when this returns, it is on the disk."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror} (earlier answers are safe)", DISK) from None
 
 
 def ask(question):
     """A line from the keyboard or a pipe; end of input and Ctrl-C mean quit."""
     try:
         return input(question).strip().lower()
-    except UnicodeDecodeError:  # a key that is no UTF-8
-        return "no text"
     except (EOFError, KeyboardInterrupt):
         print()
         return "q"
+
+
+def rank(samples, labeler, folder):
+    """Ask for the order of one sample after another and store each answer before the next question: all answers."""
+    check(re.fullmatch(NAME, labeler), f"{labeler!r} is not a name: letters and digits, then also dots, hyphens, "
+                                       "underscores (the first word of the command line)")
+    open_folder(folder)  # locked: two terminals must not write one file
+    stored, ids, asked = read_answers(folder, labeler), {sample["id"] for sample in samples}, None
+    print(f"you rank as {labeler}; your answers are in {folder / 'answers.jsonl'}\n\n{HELP}")
+    while True:
+        answered = [answer for answer in stored if answer["id"] in ids]  # those to other samples stay
+        done = {answer["id"] for answer in answered}
+        left = [sample for sample in samples if sample["id"] not in done]
+        if left and left[0] is not asked:
+            asked, shown, start = left[0], shown_to(labeler, left[0]), time.monotonic()
+            show(f"{len(answered) + 1} of {len(samples)}", asked["prompt"], shown)
+        reply = ask("> " if left else "\nall answered: u undoes the last, Enter ends > ")
+        if reply == "u" and answered:
+            stored.remove(answered[-1])
+            asked = None
+        elif reply == "q" or not left:
+            break
+        elif reply in ("u", "?"):
+            print(HELP if reply == "?" else "there is nothing to undo")
+        else:
+            order, acceptable = reply.removesuffix("!").strip(), not reply.endswith("!")
+            if len(shown) == 2:  # one key is enough
+                order = {"1": "12", "2": "21", "=": "1=2"}.get(order, order)
+            try:
+                levels = [] if order == "s" else parse_order(order, len(shown))
+            except ValueError as error:
+                print(f"{error}: try again, or ? for help")
+                continue
+            stored.append({"id": asked["id"], "prompt": asked["prompt"], "labeler": labeler, "shown": shown,
+                           "order": write_order(levels), "seconds": round(time.monotonic() - start, 1),
+                           **({} if acceptable or not levels else {"acceptable": False})})
+        write_jsonl(folder / "answers.jsonl", stored)
+    preferences = sum(len(levels_of(answer)) > 1 for answer in answered)
+    print(f"\n{len(answered)} answered, {preferences} of them with a preference, {len(left)} left; the same command "
+          "resumes, or undoes")
+    return stored
+
+
+def main(cfg):
+    folder = Path(cfg.out or f"out/tiny/label-{cfg.labeler}")
+    write_answers(folder, rank(read_samples(cfg.samples, cfg.limit), cfg.labeler, folder))
+
+
+if __name__ == "__main__":
+    run(main, Config, words=("labeler",))

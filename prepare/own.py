@@ -1,212 +1,257 @@
-"""Files of your own: checked line by line, converted into the layouts that the other scripts read, and described.
+"""Files of your own: checked line by line, converted into the fields that the other scripts read, and described.
 
-    python data.py own demos.jsonl pairs.json              out: data/own/demos.jsonl, data/own/pairs.jsonl, summary.json
-    python data.py own pairs.jsonl --test-share 0.1        out: data/own/pairs_train.jsonl, data/own/pairs_test.jsonl
+    python -m prepare.own demos.jsonl pairs.jsonl              writes data/own/demos.jsonl and data/own/pairs.jsonl
+    python -m prepare.own pairs.jsonl --test-share 0.1         writes data/own/pairs_train.jsonl and pairs_test.jsonl
 
-A file is UTF-8 text, one JSON object per line or one JSON array of them, all of one kind: corpus, demonstrations,
-pairs, rankings or prompts. Its fields tell what a row is; layouts.py lists what is known: our own, TRL's with texts or
-with messages, Stanford Alpaca's, HH's transcripts, OpenAI's best of four. Fields of other names are left out and
-counted, except "id" and "domain". Nothing is written unless every file is good. The files come before the flags.
+A file has one JSON object per line, in UTF-8, all of one kind; the fields tell which:
+
+    corpus           {"text"}
+    demonstrations   {"prompt", "completion"}, or {"messages"}
+    pairs            {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: what both begin with is the prompt
+    rankings         {"prompt", "responses"}, best to worst
+    prompts          {"prompt"}
+
+They are texts or, but for rankings, lists of messages {"role", "content"} as in TRL, of which the last is the response;
+pairs without a prompt may be transcripts as in Anthropic's HH. Messages become one text as in HH: "\\n\\nHuman: ...",
+"\\n\\nAssistant: ...", a system message as it is before them. Other fields are left out and counted, except "id" and
+"domain"; where content would be lost, that is an error. Nothing is written unless every file is good.
 """
 import hashlib
 import itertools
+import os
 import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import write_json
-from common import UserError, check, progress
-from data import END, TURN, check_text, checked, encode_prompt, encode_response, load_tokenizer, read_rows, write_jsonl
-from hh import first_message, percentiles, stem_of
-from layouts import KINDS, from_best, recognise, sample_names
-from runs import open_folder
-from terminal import visible
+import numpy as np
+
+from common import UserError, check, open_folder, progress, run, visible, write_json
+from data import REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
+from prepare.hh import first_message, split_transcript, stem_of
 
 
 @dataclass
 class Config:
-    files: str = ""                           # the files as one word, a comma between them (so no comma in a name)
-    out: str = "data/own"                     # folder for the converted files
+    files: str = ""           # the files, with commas between them; on the command line they need no flag
+    out: str = "data/own"     # folder for the converted files
     vocab: str = "data/reviews/vocab.tiktoken"  # tokenizer that counts tokens: a file or a checkpoint folder
-    block_size: int = 1024                    # of the model that will be trained, to tell what it cuts off
-    pairs: bool = False                       # write rankings as all their pairs, for programs that know no rankings
-    test_share: float = 0.0                   # hold out this share of the prompts; the same prompts in every file
-    seed: int = 1                             # chooses the prompts that are held out
+    block_size: int = 1024    # of the model that will be trained, to tell what is truncated
+    pairs: bool = False       # write rankings as all their pairs, for programs that know no rankings
+    valid_share: float = 0.0  # hold out this share of the prompts in NAME_valid.jsonl, for sft.py --valid
+    test_share: float = 0.0   # hold out this share of the prompts in NAME_test.jsonl; the same prompts of every file
+    skip_bad: bool = False    # leave out bad rows, a tenth of a file at most, instead of refusing the file
+    seed: int = 1             # chooses the prompts that are held out
 
 
-USE = {"corpus": "sft.py --train {} --test {} --out out/own/base",
-       "demonstrations": "sft.py --model CHECKPOINT --train {} --test {} --out out/own/sft",
-       "prompts": "ppo.py --sft CHECKPOINT --reward CHECKPOINT --prompts {} --out out/own/ppo",
-       "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
-       "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
-FACTS = {"duplicates": "rows like an earlier one (kept)",
-         "repeated_prompts": "rows whose prompt occurred before (kept)",
-         "no_room": "prompts that fill the block size by themselves",
-         "cut_to_equal": "rows with two responses that are equal after the cut",
-         "conflicts": "comparisons that occur in both orders",
-         "glued": "responses whose first word runs into the prompt (does a space belong before it?)",
-         "echoes": "responses that begin with the whole prompt (is it in there twice?)",
-         "literal_end": f"rows with a literal {END} (ordinary text here)"}
+LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fields
+    "chosen": ("pairs", ("prompt", "chosen", "rejected")), "rejected": ("pairs", ("prompt", "chosen", "rejected")),
+    "responses": ("rankings", ("prompt", "responses")), "completion": ("demonstrations", ("prompt", "completion")),
+    "messages": ("demonstrations", ("messages",)), "text": ("corpus", ("text",)), "prompt": ("prompts", ("prompt",))}
+# Fields that hold content. Beside a layout that does not use them it would be lost, and the rest would mislead.
+CONTENT = set("question instruction query input output response answer answers completion completions system history "
+              "context conversations messages tools images parent_id label labels rank ranks scores".split())
+BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}  # what a message of a role begins with
+NEXT = {"corpus": "sft.py --train {} --valid {} --out out/own/base",
+        "demonstrations": "sft.py --model CHECKPOINT --train {} --valid {} --out out/own/sft",
+        "prompts": "ppo.py --sft CHECKPOINT --reward CHECKPOINT --prompts {} --out out/own/ppo",
+        "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
+        "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
+FACTS = {"duplicates": "rows are duplicates of an earlier one (kept)",
+         "contradictions": "comparisons occur in both orders (kept)",
+         "trailing_space": "prompts end in a space (does it belong to the response?)",
+         "no_space": "responses begin with a word right after the prompt (does a space belong before it?)"}
 
 
-# ---- one file ------------------------------------------------------------------------------------------------------
+def dialogue(row, name):
+    """(prompt, response) of the messages in a row's field, after those in its prompt. ValueError names field, message."""
+    if not isinstance(row[name], list):
+        raise ValueError(f"{name}: expected a list of messages, found {type(row[name]).__name__}")
+    messages = (row["prompt"] if isinstance(row.get("prompt"), list) else []) + row[name]
+    for number, message in enumerate(messages, start=1):
+        where = f"{name}: message {number}"
+        if not isinstance(message, dict) or message.get("role") not in BEFORE:
+            raise ValueError(f"{where}: role: expected system, user or assistant")
+        for field, value in message.items():
+            harmless = field in ("role", "content", "name", "id") or value in (None, "", [], {})
+            if not harmless and (field, value) != ("weight", 1):
+                raise ValueError(f"{where}: {field}: not used, so it would be lost (remove it)")
+        if message["role"] != "system" or message.get("content") != "":  # some files begin with an empty one everywhere
+            check_text(message.get("content"), f"{where}: content")
+    roles = [message["role"] for message in messages]
+    if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
+        raise ValueError(f"{name}: the last message has to be the assistant's, after one of the user; system only first")
+    *texts, response = [message["content"].strip() for message in messages]
+    return "".join(BEFORE[role] + text for role, text in zip(roles, texts)) + REPLY, f" {response}"
 
 
-def read_own(path):
-    """(kind, converted rows, {layout: rows read}, {what is left out: count}); UserError that names the bad lines."""
-    layouts, left_out, kinds = Counter(), Counter(), []
+def pair(row):
+    """(prompt, chosen, rejected) of a pair of texts, messages or transcripts."""
+    texts = row["chosen"], row["rejected"]
+    if isinstance(row.get("prompt"), list) or any(isinstance(text, list) for text in texts):
+        (prompt, chosen), (other, rejected) = dialogue(row, "chosen"), dialogue(row, "rejected")
+    elif "prompt" in row:
+        return row["prompt"], *texts
+    elif any(mark in str(text) for mark in (TURN, REPLY) for text in texts):
+        (prompt, chosen), (other, rejected) = (split_transcript(str(text)) for text in texts)
+    else:
+        common = os.path.commonprefix([str(text) for text in texts])
+        n = max((i for i, letter in enumerate(common) if letter.isspace()), default=0)  # no word is split
+        return common[:n], texts[0][n:], texts[1][n:]
+    if prompt != other or isinstance(given := row.get("prompt"), str) and given.strip() not in prompt:
+        raise ValueError("prompt: not the same in prompt, chosen and rejected")
+    return prompt, chosen, rejected
+
+
+def convert(row, left_out):
+    """(kind, row with the fields of that kind); ValueError("field: problem"). Counts other fields in left_out."""
+    telling = next((name for name in LAYOUTS if name in row), None)
+    if telling is None:
+        raise ValueError(f"no known layout (found: {', '.join(row) or 'nothing'})")
+    kind, fields = LAYOUTS[telling]
+    for name in fields:
+        if name not in row and (kind, name) != ("pairs", "prompt"):
+            raise ValueError(f"{name}: missing (found: {', '.join(row)})")
+    new = {name: row.get(name) for name in fields}
+    if kind == "pairs":
+        new = dict(zip(fields, pair(row)))
+    elif telling == "messages" or isinstance(new.get("completion"), list):
+        new = dict(zip(("prompt", "completion"), dialogue(row, fields[-1])))
+    elif telling == "prompt" and isinstance(row["prompt"], list):  # a dialogue whose response is yet to come
+        new["prompt"], _ = dialogue({"prompt": row["prompt"] + [{"role": "assistant", "content": "..."}]}, "prompt")
+    for name, value in new.items():
+        for text in value if name == "responses" and isinstance(value, list) else [value]:
+            check_text(text, name)
+    if kind == "rankings" and len(set(new["responses"])) < max(2, len(new["responses"])):
+        raise ValueError("responses: a ranking needs two or more, all different")
+    if kind == "pairs" and new["chosen"] == new["rejected"]:
+        raise ValueError("chosen: the same as rejected")
+    if TURN in new.get("prompt", "") and not new["prompt"].rstrip().endswith(REPLY.strip()):
+        raise ValueError("prompt: a dialogue that does not end with Assistant: (the response could not follow)")
+    used = [str(value).strip() for value in (*map(row.get, fields), *new.values())]
+    for name in row.keys() - {*fields, "id", "domain"}:
+        repeats = str(row[name]).strip() in used
+        if name in CONTENT and row[name] not in ("", [], {}) and not repeats:
+            raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
+        left_out[f"field {ascii(name)[:60]}{', which repeats another,' * repeats}"] += 1
+    return kind, {**new, **{name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}}
+
+
+def read_own(path, skip_bad):
+    """(kind, converted rows, {what was left out: count}); UserError that names the bad lines."""
+    kinds, left_out, bad = [], Counter(), Counter()
 
     def accept(row):
-        row = {name: value for name, value in row.items() if value is not None}  # tables have a column for each field
-        layout = recognise(row)
-        kinds.append(layout.kind)
-        if layout.kind != kinds[0]:
-            raise ValueError(f"{', '.join(layout.needed)}: {layout.kind} after {kinds[0]} (one kind in a file)")
-        made = [checked({name: new[name] for name in KINDS[layout.kind]}, KINDS[layout.kind])
-                for new in layout.convert(row)]
-        kept = {name: row[name] for name in ("id", "domain") if type(row.get(name)) in (int, str) and row[name] != ""}
-        for name, value in kept.items():
-            check_text(str(value), name)
-        if layout.convert is from_best:
-            left_out["samples like another one"] += len(sample_names(row)) - 1 - len(made)
-        left_out.update(f"fields {ascii(name)[:60]}" for name in row.keys() - layout.used(row) - kept.keys())
-        layouts[", ".join(layout.needed)] += 1
-        return [{**new, **kept} for new in made]
-    rows = read_rows(path, accept, "an object with the fields of a known layout", array=True)
-    return kinds[0], [new for made in rows for new in made], dict(layouts), dict(sorted((+left_out).items()))
+        try:  # None: tables have a column for each field of any row
+            kind, new = convert({name: value for name, value in row.items() if value is not None}, left_out)
+            if kind != (kinds or [kind])[0]:
+                raise ValueError(f"{kind} after {kinds[0]} (a file is of one kind)")
+            kinds.append(kind)
+            return new
+        except ValueError as error:
+            bad[f"bad rows ({error})"] += 1
+            if not skip_bad:
+                raise
+    try:
+        rows = read_rows(path, accept, "an object with the fields of a known layout")
+    except UserError as error:
+        raise UserError(f"{error} (--skip-bad leaves bad rows out)" if bad else str(error)) from None
+    check(10 * bad.total() <= len(rows), f"{path}: more than a tenth of the rows are bad: {'; '.join(list(bad)[:3])}")
+    return kinds[0], [row for row in rows if row], dict(left_out + bad)
 
 
-def describe(rows, enc, block_size, name=""):
-    """Facts about rows of one kind: {"tokens": percentiles and the share cut, by field, and a count for each of FACTS}.
-
-    Tokens are those of the texts alone. The cuts are those of sft.py and reward.py; a corpus is packed, never cut.
-    """
-    lengths, cut, facts = {"prompt": [], "response": []}, Counter(), dict.fromkeys(FACTS, 0)
-    seen, prompts, orders = set(), set(), set()
+def describe(rows, enc, block_size, name):
+    """{"tokens": percentiles by field, "truncated": counts, and a count for each of FACTS} of rows of one kind. Tokens
+    are those of the texts alone; what is truncated is what training truncates (a corpus is packed, never truncated)."""
+    lengths, truncated, facts = {"prompt": [], "response": []}, Counter(), dict.fromkeys(FACTS, 0)
+    seen, orders = set(), set()
     for row in progress(rows, name):
         prompt = row.get("prompt", "")
-        responses = row.get("responses") or [row[name] for name in ("completion", "chosen", "rejected", "text")
-                                             if name in row]
-        facts["duplicates"] += (prompt, *responses) in seen
-        seen.add((prompt, *responses))
-        facts["literal_end"] += any(END in text for text in (prompt, *responses))
-        counts = [len(enc.encode_ordinary(text)) for text in responses]
-        lengths["response"] += counts
-        if "text" in row:
-            continue
-        facts["repeated_prompts"] += prompt in prompts and prompt != ""
-        prompts.add(prompt)
-        ids, size = encode_prompt(enc, prompt, block_size // 2), len(enc.encode_ordinary(prompt))
-        lengths["prompt"].append(size)
-        cut["prompt"] += size + 1 > block_size // 2  # both with their end of text
-        cut["response"] += sum(count + 1 > block_size - len(ids) for count in counts)
-        facts["no_room"] += size + 1 >= block_size
-        ends = {tuple(encode_response(enc, text, block_size - len(ids))) for text in responses}
-        facts["cut_to_equal"] += len(ends) < len(responses)
-        orders.update((prompt, better, worse) for better, worse in itertools.combinations(responses, 2))
-        if prompt.strip():
-            facts["glued"] += sum(not prompt[-1].isspace() and text[0].isalnum() for text in responses)
-            facts["echoes"] += sum(text.startswith(prompt) for text in responses)
-    facts["conflicts"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
-    tokens = {field: {**dict(zip(("5", "50", "95", "max"), percentiles(values))),
-                      "cut": round(cut[field] / len(values), 4)} for field, values in lengths.items() if values}
-    return {"tokens": {"text": tokens["response"]} if "text" in rows[0] else tokens, **facts}
-
-
-def print_facts(path, facts, block_size):
-    """What a file holds, and what to look at in it."""
-    layouts = "; ".join(f"{count:,} of {layout}" for layout, count in facts["layouts"].items())
-    print(f"\n{visible(str(path))}: {facts['kind']}, {facts['rows']:,} rows from {layouts}")
-    print(f"  {'tokens':<10}{'5 %':>9}{'50 %':>9}{'95 %':>9}{'max':>9}{'cut':>9}   at block size {block_size}")
-    for field, found in facts["tokens"].items():
-        numbers = "".join(f"{found[key]:>9,}" for key in ("5", "50", "95", "max"))
-        print(f"  {field:<10}{numbers}{found['cut']:>9.1%}")
-    for key, meaning in FACTS.items():
-        if facts[key]:
-            print(f"  {facts[key]:>9,} {meaning}")
-    for what, count in facts["left_out"].items():
-        print(f"  {count:>9,} {what} left out")
-
-
-# ---- all of it -----------------------------------------------------------------------------------------------------
+        texts = row.get("responses") or [row[key] for key in ("completion", "chosen", "rejected", "text") if key in row]
+        facts["duplicates"] += (prompt, *texts) in seen
+        seen.add((prompt, *texts))
+        lengths["response"] += [len(enc.encode_ordinary(text)) for text in texts]
+        if "prompt" in row:
+            lengths["prompt"].append(len(enc.encode_ordinary(prompt)))
+            facts["trailing_space"] += prompt.endswith(" ")
+            facts["no_space"] += sum(prompt[-1:].strip() != "" and text[0].isalnum() for text in texts)
+            orders.update((prompt, better, worse) for better, worse in itertools.combinations(texts, 2))
+            if texts:
+                encode_texts(enc, prompt, texts, block_size, truncated)
+    facts["contradictions"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
+    tokens = {key: dict(zip(("5 %", "50 %", "95 %", "max"), np.percentile(x, (5, 50, 95, 100), method="lower").tolist()))
+              for key, x in lengths.items() if x}
+    return {"tokens": tokens, "truncated": dict(truncated), **facts}
 
 
 def key_of(row):
-    """What may not be both in the training and in the held-out part: a dialogue's first message, as the same dialogue
-    may come with more turns; else the prompt, or the text of a corpus; in lower case, with single spaces."""
+    """What is in one part only: a dialogue's first message, as the same dialogue may come with more turns; else the
+    prompt, or the text of a corpus; in lower case, with single spaces."""
     prompt = row.get("prompt", row.get("text"))
     return first_message(prompt) if TURN in prompt else " ".join(prompt.lower().split())
 
 
-def held_out(row, share, seed):
-    """Whether a row is in the held-out part: a function of seed and prompt, so that all files agree about it."""
-    digest = hashlib.sha256(f"{seed} {key_of(row)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def outputs(paths, out, parts):
-    """{input: its output files}, one for each of parts ("" or "_train", "_test"); UserError if two files collide."""
-    stems = {}
-    for path in paths:
-        other = stems.setdefault(stem_of(path).casefold(), path)
-        what = "it is named twice" if other == path else f"{other} has the same name up to its suffix (rename one)"
-        check(other is path, f"{path}: {what}")
-    made = {path: [out / f"{stem_of(path)}{part}.jsonl" for part in parts] for path in paths}
-    inputs = {path.resolve() for path in paths}
-    for target in [*itertools.chain(*made.values()), out / "summary.json"]:
-        check(target.resolve() not in inputs, f"{target}: an input file would be written over (give another --out)")
-    return made
+def split(rows, cfg):
+    """{"_train", "_valid", "_test": rows}, or {"": rows} if nothing is held out: a function of seed and prompt, so that
+    all files agree about a prompt. Rows that all have the same prompt are held out each by itself."""
+    if not cfg.valid_share + cfg.test_share:
+        return {"": rows}
+    alike = len({key_of(row) for row in rows}) == 1
+    parts = {"_train": [], "_valid": [], "_test": []}
+    for row in rows:
+        key = f"{cfg.seed} {row if alike else key_of(row)}"
+        place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64  # in [0, 1)
+        held_out = place < cfg.valid_share + cfg.test_share
+        parts["_test" if place < cfg.test_share else "_valid" if held_out else "_train"].append(row)
+    return {part: kept for part, kept in parts.items() if part == "_train" or getattr(cfg, f"{part[1:]}_share")}
 
 
 def main(cfg):
     """Convert cfg.files into cfg.out; returns the content of summary.json, written last."""
     paths, out = [Path(name) for name in cfg.files.split(",") if name], Path(cfg.out)
-    check(paths, "name your files, such as: python data.py own demos.jsonl pairs.jsonl")
-    check(cfg.block_size >= 4, f"--block-size is {cfg.block_size}: it must be 4 or more")
-    check(0 <= cfg.test_share < 1, f"--test-share is {cfg.test_share}: it must be from 0 to below 1")
-    targets = outputs(paths, out, ("_train", "_test") if cfg.test_share else ("",))
-    try:
-        enc = load_tokenizer(cfg.vocab)
-    except UserError as error:
-        raise UserError(f"--vocab: {error}") from None
-
-    files, content, keys = {}, {}, {}
+    check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
+    check(cfg.valid_share >= 0 and cfg.test_share >= 0 and cfg.valid_share + cfg.test_share < 1,
+          "--valid-share and --test-share: from 0 to below 1, also together")
+    enc, files, content, keys = load_tokenizer(cfg.vocab), {}, {}, {}
     for path in paths:
-        kind, rows, layouts, left_out = read_own(path)
+        kind, rows, left_out = read_own(path, cfg.skip_bad)
         if cfg.pairs and kind == "rankings":
-            kind, rows = "pairs", [{**{name: x for name, x in row.items() if name != "responses"}, "chosen": better,
-                                    "rejected": worse}
-                                   for row in rows for better, worse in itertools.combinations(row["responses"], 2)]
-        parts = [rows]
-        if cfg.test_share:
-            test = [held_out(row, cfg.test_share, cfg.seed) for row in rows]
-            parts = [[row for row, held in zip(rows, test) if held == wanted] for wanted in (False, True)]
-        keys[path] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
-        check(all(parts), f"{path}: --test-share {cfg.test_share} of its {len({key_of(row) for row in rows})} prompts "
-                          "leaves a part empty (another share or --seed, or more prompts)")
-        content.update(zip(targets[path], parts))
-        files[path] = {"kind": kind, "rows": len(rows), "layouts": layouts, "left_out": left_out,
-                       "written": {str(target): len(part) for target, part in zip(targets[path], parts)},
-                       **describe(rows, enc, cfg.block_size, path.name)}
-    common = {f"{a} {b}": (a, b, n) for a, b in itertools.combinations(paths, 2) if (n := len(keys[a] & keys[b]))}
-
-    open_folder(out, "summary.json")
+            kind, rows = "pairs", [{**{key: row[key] for key in row if key != "responses"}, "chosen": a, "rejected": b}
+                                   for row in rows for a, b in itertools.combinations(row["responses"], 2)]
+        made = {out / f"{stem_of(path)}{part}.jsonl": kept for part, kept in split(rows, cfg).items()}
+        for target, kept in made.items():
+            check(kept, f"{target}: no rows for this part of {path} (other shares, or another --seed)")
+            check(target not in content, f"{target}: two files would be written there (rename {path})")
+            check(target.resolve() not in [path.resolve() for path in paths], f"{target}: an input file (another --out)")
+        content |= made
+        keys[str(path)] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
+        files[str(path)] = {"kind": kind, "rows": len(rows), "written": {str(x): len(kept) for x, kept in made.items()},
+                            "left_out": left_out, **describe(rows, enc, cfg.block_size, path.name)}
+    open_folder(out)
     for target, rows in content.items():
         write_jsonl(target, rows)
+    common = {f"{a} {b}": n for a, b in itertools.combinations(files, 2) if (n := len(keys[a] & keys[b]))}
     for path, facts in files.items():
-        print_facts(path, facts, cfg.block_size)
-    for a, b, n in common.values():
-        what = "texts" if files[a]["kind"] == "corpus" else "prompts"
-        print(visible(f"\nwarning: {n:,} {what} of {a} are also in {b}"))
+        print(visible(f"\n{path}: {facts['kind']}, {facts['rows']:,} rows"))
+        for field, found in facts["tokens"].items():
+            print(f"  tokens per {field}: " + ", ".join(f"{number:,} ({at})" for at, number in found.items()))
+        found = {f"{name} at block size {cfg.block_size}": n for name, n in facts["truncated"].items() if "trunc" in name}
+        found |= {meaning: facts[name] for name, meaning in FACTS.items()}
+        found |= {f"{what} left out": n for what, n in facts["left_out"].items()}
+        for what, n in found.items():
+            if n:
+                print(visible(f"  {n:>9,} {what}"))
+    for names, n in common.items():
+        print(visible(f"warning: {n:,} prompts or texts are in both of {names}"))
     print()
-    for path, facts in files.items():
-        written = [shlex.quote(str(target)) for target in targets[path]]
-        train, test = written if cfg.test_share else (*written, "HELD_OUT")  # sft.py needs one: the reader's to name
-        own_test = cfg.test_share and facts["kind"] in ("pairs", "rankings")  # else reward.py holds out a part itself
-        print(visible("python " + USE[facts["kind"]].format(train, test) + (f" --test {test}" if own_test else "")))
-    summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "test_share": cfg.test_share, "seed": cfg.seed,
-               "files": {str(path): facts for path, facts in files.items()},
-               "in_common": {name: n for name, (_, _, n) in common.items()}}
+    for facts in files.values():
+        written = {Path(target).stem.rpartition("_")[2]: shlex.quote(target) for target in facts["written"]}
+        ...
+    summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "valid_share": cfg.valid_share,
+               "test_share": cfg.test_share, "seed": cfg.seed, "files": files, "in_common": common}
     write_json(out / "summary.json", summary)
     return summary
+
+
+if __name__ == "__main__":
+    run(main, Config, words=("files...",))

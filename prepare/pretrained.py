@@ -1,28 +1,25 @@
 """GPT-2's weights as a base model, instead of training one: a checkpoint folder like that of any other stage.
 
-    python gpt2.py --init gpt2 --block-size 128 --out out/gpt2/base
-    python gpt2.py --init FOLDER --out out/own/base         a GPT-2 in Hugging Face's format that is on disk already
+    python -m prepare.pretrained --block-size 128 --out out/gpt2/base
+    python -m prepare.pretrained --init FOLDER --out out/own/base         a GPT-2 on disk, in Hugging Face's format
 
 Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub,
-at a pinned revision and sha256, into the cache that its own libraries use: a copy that is there already is used. The
-vocabulary comes through tiktoken. Nothing that is read can run code: safetensors, or torch.load(weights_only=True).
+at a pinned revision and sha256; the vocabulary comes through tiktoken. Nothing that is read can run code: safetensors,
+or torch.load(weights_only=True).
 """
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from common import UserError, check, run
+from common import Stage, UserError, check, run, say
 from data import load_tokenizer, save_ranks
-from download import download, hub, verified
 from model import GPT, GPTConfig
-from runs import Stage
+from prepare.download import download
 
 # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
 SIZES = {
@@ -38,20 +35,20 @@ SIZES = {
 # Within a block: our name, GPT-2's. Its linear layers are stored (in, out), ours (out, in).
 LINEAR = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 NORM = {"norm1": "ln_1", "norm2": "ln_2"}
-# What their configuration may say, and would be computed in another way than here.
-EXPECTED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False}
+# What a configuration may say that would be computed in another way than here, were it anything else.
+EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their activation function: ours
 
 
 @dataclass
 class Config:
     out: str = "out/gpt2/base"  # folder for the checkpoint
-    init: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or file with weights on disk
-    block_size: int = 0         # keep this many positions only: the longest sequence of all later stages; 0: all 1,024
+    init: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with weights on disk
+    block_size: int = 0         # keep this many positions only: the longest sequence of all later stages; 0: all
     random: bool = False        # fresh weights of that size instead of a download: to try out a preset
     vocab: str = ""             # tokenizer file of weights on disk; empty: the one beside them, else GPT-2's
-    restart: bool = False       # begin again where --out holds another run, instead of refusing
+    overwrite: bool = False     # overwrite what another run left in --out, instead of refusing
     seed: int = 1               # of fresh weights
 
 
@@ -66,168 +63,91 @@ def names(n_layer):
                 yield f"blocks.{i}.{ours}.{part}", f"h.{i}.{theirs}.{part}", ours in LINEAR and part == "weight"
 
 
-def fetch(name):
-    """Path of the verified model.safetensors of one of SIZES, in the cache of the Hugging Face libraries."""
-    *_, revision, sha256 = SIZES[name]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home) / "hub").expanduser()
-    for folder in (f"models--openai-community--{name}", f"models--{name}"):
-        # A snapshot's file is a link to a blob with its sha256 as name; where links are not allowed, the file itself.
-        for path in (cache / folder / "blobs" / sha256, cache / folder / "snapshots" / revision / "model.safetensors"):
-            if path.is_file():
-                return verified(path, sha256)
-    folder = cache / f"models--openai-community--{name}"
-    blob, link = folder / "blobs" / sha256, folder / "snapshots" / revision / "model.safetensors"
-    download(hub(f"openai-community/{name}/resolve/{revision}/model.safetensors"), blob, sha256)
-    try:  # a courtesy, so that the other libraries find it
-        link.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "refs").mkdir(exist_ok=True)
-        link.symlink_to(Path("..", "..", "blobs", sha256))
-        with open(folder / "refs" / "main", "x") as file:
-            file.write(revision)
-    except OSError:
-        pass  # something is there already, or links are not allowed
-    return blob
+def read_folder(folder):
+    """(config.json, {name: tensor}) of a folder in Hugging Face's format, whose weights may be in several files."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    check(files, f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    weights = {}
+    for file in files:
+        weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    return json.loads((folder / "config.json").read_text()), weights
 
 
-def read_weights(path):
-    """{name: tensor} of a safetensors file, or of what torch.save wrote; UserError for anything else.
-
-    Which of them is seen in the content, as a file in the cache is named by its sha256.
-    """
-    try:
-        with open(path, "rb") as file:
-            safe = file.read(9)[8:] == b"{"  # its header is JSON, behind 8 bytes that give the length
-        weights = (safetensors.torch.load_file(path) if safe else
-                   torch.load(path, map_location="cpu", weights_only=True))
-        if not isinstance(weights, dict) or not all(torch.is_tensor(x) for x in weights.values()):
-            raise ValueError
-        return weights
-    except Exception as error:  # damaged files and forbidden content: many types
-        raise UserError(f"{path}: not a file of weights, or damaged ({type(error).__name__})") from None
-
-
-def read_settings(path):
-    """What the config.json beside the weights says, checked: a dict; empty if there is none."""
-    path = path.parent / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text())
-    except ValueError:
-        settings = None
-    check(isinstance(settings, dict), f"{path}: not JSON (is it a whole file?)")
-    check(settings.get("model_type", "gpt2") == "gpt2",
-          f"{path}: model_type is {settings.get('model_type')!r}: only gpt2 can be read")
+def read_gpt2(settings, weights, vocab_size, block_size=0):
+    """A GPT in eval mode, in float32, from GPT-2's settings and weights. Rows of the token embedding beyond vocab_size
+    are dropped, as are positions beyond block_size (0: all are kept)."""
     for name, value in EXPECTED.items():
-        found = settings.get(name, value)
-        check(found == value, f"{path}: {name} is {found!r}: only {value!r} can be computed here")
-    activation = settings.setdefault("activation_function", "gelu_new")
-    check(str(activation) in GELU, f"{path}: activation_function is {activation!r}: only {', '.join(GELU)} are known")
-    return settings
-
-
-def read_gpt2(where, block_size=0):
-    """(GPTConfig, state_dict of the trunk in float32) of GPT-2's weights.
-
-    where: a name of SIZES, a folder that holds model.safetensors or pytorch_model.bin, or such a file. What config.json
-    beside it says is checked; without one it must be a size of GPT-2. UserError that names the file and what is wrong.
-    """
-    path = Path(fetch(where) if where in SIZES else where)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
-        check(found, f"{path}: neither model.safetensors nor pytorch_model.bin is there (weights in several files? "
-                     "save them with a larger max_shard_size)")
-        path = found[0]
-    check(path.exists(), f"{where}: neither {', '.join(SIZES)} nor a file or folder")
-    settings = {} if where in SIZES else read_settings(path)
-    weights = {name.removeprefix("transformer."): x for name, x in read_weights(path).items()}
-    sizes = {name: tuple(x.shape) for name, x in weights.items()}
-    check(len(sizes.get("wte.weight", ())) == 2 == len(sizes.get("wpe.weight", ())),
-          f"{path}: wte.weight and wpe.weight, which every GPT-2 has, are not there")
-    (V, C), positions = sizes["wte.weight"], sizes["wpe.weight"][0]
-    n_layer = sum(name.endswith("ln_1.weight") for name in sizes)
-    for name, found in {"vocab_size": V, "n_embd": C, "n_positions": positions, "n_layer": n_layer}.items():
-        said = settings.get(name, found)
-        check(said == found, f"{path}: {name} is {found} there, but {said!r} in the config.json beside it")
-    heads = {(layers, width): heads for layers, heads, width, *_ in SIZES.values()}
-    n_head = settings.get("n_head") or heads.get((n_layer, C))
-    check(n_head, f"{path}: no config.json beside it that says n_head, and not a size of GPT-2")
-    check(type(n_head) is int and n_head > 0 and C % n_head == 0, f"{path}: n_head is {n_head!r} for width {C}")
-    block_size = block_size or positions
-    check(0 < block_size <= positions, f"--block-size {block_size}: {path} has {positions} positions")
-    config = GPTConfig(V, block_size, n_layer, n_head, C, gelu=GELU[settings.get("activation_function", "gelu_new")])
+        check(settings.get(name, value) == value, f"{name} is {settings.get(name)!r}: only {value!r} can be computed here")
+    activation = settings.get("activation_function", "gelu_new")
+    check(activation in GELU, f"activation_function is {activation!r}: only {', '.join(GELU)} are known")
+    weights = {name.removeprefix("transformer."): x for name, x in weights.items()
+               if not name.endswith(("attn.bias", "attn.masked_bias"))}  # these are masks
     head = weights.pop("lm_head.weight", weights["wte.weight"])
-    check(torch.equal(head, weights["wte.weight"]), f"{path}: lm_head is not tied to the token embedding: not a GPT-2")
+    check(torch.equal(head, weights["wte.weight"]), "lm_head is not tied to the token embedding: not a GPT-2")
+    (rows, width), positions = weights["wte.weight"].shape, len(weights["wpe.weight"])
+    check(rows >= vocab_size, f"the weights have a vocabulary of {rows:,} tokens, the tokenizer has {vocab_size:,} "
+                              "(--vocab names another)")
+    if rows > vocab_size:
+        say(f"{rows - vocab_size} rows of the token embedding are dropped: the tokenizer has no such tokens")
+    check(0 <= block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
+    config = GPTConfig(vocab_size, block_size or positions, settings["n_layer"], settings["n_head"], width,
+                       gelu=GELU[activation])
     state = {}
-    for ours, theirs, transposed in names(n_layer):
-        check(theirs in weights, f"{path}: {theirs} is missing")
-        x = weights.pop(theirs)  # out of the way: the largest GPT-2 has 6 GB
-        check(x.is_floating_point(), f"{path}: {theirs} holds {x.dtype}: only weights in floating point can be read")
-        state[ours] = x.float().T.contiguous() if transposed else x.float()
-    left = [name for name in weights if not name.endswith(("attn.bias", "attn.masked_bias"))]  # these are masks
-    check(not left, f"{path}: {', '.join(left[:3])}: no weight of a language model with this architecture")
-    state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, config.padded_vocab - V))
-    state["position_embedding.weight"] = state["position_embedding.weight"][:block_size].clone()
-    with torch.device("meta"):
-        wrong = [name for name, x in GPT(config).trunk.state_dict().items() if x.shape != state[name].shape]
-    check(not wrong, f"{path}: {', '.join(wrong[:3])}: not the shape that {n_layer} layers of width {C} have")
-    return config, state
+    for ours, theirs, transposed in names(config.n_layer):
+        x = weights.pop(theirs).float()  # out of the way: the largest GPT-2 has 6 GB
+        state[ours] = x.T.contiguous() if transposed else x
+    check(not weights, f"{', '.join(list(weights)[:3])}: no weights of a language model with this architecture")
+    embedding = state["token_embedding.weight"][:vocab_size]
+    state["token_embedding.weight"] = F.pad(embedding, (0, 0, 0, config.padded_vocab - vocab_size))
+    state["position_embedding.weight"] = state["position_embedding.weight"][:config.block_size].clone()
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+        model = GPT(config)
+    model.trunk.load_state_dict(state, assign=True)
+    return model.eval()
 
 
-def gpt2_tokenizer():
-    """GPT-2's tiktoken.Encoding, which is downloaded once."""
+def gpt2_ranks():
+    """{token: rank} of GPT-2's vocabulary, which tiktoken downloads once."""
     try:
-        return tiktoken.get_encoding("gpt2")
+        return tiktoken.get_encoding("gpt2")._mergeable_ranks
     except Exception as error:  # whatever its HTTP library raises
-        raise UserError(f"GPT-2's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                        "folder that tiktoken filled on a machine with a network, by TIKTOKEN_CACHE_DIR=FOLDER "
-                        "python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'") from None
+        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+                        "folder in which tiktoken.get_encoding('gpt2') has run with a network") from None
 
 
-def byte_letters():
-    """GPT-2's letter for each byte (Radford et al. 2019): printable bytes stand for themselves, the others for letters
-    from 256 on, so that a token is a string without white space."""
+def has_gpt2_tokens(folder, ranks):
+    """Whether the tokenizer in a folder, if there is one, has GPT-2's ids for GPT-2's tokens."""
+    # GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on.
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def has_gpt2_words(folder):
-    """Whether the tokenizer in a folder, if there is one, has GPT-2's vocabulary: the same ids for the same tokens."""
-    letters = byte_letters()
-    try:
-        if (folder / "vocab.json").is_file():
-            words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        elif (folder / "tokenizer.json").is_file():
-            words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-        else:
-            return True
-        return all(words["".join(letters[byte] for byte in token)] == rank
-                   for token, rank in gpt2_tokenizer()._mergeable_ranks.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in letters)}
+    for name in ("vocab.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8"))
+            ids = ids["model"]["vocab"] if name == "tokenizer.json" else ids
+            return all(ids.get("".join(letters[byte] for byte in token)) == rank for token, rank in ranks.items())
+    return True
 
 
 def main(cfg):
-    stage = Stage(cfg, "init", "vocab")
-    folder = Path(cfg.init) if Path(cfg.init).is_dir() else Path(cfg.init).parent
-    vocab = cfg.vocab
-    if cfg.init not in SIZES and not vocab:
-        vocab = str(folder / "vocab.tiktoken") if (folder / "vocab.tiktoken").is_file() else ""
-        check(vocab or has_gpt2_words(folder), f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in "
-                                               "tiktoken's format)")
-    ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_tokenizer()._mergeable_ranks
+    named, folder, vocab = cfg.init in SIZES, Path(cfg.init), cfg.vocab
+    stage = Stage(cfg, *([] if named else ["init"]), "vocab")
+    check(named or not cfg.random, f"--random needs a size: --init {', '.join(SIZES)}")
+    if not named and not vocab and (folder / "vocab.tiktoken").is_file():
+        vocab = folder / "vocab.tiktoken"
+    ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_ranks()
+    check(named or vocab or has_gpt2_tokens(folder, ranks),
+          f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in tiktoken's format)")
+    n_layer, n_head, width, revision, sha256 = SIZES.get(cfg.init, [0] * 5)
     if cfg.random:
-        check(cfg.init in SIZES, f"--random true needs --init {', '.join(SIZES)}, found {cfg.init}")
-        n_layer, n_head, width, *_ = SIZES[cfg.init]
         torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(50257, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
+        model = GPT(GPTConfig(len(ranks) + 1, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
+    elif named:
+        file = download(f"openai-community/{cfg.init}/resolve/{revision}/model.safetensors",
+                        f"data/gpt2/{cfg.init}.safetensors", sha256)
+        model = read_gpt2({"n_layer": n_layer, "n_head": n_head}, load_file(file), len(ranks) + 1, cfg.block_size)
     else:
-        model = GPT.from_gpt2(cfg.init, cfg.block_size)
-    check(len(ranks) + 1 == model.config.vocab_size, f"--init {cfg.init} has a vocabulary of {model.config.vocab_size} "
-          f"tokens, {vocab or 'that of GPT-2'} of {len(ranks) + 1} (--vocab names another)")
-    check(cfg.init in SIZES or stage.folder.resolve() != folder.resolve(), f"--out {cfg.out}: the folder of --init")
+        model = read_gpt2(*read_folder(folder), len(ranks) + 1, cfg.block_size)
     stage.open()
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
     stage.save(model, stage.folder / "vocab.tiktoken")

@@ -1,14 +1,15 @@
-"""The built-in human feedback: 23,700 sentences rated by people, and how they become a corpus, demonstrations,
-rankings and prompts. `python data.py` calls prepare(), the last function here.
+"""The built-in human feedback: 23,700 sentences rated by people become a corpus, demonstrations, rankings and prompts.
+
+    python -m prepare.reviews                               fetches the source through pip, writes data/reviews
+    python -m prepare.reviews --archive FILE --seed 2       from the source package on disk, with other splits
 
 Source: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014. Sentences of four domains (movie reviews, product reviews, newspaper editorials, tweets), each rated
 by 15 or more people from -4 (very negative) to 4 (very positive). They belong to third parties, so they are fetched at
-run time. In short: fetch, parse and clean, split by group, write files.
+run time. In short: fetch, parse and clean, split by group, write files. The same seed gives the same bytes.
 
 Left out on purpose: the 1,000 tweets with 92 or more ratings, since 199 of them contradict their published mean.
 """
-import hashlib
 import html
 import io
 import json
@@ -17,28 +18,34 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex  # comes with tiktoken, which needs it
 
-from checkpoint import write_json
-from common import DISK, UserError
-from data import load_tokenizer, save_ranks, train_bpe, write_jsonl
-from people import agreement, blocks_of, fit_temperature, person_margins
-from runs import lock
+from common import check, digest, open_folder, run, say, write_json
+from data import PATTERN, load_tokenizer, save_ranks, write_jsonl
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-SIZE = 2_466_783  # bytes
-DOWNLOAD = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2"
+DOWNLOAD = "pip download --no-deps --no-binary vaderSentiment"
 RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"  # inside ARCHIVE, itself an archive
 FILES = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets",
          "tweets": "tweets"}
 BLOCK = 30  # rows of the movie ratings rated by the same people: position k of the list is one person, only within it
 ROUNDS = {"labeler": 8, "judge": 8, "test": 4}  # parts of the data: in how many ranked groups each sentence is
 K = 4  # sentences in a ranked group
+
+
+@dataclass
+class Config:
+    out: str = "data/reviews"  # folder for the prepared files
+    archive: str = ""          # the source package vaderSentiment-3.3.2.tar.gz, if it is already on disk
+    vocab_size: int = 4096     # size of the byte-pair vocabulary, EOS included
+    seed: int = 1              # splits, groups and the borders between prompt and completion depend on it
 
 
 class Sentence(NamedTuple):
@@ -49,51 +56,28 @@ class Sentence(NamedTuple):
     mean: float  # of the ratings; its 4 decimals keep any two different means of up to 99 ratings apart
 
 
-# ---- fetch ---------------------------------------------------------------------------------------------------------
-
-
-def problem_with(path):
-    """What is wrong with the source package at path, in words; "" if its sha256 is right."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    found = hashlib.sha256(content).hexdigest()
-    return "" if found == SHA256 else (f"not the expected file: expected sha256 {SHA256} ({SIZE:,} bytes), "
-                                       f"found {found} ({len(content):,} bytes)")
+# ---- fetch, parse, clean, split ------------------------------------------------------------------------------------
 
 
 def fetch(out, archive=""):
-    """Path of the verified source package: the one given, the one in folder out, or else fetched into it through pip.
-
-    UserError if the package is another one, or can't be fetched: then it says which file to put where.
-    """
+    """The verified source package: the file archive, or the one in folder out, into which it is fetched through pip."""
     path = Path(archive) if archive else out / ARCHIVE
-    if archive or path.exists():
-        problem = problem_with(path)
-        if problem:
-            raise UserError(f"{path}: {problem} (delete it, or give the right one with --archive)")
-        return path
-    print(f"fetching {ARCHIVE} through pip", flush=True)
-    # pip builds a source package's metadata even to download it: with setuptools from the index, else with ours.
-    for extra in ([], ["--no-build-isolation"]):
-        with tempfile.TemporaryDirectory(dir=out, prefix="download-") as folder:
-            downloaded = Path(folder) / ARCHIVE
-            pinned = Path(folder) / "pinned.txt"  # pip checks the hash before it runs anything
-            pinned.write_text(f"{DOWNLOAD.split()[-1]} --hash=sha256:{SHA256}\n")
-            command = [sys.executable, "-m", *DOWNLOAD.split()[:-1], "--require-hashes", "-r", str(pinned), *extra,
-                       "--disable-pip-version-check", "--retries", "1"]
-            try:
-                result = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, timeout=300)
-                problem = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-            except (OSError, subprocess.TimeoutExpired) as error:
-                problem = str(error)
-            if downloaded.exists():
-                problem = problem_with(downloaded)
-                if not problem:
-                    return downloaded.replace(path)  # only the verified file ever bears the final name
-    raise UserError(f"pip could not fetch {ARCHIVE}: {problem} (put the file at {path}, or give --archive FILE; "
-                    f"`python -m {DOWNLOAD}` gets it on a machine with a network)")
+    if not archive and not path.exists():
+        say(f"fetching {ARCHIVE} through pip")
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            pinned, downloaded = Path(folder) / "pinned.txt", Path(folder) / ARCHIVE
+            pinned.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")  # checked before anything is run
+            command = [sys.executable, "-m", *DOWNLOAD.split(), "--require-hashes", "-r", pinned, "--dest", folder]
+            # pip builds a source package's metadata even to download it: with setuptools of the index, else with ours.
+            for extra in ([], ["--no-build-isolation"]):
+                if not downloaded.exists():
+                    result = subprocess.run([*command, *extra], capture_output=True, text=True)
+            check(downloaded.exists(), f"pip could not fetch {ARCHIVE}: {result.stderr.strip()[-200:]} (put the file at "
+                  f"{path}, or give --archive FILE; python -m {DOWNLOAD} vaderSentiment==3.3.2 gets it elsewhere)")
+            downloaded.replace(path)
+    check(path.is_file(), f"{path}: no such file")
+    check(digest(path) == SHA256, f"{path}: not the expected file: expected sha256 {SHA256}, found {digest(path)}")
+    return path
 
 
 def read_archive(path):
@@ -105,17 +89,9 @@ def read_archive(path):
                               for kind in ("GroundTruth", "anonDataRatings")) for domain, name in FILES.items()}
 
 
-# ---- parse and clean -----------------------------------------------------------------------------------------------
-
-
-def table(text, columns, name):
+def table(text):
     """Rows of a tab-separated file as lists of str. Not csv, which would swallow rows at a stray quote."""
-    rows = [line.rstrip("\r").split("\t") for line in text.lstrip("\ufeff").split("\n")]
-    rows = rows[:-1] if rows[-1] == [""] else rows
-    for number, row in enumerate(rows, start=1):
-        if len(row) != columns:
-            raise UserError(f"{name}:{number}: {len(row)} columns, expected {columns} (is it the original file?)")
-    return rows
+    return [line.rstrip("\r").split("\t") for line in text.lstrip("\ufeff").split("\n") if line]
 
 
 def clean(text):
@@ -126,21 +102,11 @@ def clean(text):
 
 
 def parse(domain, truth, ratings, dropped):
-    """Sentences of one domain from the text of its two files, joined by id, with the mean of their raw ratings.
-
-    Counts in dropped (a Counter) what it leaves out and why. UserError names the line that is not in the format.
-    """
-    texts = {row[0]: row[2] for row in table(truth, 3, f"{FILES[domain]}_GroundTruth.txt")}
-    name = f"{FILES[domain]}_anonDataRatings.txt"
-    sentences = []
-    for position, (key, _, _, values) in enumerate(table(ratings, 4, name)):  # the published mean is not trusted
-        try:
-            values = json.loads(values)
-        except ValueError:
-            values = None
-        if type(values) is not list or len(values) < 2 or any(type(v) is not int or abs(v) > 4 for v in values):
-            raise UserError(f"{name}:{position + 1}: ratings: expected a list of whole numbers from -4 to 4")
-        text = clean(texts.pop(key, ""))
+    """Sentences of one domain from the text of its two files, joined by id, with the mean of their raw ratings (the
+    published mean is not trusted). The Counter dropped gets what is left out, by reason."""
+    texts, sentences = {key: text for key, _, text in table(truth)}, []
+    for position, (key, _, _, values) in enumerate(table(ratings)):
+        values, text = json.loads(values), clean(texts.pop(key, ""))
         if not any(c.isalnum() for c in text):
             dropped[f"{domain}: no text"] += 1
         elif domain == "tweets" and len(values) != 20:
@@ -156,9 +122,8 @@ def without_duplicates(sentences, dropped):
     """The first sentence of each text; texts that differ only in case, spaces and punctuation count as one."""
     first = {}
     for s in sentences:
-        key = "".join(c for c in s.text.casefold() if c.isalnum())
-        dropped[f"{s.domain}: duplicate text"] += key in first
-        first.setdefault(key, s)
+        kept = first.setdefault("".join(c for c in s.text.casefold() if c.isalnum()), s)
+        dropped[f"{s.domain}: duplicate text"] += kept is not s
     return list(first.values())
 
 
@@ -166,60 +131,79 @@ def split(sentences, seed):
     """{part: {domain: sentences}}: 42.5 % of each domain's groups for the labeler, as many for the judge, 15 % test."""
     parts = {part: {domain: [] for domain in FILES} for part in ROUNDS}
     for domain in FILES:
-        rows = [s for s in sentences if s.domain == domain]
-        groups = sorted({s.group for s in rows})
+        groups = sorted({s.group for s in sentences if s.domain == domain})
         random.Random(f"{seed} split {domain}").shuffle(groups)  # the movie file is sorted by polarity
         a, b = int(0.425 * len(groups)), int(0.85 * len(groups))
         part_of = {g: "labeler" if i < a else "judge" if i < b else "test" for i, g in enumerate(groups)}
-        for s in rows:
-            parts[part_of[s.group]][domain].append(s)
+        for s in sentences:
+            if s.domain == domain:
+                parts[part_of[s.group]][domain].append(s)
     return parts
 
 
-# ---- demonstrations and prompts ------------------------------------------------------------------------------------
+# ---- vocabulary, prompts, rankings, pairs --------------------------------------------------------------------------
 
 
-def cut(text, taken, rng):
-    """(prompt, completion) with prompt + completion == text: 2 to 6 words, then at least 4; None if there is no way.
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries.
 
-    Lengths are tried in random order until the prompt, casefolded, is not in taken.
+    The 256 bytes come first, so any text round-trips. Then the most frequent adjacent pair is merged, again and again;
+    of equally frequent pairs the one with the smallest ids wins, which makes the result a function of the text alone.
     """
-    words = text.split(" ")
-    for n in rng.sample(range(2, 7), 5):
-        prompt = " ".join(words[:n])
-        if len(words) >= n + 4 and prompt.casefold() not in taken:
-            return prompt, text[len(prompt):]
-    return None
+    check(vocab_size >= 258, f"--vocab-size is {vocab_size}: the 256 bytes, EOS and one merge need 258")
+    words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    spelling, count = [list(word.encode()) for word in words], list(words.values())  # lists of ids, merged below
+    pairs, where = Counter(), defaultdict(set)  # how often each pair of ids occurs, and in which words
+    tokens = [bytes([b]) for b in range(256)]
+
+    def add(i):
+        for pair in zip(spelling[i], spelling[i][1:]):
+            pairs[pair] += count[i]
+            where[pair].add(i)
+    for i in range(len(spelling)):
+        add(i)
+    while len(tokens) < vocab_size - 1 and (most := max(pairs.values(), default=0)) > 1:
+        best = min(pair for pair, n in pairs.items() if n == most)
+        for i in where.pop(best):
+            ids, k = spelling[i], 0
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] -= count[i]
+            while k < len(ids) - 1:
+                if (ids[k], ids[k + 1]) == best:
+                    ids[k:k + 2] = [len(tokens)]
+                k += 1
+            add(i)
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        pairs = +pairs  # without those that no longer occur
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
 def make_prompts(train, valid, test, others, seed, dropped):
     """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
     texts, "valid" from validation texts, and each domain of others, {domain: test texts}.
 
-    An opening that is a prompt of one is no prompt of another: eval chooses first, then label, ppo and demos. Only
-    demonstrations may share an opening among themselves, as reviews do.
+    A prompt is the first 2 to 6 words of a text, with 4 or more left for the completion. A prompt of one part is no
+    prompt of a later one; only demonstrations may share an opening among themselves, as reviews do.
     """
     rng = random.Random(f"{seed} prompts")
     train = rng.sample(train, len(train))
     a, b = len(train) // 5, len(train) // 2
-    made, taken = {}, set()
     parts = {"eval": test, "label": train[:a], "ppo": train[a:b], "demos": train[b:], "valid": valid, **others}
+    made, taken = {name: [] for name in parts}, set()
     for name, texts in parts.items():
-        made[name] = []
         for text in texts:
-            pair = cut(text, taken, rng)
-            if not pair:
-                dropped[f"{name}: {'under 6 words' if text.count(' ') < 5 else 'every opening taken'}"] += 1
+            words = text.split(" ")
+            openings = [" ".join(words[:n]) for n in rng.sample(range(2, 7), 5) if len(words) >= n + 4]
+            prompt = next((opening for opening in openings if opening.casefold() not in taken), None)
+            if prompt is None:
+                dropped[f"{name}: {'every opening taken' if openings else 'under 6 words'}"] += 1
                 continue
-            made[name].append(pair)
+            made[name].append((prompt, text[len(prompt):]))
             if name not in ("demos", "valid"):
-                taken.add(pair[0].casefold())
+                taken.add(prompt.casefold())
         if name == "valid":  # what demonstrations begin with is no prompt of the other domains either
             taken |= {prompt.casefold() for prompt, _ in made["demos"]}
     return made
-
-
-# ---- rankings and pairs --------------------------------------------------------------------------------------------
 
 
 def shuffled_groups(rows, rng):
@@ -276,85 +260,121 @@ def sample_pairs(by_domain, rng, n=2000):
     return made
 
 
+# ---- how far people agree: what a reward model is measured against -------------------------------------------------
+
+
+def agreement(rows, same_sign, seed, draws=100_000):
+    """Share of comparisons in which one rater agrees with [the mean of the other raters, one other rater]: of a random
+    pair of sentences (same_sign: means both positive or both negative) and a random rater of each; ties are left out.
+    """
+    rng = np.random.default_rng(seed)
+    count = np.array([len(s.ratings) for s in rows])  # (N,)
+    ratings = np.array([s.ratings + [0] * (count.max() - len(s.ratings)) for s in rows])  # (N, most ratings)
+    total = ratings.sum(1)
+    pair = rng.integers(len(rows), size=(2, draws))
+    pair = pair[:, (pair[0] != pair[1]) & ((total[pair[0]] * total[pair[1]] > 0) | (not same_sign))]
+    n = count[pair]  # (2, draws that are left)
+    one = rng.integers(n)
+    another = (one + rng.integers(1, n)) % n  # anyone but the first
+    first, second = ratings[pair, one], ratings[pair, another]
+    shares = []
+    for other in ((total[pair] - first) / (n - 1), second):
+        agree = np.sign(first[0] - first[1]) * np.sign(other[0] - other[1])  # 0 for a tie
+        shares.append(round(float((agree > 0).sum() / max(1, (agree != 0).sum())), 4))
+    return shares
+
+
+def blocks_of(rows):
+    """Movie sentences rated by the same people, as lists; a block with unequal numbers of ratings is left out."""
+    blocks = defaultdict(list)
+    for s in rows:
+        blocks[s.group].append(s)
+    return [block for block in blocks.values() if len({len(s.ratings) for s in block}) == 1]
+
+
+def person_margins(rows):
+    """Every comparison that one person made within a block, their ties left out: the mean rating by the others of the
+    sentence they preferred, minus that of the one they did not. (comparisons,), rating units."""
+    margins = [np.zeros(0)]
+    for block in blocks_of(rows):
+        ratings = np.array([s.ratings for s in block])  # (sentences, people)
+        others = (ratings.sum(1, keepdims=True) - ratings) / (ratings.shape[1] - 1)
+        i, j = np.triu_indices(len(block), 1)
+        preferred = np.sign(ratings[i] - ratings[j])
+        margins.append((preferred * (others[i] - others[j]))[preferred != 0])
+    return np.concatenate(margins)
+
+
+def fit_temperature(margins):
+    """Maximum-likelihood t, in rating units, of P(prefers i to j) = sigmoid((mean_i - mean_j) / t) (Bradley-Terry)."""
+    low, high = 0.01, 100.0  # the log-likelihood is concave in 1 / t: bisect 1 / t for where its slope is 0
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        slope = (margins / (1 + np.exp(np.clip(middle * margins, -500, 500)))).sum()  # sum of m * sigmoid(-m / t)
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return round(1 / low, 4)
+
+
 # ---- all of it -----------------------------------------------------------------------------------------------------
 
 
-def print_summary(summary):
-    """What was made, what was left out and why, how far people agree."""
-    print(f"\n{'file':<24}{'rows':>8}{'words per text':>17}")
-    for name, made in summary["files"].items():
-        print(f"{name:<24}{made['rows']:>8,}{made['words']:>17.1f}")
-    print("\nleft out")
-    for reason, count in summary["dropped"].items():
-        print(f"{count:>8,}  {reason}")
-    print("\none rater agrees with      the mean of the others          another rater\n"
-          "on held-out pairs             random   same sign      random   same sign")
-    for domain, shares in summary["agreement"].items():
-        (a, b), (c, d) = shares["random"], shares["same_sign"]
-        print(f"{domain:<24}{a:>12.3f}{c:>12.3f}{b:>12.3f}{d:>12.3f}")
-    print(f"one known person with the mean of the others, movie: {summary['person_agreement']:.3f} of "
-          f"{summary['person_comparisons']:,}; Bradley-Terry temperature {summary['temperature']:.3f} rating units")
+def texts_of(row):
+    """The texts in a row of any of the files; a prompt and its completion are one."""
+    alone = [row[name] for name in ("text", "chosen", "rejected") if name in row]
+    return alone or row.get("responses") or [row["prompt"] + row.get("completion", "")]
 
 
-def prepare(out="data/reviews", archive="", vocab_size=4096, seed=1):
-    """Make all files of the built-in data set in folder out; returns the content of summary.json, written last.
-
-    archive: the source package, if it is not in out and there is no network. The same seed gives the same bytes.
-    """
-    out, dropped, files = Path(out), Counter(), {}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot make this folder: {error.strerror}", DISK) from None
-    lock(out)
-    source = read_archive(fetch(out, archive))
-    (out / "summary.json").unlink(missing_ok=True)  # a run that is cut short must not look finished
+def main(cfg):
+    """Make all files of the built-in data set in folder cfg.out; returns the content of summary.json, written last."""
+    out, dropped = open_folder(cfg.out), Counter()
+    source = read_archive(fetch(out, cfg.archive))
+    (out / "summary.json").unlink(missing_ok=True)  # an interrupted run must not look finished
     sentences = [s for domain, (truth, ratings) in source.items() for s in parse(domain, truth, ratings, dropped)]
-    parts = split(without_duplicates(sentences, dropped), seed)
-    rng = random.Random(f"{seed} files")
-
-    def write(name, rows, texts):
-        write_jsonl(out / name, rows)
-        files[name] = {"rows": len(rows), "words": round(np.mean([len(t.split()) for t in texts] or [0]).item(), 2)}
-
+    parts = split(without_duplicates(sentences, dropped), cfg.seed)
+    rng = random.Random(f"{cfg.seed} files")
     train = [s for part in ("labeler", "judge") for rows in parts[part].values() for s in rows]
     test = [s for rows in parts["test"].values() for s in rows]
     train, test = rng.sample(train, len(train)), rng.sample(test, len(test))
-    valid, train = train[:len(train) // 25], train[len(train) // 25:]  # chooses checkpoints; test only ever examines
-    for name, rows in {"train": train, "valid": valid, "test": test}.items():
-        write(f"corpus_{name}.jsonl", [{"text": s.text, "domain": s.domain} for s in rows], [s.text for s in rows])
-
+    valid, train = train[:len(train) // 25], train[len(train) // 25:]  # valid selects checkpoints, test only examines
+    files = {f"corpus_{name}.jsonl": [{"text": s.text, "domain": s.domain} for s in rows]
+             for name, rows in (("train", train), ("valid", valid), ("test", test))}
     movies = [[s.text for s in rows if s.domain == "movie"] for rows in (train, valid, test)]
     others = {domain: [s.text for s in test if s.domain == domain] for domain in FILES if domain != "movie"}
-    made = make_prompts(*movies, others, seed, dropped)
-    for name, pairs in {"train": made["demos"], "valid": made["valid"]}.items():
-        write(f"demos_{name}.jsonl", [{"prompt": p, "completion": c} for p, c in pairs], [p + c for p, c in pairs])
+    made = make_prompts(*movies, others, cfg.seed, dropped)
+    for name, part in (("train", "demos"), ("valid", "valid")):
+        files[f"demos_{name}.jsonl"] = [{"prompt": p, "completion": c} for p, c in made[part]]
     for name in ("label", "ppo", "eval", *others):
-        write(f"prompts_{name}.jsonl", [{"prompt": p} for p, _ in made[name]], [p for p, _ in made[name]])
-
+        files[f"prompts_{name}.jsonl"] = [{"prompt": p} for p, _ in made[name]]
     for part, rounds in ROUNDS.items():
-        for name, rows in {"rankings": mean_rankings(parts[part], rounds, rng, dropped),
-                           "raters": person_rankings(parts[part]["movie"], rng, dropped)}.items():
-            write(f"{name}_{part}.jsonl", rows, [text for row in rows for text in row["responses"]])
-    pairs = sample_pairs(parts["test"], rng)
-    write("pairs_test.jsonl", pairs, [text for row in pairs for text in (row["chosen"], row["rejected"])])
+        files[f"rankings_{part}.jsonl"] = mean_rankings(parts[part], rounds, rng, dropped)
+        files[f"raters_{part}.jsonl"] = person_rankings(parts[part]["movie"], rng, dropped)
+    files["pairs_test.jsonl"] = sample_pairs(parts["test"], rng)
+    for name, rows in files.items():
+        write_jsonl(out / name, rows)
+    say(f"training a vocabulary of {cfg.vocab_size:,} tokens on {len(train):,} sentences")
+    save_ranks(train_bpe([s.text for s in train], cfg.vocab_size), out / "vocab.tiktoken")
 
-    print(f"learning a vocabulary of {vocab_size:,} tokens from {len(train):,} sentences", flush=True)
-    save_ranks(train_bpe([s.text for s in train], vocab_size), out / "vocab.tiktoken")
-    enc = load_tokenizer(out)
-    tokens = {domain: [len(enc.encode_ordinary(s.text)) for s in train + test if s.domain == domain]
-              for domain in FILES}
-    margins = person_margins([s for s in train if s.domain == "movie"])
+    def mean(values):
+        return round(np.mean(values or [0]).item(), 2)
+    enc, margins = load_tokenizer(out), person_margins([s for s in train if s.domain == "movie"])
     summary = {
-        "source_sha256": SHA256, "seed": seed, "vocab_size": enc.n_vocab, "files": files,
+        "source_sha256": SHA256, "seed": cfg.seed, "vocab_size": enc.n_vocab,
+        "files": {name: {"rows": len(rows), "words": mean([len(text.split()) for row in rows for text in texts_of(row)])}
+                  for name, rows in files.items()},
         "sentences": {part: {domain: len(rows) for domain, rows in parts[part].items()} for part in parts},
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
-        "tokens_per_sentence": {domain: round(np.mean(n or [0]).item(), 2) for domain, n in tokens.items()},
-        "agreement": {domain: {"random": agreement(rows, False, seed), "same_sign": agreement(rows, True, seed)}
+        "tokens_per_sentence": {domain: mean([len(enc.encode_ordinary(s.text)) for s in train + test
+                                              if s.domain == domain]) for domain in FILES},
+        "agreement": {domain: {"random": agreement(rows, False, cfg.seed), "same_sign": agreement(rows, True, cfg.seed)}
                       for domain, rows in parts["test"].items() if rows},
         "temperature": fit_temperature(margins), "person_comparisons": len(margins),
         "person_agreement": round(float((margins > 0).sum() / max(1, (margins != 0).sum())), 4),
     }
     write_json(out / "summary.json", summary)
-    print_summary(summary)
+    for name, value in summary.items():
+        print(f"{name}: {json.dumps(value)}")
     return summary
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,296 +1,408 @@
 """Is my run broken, or is this normal? What looks wrong in what a run wrote, why it matters, and what to try.
 
-    python doctor.py out/tiny               every stage of a run of train_all.sh
-    python doctor.py out/tiny/ppo           one stage; or out/tiny/study, or results/tiny/seed1, which is committed
+    python -m tools.doctor out/tiny               every stage of a run of train_all.sh
+    python -m tools.doctor out/tiny/ppo           one stage
+    python -m tools.doctor results/tiny/seed1     a committed run
 
 Reads logs, report cards and the evaluation; loads no model. One line per finding, with what the committed runs show in
-its place; the exit code is 1 if there is one, 2 if files could not be read. The faults that it knows are in
-symptoms.py, how it finds them in examine.py. Some faults no log can show (docs/faults.md): read samples, too. guard
-looks at every rollout of PPO while the run lasts.
+its place; the exit code is 1 if there is one. Limits are far outside the range of healthy runs (results/tiny, three
+seeds), and outside chance. Some faults show in no log (results/faults.md): read samples, too.
 """
+import functools
 import json
 import math
-import sys
-from dataclasses import dataclass, field
+import os
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 
-from common import GUARD, UserError, check, run
-from examine import ENOUGH, examine
-from symptoms import SYMPTOMS
-from terminal import visible, words_for
+from common import check, digest, run, visible
 
-CLOSE = 0.5  # how far a first ratio may be from 1: the rounding of bf16 at an unlikely token, but no bug
-NEGATIVE = -0.1  # nats per response: by chance an estimate of KL is below zero, but not so far below
-ROLLOUTS = 5  # ... for so many rollouts in a row
-ORDER = ("base", "sft", "labeler", "judge", "label", "reward", "dpo", "ppo", "evaluate")  # of train_all.sh
-COMMITTED = Path(__file__).parent / "results" / "tiny"  # healthy runs: what is normal
-NUMBERS = {  # shown of a stage without findings
-    "ppo": ("score", "kl", "entropy", "length", "end_rate", "repetition", "explained_variance", "clip_fraction"),
-    "dpo": ("loss", "accuracy", "margin", "chosen_logprobs"), "reward": ("loss", "accuracy"),
-    "sft": ("loss", "test_loss"), "label": (), "evaluate": ()}
+COMMITTED = Path(__file__).parents[1] / "results" / "tiny"  # healthy runs: what is normal
+# kind: of stage; metric: a field of log.jsonl, or a file and a place in it; limit: when it counts as broken.
+Symptom = namedtuple("Symptom", "kind metric limit why tries")
+HELD_OUT, PEOPLE = "report_card.json: held-out rankings: accuracy", "report_card.json: human comparisons"
+KEPT, WINS = "done.json: order_kept", "results.json: policies: ppo: win_rate_judge"
+SYMPTOMS = {
+    "stopped": Symptom("any", "stopped", "the log ends with it", "a guard or a non-finite number ended the run",
+        "read its message; one of the findings below may be the cause"),
+    "truncated responses": Symptom("any", "truncated", "more than 10 % of the responses",
+        "without an EOS in its examples the model will not learn to stop, and a score is read in mid-sentence",
+        "leave long responses out, shorten them, or train a base with a larger --block-size"),
+    "gradient far above the clip": Symptom("any", "grad_norm", "median above 10 times --grad-clip (not of DPO)",
+        "every batch counts the same, whatever its gradient", "--kl-coef, --value-coef too large? a sum, not a mean?"),
+    # PPO: is what is computed right?
+    "negative KL": Symptom("ppo", "kl", "mean below -0.1, four of five rollouts below 0",
+        "an estimate is below 0 only by chance: the responses are not samples of the policy",
+        "see `sampler differs`; is the mask 1 up to the EOS and no further? are policy and reference exchanged?"),
+    "first ratio": Symptom("ppo", "first_ratio_error", "above 0.1 (the guard stops a run at 0.5)",
+        "before the first step old and new log-probabilities are of the same weights: the ratio is 1 up to rounding",
+        "look for dropout, temperature, mask or positions that differ in rollout and update; for weights in bf16"),
+    "sampler differs": Symptom("ppo", "sampler_difference", "above 0.05 nats per token",
+        "sampler and training graph are not the same model: KL and ratio are of responses it did not sample",
+        "compare token by token: temperature, positions under left padding, a shift by one, top-k, dropout"),
+    "rewards do not add up": Symptom("ppo", "rewards", "not score - kl_coef * kl, within 1 % and responses without EOS",
+        "the KL penalty has the wrong sign, or the score is not in them once", "compare `ppo.py: shape_rewards`"),
+    "wrong way": Symptom("ppo", "kl_coef", "moves away from the target in half of the rollouts",
+        "it must rise while KL is above its target, and fall while it is below", "compare `ppo.py: AdaptiveKL`"),
+    "first scores off": Symptom("ppo", "score", "mean beyond 0.5 or deviation outside 0.5 to 2, and beyond chance",
+        "the reward model was normalised to mean 0 and deviation 1: it reads another position, or other prompts",
+        "read `model.py: ScalarModel.score` at the last real token; reward.py --sft, --prompts, --temperature"),
+    "another start": Symptom("ppo", "config.json of the reward model", "its --model is not this run's --sft",
+        "one that started from the SFT model knows its responses", "reward.py --model SFT, unless another is meant"),
+    # PPO: does it learn, and what?
+    "KL runs away": Symptom("ppo", "kl", "above three times --kl-target, without a controller above 30 nats",
+        "far from what the reward model has seen", "a lower --lr, fewer --epochs, a larger --kl-coef; look at samples"),
+    "flat score": Symptom("ppo", "score", "rises by less than 0.2 standard deviations",
+        "nothing is gained from the reward model: no steps (KL at 0, too), or steps in no direction (KL rises)",
+        "a larger --lr, more --episodes, a lower --kl-coef; is the reward model near chance? the advantages' sign?"),
+    "KL stays at 0": Symptom("ppo", "kl_k3", "below 0.05 nats at the end",
+        "the policy is still the SFT model, or (if the score rises) the reference is trained along with it",
+        "a larger --lr, a lower --kl-coef (an adaptive one takes many rollouts to fall)"),
+    "length grows": Symptom("ppo", "length", "by more than 40 %", "the reward model may like length itself",
+        "compare win rates at equal length; accuracy of `longer wins` on the reward model's report card"),
+    "length shrinks": Symptom("ppo", "length", "by more than 40 %", "an early EOS pays less KL, or pleases the model",
+        "a lower --kl-coef; does the reward model see whole responses?"),
+    "no EOS": Symptom("ppo", "eos_rate", "falls below 0.5, or ends below 0.05", "the score is of half a response",
+        "was the EOS learned in SFT, is it inside the mask? a larger --response-tokens; --missing-eos-score -1"),
+    "entropy collapse": Symptom("ppo", "entropy", "below 0.3 of what it was", "the policy has stopped exploring",
+        "a lower --lr, fewer --epochs, a larger --kl-coef"),
+    "identical responses": Symptom("ppo", "unique_responses", "fewer than 0.7 of a rollout differ",
+        "collapse, or a policy that cannot see its prompt", "a larger --kl-coef; does this response always win?"),
+    "repetition": Symptom("ppo", "repetition", "above 0.2, and twice the beginning's",
+        "the same words again and again", "a larger --kl-coef; a reward model that has seen such text ranked last"),
+    "values explain nothing": Symptom("ppo", "explained_variance", "below 0 at the end",
+        "advantages are noisier than without it", "--value separate; are values and returns shifted by one?"),
+    "value loss explodes": Symptom("ppo", "value_loss", "above three times the beginning's",
+        "returns move faster than the value model", "a lower --lr or --value-coef; returns of whitened advantages?"),
+    "clip binds": Symptom("ppo", "clip_fraction", "above 0.3 in a quarter of the rollouts",
+        "a third of the tokens give no gradient: steps too large", "a lower --lr, fewer --epochs or --minibatches"),
+    "clip never binds": Symptom("ppo", "clip_fraction", "0 all the time, with more than one step per rollout",
+        "tiny steps; or, if KL moves all the same, old log-probabilities that are taken from the current pass",
+        "KL near 0: a larger --lr. Else compare `ppo.py: policy_loss` and what it is given"),
+    # the other stages
+    "near chance": Symptom("reward", HELD_OUT, "surely below 0.6 (its interval)", "PPO would follow noise",
+        "more rankings, more --epochs; do the labels agree with each other (python -m labeling.agreement)?"),
+    "worse than bag of words": Symptom("reward", PEOPLE, "surely below a bag of words or length, in all domains",
+        "it learned less than counting does", "a larger model or --lr; was the base trained long enough?"),
+    "memorised": Symptom("reward", "accuracy", "in training more than 0.1 above the interval held out",
+        "it knows its rankings, not what they have in common", "fewer --epochs, more rankings, --weight-decay"),
+    "labels are noise": Symptom("label", KEPT, "below 0.6; agreement with people not surely above 0.5",
+        "noise hides the labeler's opinion, or nobody shares it", "--noise 1, --flip 0; another --rubric or --model"),
+    "overfit": Symptom("sft", "valid_loss", "ends more than 0.02 nats above its lowest",
+        "the last steps memorised the training set; the checkpoint is that of the lowest", "fewer --epochs"),
+    "not learning": Symptom("any", "loss", "never lower in the second half than at first; SFT: as a uniform guess",
+        "the stage has learned nothing", "--lr, up or down by ten; are the labels what they should be?"),
+    "chosen falls": Symptom("dpo", "chosen_logprobs", "by more than 30 %",
+        "what chosen and rejected lose goes to texts that nobody ranked", "a larger --beta, a lower --lr"),
+    "margins not 0 at first": Symptom("dpo", "loss", "first line further than 0.05 from log 2",
+        "policy and reference are the same model before the first step", "is the reference the SFT model? dropout?"),
+    "over-optimised": Symptom("evaluate", "results.json: snapshots", "labeler or judge fall by 0.25, proxy climbs",
+        "the policy pleases the reward model and nobody else", "an earlier snapshot; --kl-coef, more rankings"),
+    "no better than SFT": Symptom("evaluate", WINS, "its interval reaches below 0.5",
+        "no gain can be shown on these prompts", "the findings of its stages; more prompts (--count)"),
+}
 
 
-# ---- while PPO runs --------------------------------------------------------------------------------------------------
-
-
-def guard_ratio(error, log):
-    """Stop a run whose ratio, before anything has been learned from a rollout, is this far from 1 at some token."""
-    if error > CLOSE:
-        log.stop(f"the ratio is {error:.2f} away from 1 though nothing has been learned yet: old and new "
-                 "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)", GUARD)
-
-
-def guard(metrics, streak, kl_ceiling, log):
-    """Stop a run that has gone wrong; what only looks wrong comes back in words.
-
-    metrics: those of ppo.collect. streak: {"below_zero": rollouts in a row with KL below zero}, changed here.
-    kl_ceiling: nats per response; 0: none.
-    """
-    kl = metrics["kl"].item()
-    streak["below_zero"] = streak["below_zero"] + 1 if kl < NEGATIVE else 0
-    if kl > (kl_ceiling or math.inf):
-        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
-                 "--kl-coef or a smaller --lr holds it, with --restart true)", GUARD)
-    if streak["below_zero"] >= ROLLOUTS:
-        log.stop(f"KL is {kl:.2f} nats per response, below zero for {ROLLOUTS} rollouts: the responses were not drawn "
-                 "from the policy whose log-probabilities are counted", GUARD)
-    doubts = {"hardly a response reaches end of text": metrics["end_rate"] < 0.05,
-              "nearly all responses are the same": metrics["distinct"] < 0.1}
-    return [text for text, found in doubts.items() if found]
-
-
-def one_response(enc, rollout, iteration):
-    """One response of a rollout of ppo.collect with its score and KL, to be printed and logged: looking at samples
-    finds most faults of RLHF."""
-    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
-    R = rollout["mask"].size(1)
-    tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
-    kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
-    return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
-            "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
-
-
-# ---- afterwards ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
 class Record:
-    """What a stage left."""
-    name: str
-    kind: str                                    # sft (base, too), reward (labeler and judge, too), label, dpo, ...
-    path: Path                                   # of the file that the findings are about
-    lines: list = field(default_factory=list)    # of log.jsonl
-    stop: dict = field(default_factory=dict)     # the line with "stopped" that a guard wrote, and its metrics
-    flags: dict = field(default_factory=dict)    # of config.json; {} if there is none
-    inputs: dict = field(default_factory=dict)   # ... with the sha256 of what they name
-    vocab_size: int = 0                          # ... 0: unknown
-    card: dict = field(default_factory=dict)     # report_card.json
-    facts: dict = field(default_factory=dict)    # done.json; {} while the stage is not finished
-    results: dict = field(default_factory=dict)  # results.json of an evaluation
-    agreement: dict = field(default_factory=dict)  # agreement.json of a labeler that is a machine
-    reward_start: str = ""                       # PPO: the sha256 of the model that its reward model started from
+    """What a stage left: name, path (of its log), kind (of its script; "" if unknown), flags, lines of log.jsonl, stop
+    (the line of what ended it early), truncated (counts), and files: {name: content, {} if there is none}."""
+    FILES = {"config": "config.json", "card": "report_card.json", "done": "done.json", "agreement": "agreement.json",
+             "results": "results.json"}
+    KINDS = {"kl_coef": "ppo", "beta": "dpo", "evals": "sft", "best_of": "evaluate", "test_share": "reward"}
+
+    def __init__(self, name, path, lines):
+        """lines: as those of a stage in a logs.jsonl."""
+        self.name, self.path, self.same_start = name, path, True
+        self.files = {self.FILES[part]: next((line[part] for line in lines if part in line), {}) for part in self.FILES}
+        self.stop = next((line for line in lines if "stopped" in line), {})
+        self.truncated = [line["truncated"] for line in lines if "truncated" in line]
+        self.lines = [line for line in lines if "stopped" not in line and ("step" in line or "iteration" in line)]
+        config = self.files["config.json"]
+        self.flags = config.get("stage", config)  # in a logs.jsonl the flags alone
+        self.vocab_size = config["model"]["vocab_size"] if {"stage", "model"} <= config.keys() else 0  # 0: unknown
+        machine = self.files["agreement.json"] or "order_kept" in self.files["done.json"]
+        self.kind = "label" if machine else next((kind for flag, kind in self.KINDS.items() if flag in self.flags), "")
 
     def column(self, metric):
-        """The values of a metric, from the lines that have it."""
-        return [line[metric] for line in self.lines if metric in line]
-
-    @property
-    def steps(self):
-        """Optimizer steps so far."""
-        last = self.lines[-1] if self.lines else {}
-        per_line = self.flags.get("epochs", 4) * self.flags.get("minibatches", 1)  # of a rollout
-        return last.get("step", len(self.lines) * per_line)
+        """The values of a metric: in the lines that have it, or the one at a place in a file."""
+        if ": " not in metric:
+            return [line[metric] for line in self.lines if metric in line]
+        value = functools.reduce(lambda content, key: content.get(key, {}), metric.split(": "), self.files)
+        return [value] if isinstance(value, float) else []
 
     @property
     def judged(self):
         """Whether it went on for long enough to ask what it learned."""
-        return self.steps >= ENOUGH and len(self.lines) >= (8 if self.kind == "ppo" else 1)
+        if self.kind == "ppo":
+            steps = len(self.lines) * self.flags["epochs"] * self.flags["minibatches"]
+            return steps >= 20 and len(self.lines) >= 8
+        return bool(self.lines) and self.lines[-1]["step"] >= 20
 
 
-def read(path):
-    """The content of a JSON file, {} if there is none; UserError if it is damaged."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-        check(isinstance(content, dict), f"{path}: not an object")
-        return content
-    except (OSError, ValueError) as error:
-        check(False, f"{path}: cannot be read: {error}")
+def read_json(path):
+    """The content of a JSON file, {} if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def read_log(path):
-    """Lines of a log.jsonl, and the one of a guard that stopped the run; a line that was cut at the end is left out."""
-    lines, stop = [], {}
-    texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for number, text in enumerate(texts):
-        try:
-            line = json.loads(text)
-            numbers = [x for key, x in line.items() if key not in ("stopped", "warnings", "sample")]
-            check(all(isinstance(x, (int, float)) and abs(x) < 1e30 for x in numbers),
-                  f"{path}:{number + 1}: holds what is no number")
-            stop = line if "stopped" in line else {}
-            lines += [] if stop else [line]
-        except (ValueError, AttributeError):
-            check(number == len(texts) - 1, f"{path}:{number + 1}: not a line of a log")
-    return lines, stop
+def read_lines(path):
+    """The lines of a JSON-lines file, [] if there is none; one that is not complete yet is left out."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
 
-def kind_of(lines, flags, done, agreement, results):
-    """Which stage wrote these; "" for one that the doctor knows nothing about."""
-    metrics = {"iteration": "ppo", "chosen_logprobs": "dpo", "test_loss": "sft", "accuracy": "reward"}
-    own_flags = {"kl_coef": "ppo", "beta": "dpo", "evals": "sft", "test_share": "reward"}  # of one without lines yet
-    keys = {**lines[0], **lines[-1]} if lines else {}
-    return next((kind for key, kind in metrics.items() if key in keys), None) or (
-        next((kind for key, kind in own_flags.items() if key in flags), None)) or (
-        "label" if "order_kept" in done or agreement else "evaluate" if "snapshots" in results else "")
-
-
-def start_of(reward, weights, place):
-    """sha256 of the model that the reward model in folder reward started from; "" if it is not to be found: beside
-    the run, or where the run found it, it must have the weights (sha256) that PPO read."""
-    name = Path(reward).name
-    for at in (place("x").parent.parent / name / "{}", place("x").parent / f"{name}_{{}}", Path(reward) / "{}"):
-        config, done = (read(Path(str(at).format(file))) for file in ("config.json", "done.json"))
-        if weights and f"sha256 {done.get('outputs', {}).get('model.pt')}" == weights:
-            return config.get("inputs", {}).get("model", "")
-    return ""
-
-
-def record_of(name, place):
-    """The Record of a stage, None if it is of no kind that is known; place: from a file's name to its path."""
-    lines, stop = read_log(place("log.jsonl"))
-    config, done, card, agreement, results = (read(place(f"{file}.json")) for file in (
-        "config", "done", "report_card", "agreement", "results"))
-    flags, inputs = config.get("stage", {}), config.get("inputs", {})
-    kind = kind_of(lines, flags if stop else {}, done, agreement, results)
-    if not kind:
-        return None
-    path = place({"label": "done.json", "evaluate": "results.json"}.get(kind, "log.jsonl"))
-    start = start_of(flags["reward"], inputs.get("reward"), place) if kind == "ppo" and flags.get("reward") else ""
-    return Record(name, kind, path, lines, stop, flags, inputs, config.get("model", {}).get("vocab_size", 0), card,
-                  done, results, agreement, start)
-
-
-def stages(folder):
-    """{name: from a file's name to its path} of the stages in a run's folder (out/tiny), of those that
-    results/collect.sh kept (results/tiny/seed1), or of one; in the order of train_all.sh."""
-    folder = Path(folder)
-    check(folder.is_dir(), f"{folder}: no such folder")
-    alone = any((folder / file).is_file() for file in ("log.jsonl", "done.json", "config.json"))
-    found = {folder.resolve().name: folder.joinpath} if alone else {}
-    found |= {path.name: path.joinpath for path in folder.iterdir() if path.is_dir()}
-    for path in [*folder.glob("*_done.json"), *folder.glob("*_log.jsonl")]:  # kept
-        name = path.name.rsplit("_", 1)[0]
-        results = folder / "results.json" if name == "evaluate" else folder / name / "results.json"
-        found[name] = lambda file, name=name, results=results: (
-            results if file == "results.json" else folder / f"{name}_{file}")
-    order = {name: i for i, name in enumerate(ORDER)}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], len(order)), item[0])))
+def read_stage(folder):
+    """The Record of a stage in its own folder."""
+    lines = [{part: read_json(folder / file)} for part, file in Record.FILES.items()]
+    record = Record(folder.resolve().name, folder / "log.jsonl", read_lines(folder / "log.jsonl") + lines)
+    if record.kind == "ppo" and (model := Path(record.flags["reward"]) / "model.pt").is_file():
+        inputs = record.files["config.json"]["inputs"]
+        if inputs["reward"] == f"sha256 {digest(model)}":
+            start = read_json(model.with_name("config.json")).get("inputs", {}).get("model")
+            record.same_start = start in (inputs["sft"], None)
+    return record
 
 
 def records(folder):
-    """A Record of each stage in a folder that is of a known kind."""
-    return [record for name, place in stages(folder).items() if (record := record_of(name, place))]
+    """A Record of each stage that is of a known kind: of a committed run (logs.jsonl), of a folder with a folder for
+    each stage (in the order in which they ran), or of one stage."""
+    folder, stages = Path(folder), {}
+    check(folder.is_dir(), f"{folder}: no such folder")
+    for line in read_lines(folder / "logs.jsonl"):
+        name = " ".join(str(line.pop(key)) for key in ("run", "seed", "stage") if key in line)
+        stages.setdefault(name, []).append(line)
+    if "evaluate" in stages:
+        stages["evaluate"].append({"results": read_json(folder / "results.json")})
+    found = [Record(name, folder / "logs.jsonl", lines) for name, lines in stages.items()]
+    if not stages:
+        paths = [*folder.glob("config.json"), *folder.glob("*/config.json")]
+        found = [read_stage(path.parent) for path in sorted(paths, key=os.path.getmtime)]
+    return [record for record in found if record.kind]
 
 
-# ---- what is normal --------------------------------------------------------------------------------------------------
+# ---- what is wrong: (symptom, what was seen, numbers of the log's lines where, or None) ------------------------------
+
+
+def any_stage(record):
+    """What every log can show."""
+    if record.stop:
+        yield "stopped", record.stop["stopped"], None
+    for counts in record.truncated:
+        if counts["responses"] > 0.1 * counts["of"]:
+            yield "truncated responses", "{responses} of {of}".format(**counts), None
+    norms, clip = record.column("grad_norm"), record.flags.get("grad_clip")
+    # DPO's gradient grows with beta and with the length of responses, so that there a large one means nothing.
+    if clip and record.kind != "dpo" and record.judged and median(norms) > 10 * clip:
+        yield "gradient far above the clip", f"median {median(norms):.1f}, --grad-clip {clip:g}", None
+
+
+def ppo(record):
+    """PPO: faults of the computation itself, which show from the first rollouts on; then what it learned."""
+    column, flags, lines = record.column, record.flags, record.lines
+    kl, coefs, target, missing = column("kl"), column("kl_coef"), flags["kl_target"], flags["missing_eos_score"]
+    below = [i for i, x in enumerate(kl) if x < 0]
+    if len(kl) >= 5 and mean(kl) < -0.1 and len(below) >= 0.8 * len(kl):
+        yield "negative KL", f"{mean(kl):.2f} nats per response on average", below
+    # With a controller (a horizon) against its target.
+    for name, limit in {"first ratio": 0.1, "sampler differs": 0.05,
+                        "KL runs away": 3 * target if flags["kl_horizon"] else 30.0}.items():
+        metric = SYMPTOMS[name].metric
+        high = [i for i, x in enumerate(column(metric)) if x > limit]
+        peak = max(column(metric) + [record.stop.get(metric, 0.0)])
+        if peak > limit:
+            yield name, f"up to {peak:.2f}", high
+    if not lines:  # stopped in the first rollout
+        return
+    wrong = []
+    for i, line in enumerate(lines if not flags["whiten_rewards"] else []):
+        gap = line["rewards"] - (line["score"] - line["kl_coef"] * line["kl"])
+        # A response without EOS counts --missing-eos-score; which scores it took the place of, the log does not say.
+        unknown = 0 if math.isnan(missing) else (
+            (1 - line["eos_rate"]) * (abs(missing) + abs(line["score"]) + 4 * line["score_std"]))
+        if abs(gap) > unknown + 0.01 * (1 + abs(line["kl_coef"] * line["kl"])):
+            wrong.append(i)
+    if wrong:
+        seen = "{rewards:.2f}, but score - kl_coef * kl is {score:.2f} - {kl_coef:.3f} * {kl:.2f}"
+        yield "rewards do not add up", seen.format(**lines[wrong[-1]]), wrong
+    wrong = [i + 1 for i in range(len(kl) - 1) if (coefs[i + 1] - coefs[i]) * (kl[i] - target) < 0]
+    if wrong and len(wrong) >= 0.5 * (len(kl) - 1):
+        yield "wrong way", f"{coefs[0]:.3f} to {coefs[-1]:.3f}, KL {kl[0]:.1f} to {kl[-1]:.1f} of {target:g}", wrong
+    score, deviation = lines[0]["score"], lines[0]["score_std"]
+    chance = 3 / math.sqrt(lines[0]["episodes"])  # three standard errors of a mean, and nearly of a deviation
+    least = flags["ensemble"] == "min" and "," in flags["reward"]  # of several, which is lower than each
+    if score > 0.5 + chance or not (least or score > -0.5 - chance and 0.5 / (1 + chance) < deviation < 2 + 2 * chance):
+        yield "first scores off", f"mean {score:.2f}, deviation {deviation:.2f}", [0]
+    if not record.same_start:
+        yield "another start", f"it started from another model than {flags['sft']}", None
+    if record.judged:
+        yield from ppo_learning(record)
+
+
+def ppo_learning(record):
+    """What takes some rollouts to show. The beginning: the first 512 responses; the end: the last quarter."""
+    column, flags, lines = record.column, record.flags, record.lines
+    first = max(1, sum(line["episodes"] <= 512 for line in lines))
+    last, later = (range(len(lines) - len(lines) // part, len(lines)) for part in (4, 2))
+    half_way = len(lines) >= 0.5 * flags["iterations"]  # slow is not broken
+    values, asks_for_eos = flags["value_coef"], not math.isnan(flags["missing_eos_score"])
+    for name, is_broken in {
+            "flat score": lambda early, late: late - early < 0.2 and half_way,
+            "KL stays at 0": lambda early, late: late < 0.05 and half_way,
+            "length grows": lambda early, late: late > 1.4 * early,
+            "length shrinks": lambda early, late: late < 0.6 * early,
+            "no EOS": lambda early, late: late < 0.05 and asks_for_eos or late < 0.5 <= early,
+            "entropy collapse": lambda early, late: late < 0.3 * early,
+            "identical responses": lambda early, late: late < 0.7,
+            "repetition": lambda early, late: late > max(0.2, 2 * early),
+            "values explain nothing": lambda early, late: late < 0 and half_way and values}.items():
+        numbers = column(SYMPTOMS[name].metric)
+        early, late = mean(numbers[:first]), mean(numbers[last.start:])
+        if is_broken(early, late):
+            yield name, f"{early:.2f} at the beginning, {late:.2f} at the end", last
+    early, late = mean(column("value_loss")[:first]), max(column("value_loss")[later.start:])
+    if late > 3 * early and values:
+        yield "value loss explodes", f"up to {late:.2f}, {early:.2f} at the beginning", later
+    clipped = column("clip_fraction")
+    high = [i for i, x in enumerate(clipped) if x > 0.3]
+    if len(high) >= len(clipped) / 4:
+        yield "clip binds", f"for up to {max(clipped):.2f} of the tokens", high
+    if max(clipped) == 0 and flags["epochs"] * flags["minibatches"] > 1:
+        yield "clip never binds", "0 in every rollout", None
+
+
+def reward(record):
+    """The reward model, the labeler or the judge, from its log and report card."""
+    if not record.judged:
+        return
+    accuracy, losses, card = record.column("accuracy"), record.column("loss"), record.files["report_card.json"]
+    half = len(losses) // 2  # the best of the second half: a line may be of few rankings
+    better = min(losses[half:]) < losses[0] - 0.01 or max(accuracy[half:]) > accuracy[0] + 0.01
+    if len(losses) > 1 and not better:
+        yield "not learning", f"{losses[0]:.3f} at the beginning, {losses[-1]:.3f} at the end", None
+    if not card:  # not finished
+        return
+    held_out, known = card["held-out rankings"], mean(accuracy[-max(1, len(accuracy) // 4):])
+    if held_out["interval"][1] < 0.6:
+        yield "near chance", "{accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f})".format(**held_out), None
+    if record.kind == "reward" and known > held_out["interval"][1] + 0.1:
+        yield "memorised", f"{known:.3f} in training, {held_out['accuracy']:.3f} held out", None
+    rows = [row for name, row in card.get("human comparisons", {}).items() if "bag of words" in row]
+    worse = [row["reward model"]["interval"][1] < max(row["bag of words"]["accuracy"], row["longer wins"]["accuracy"])
+             for row in rows]
+    if worse and all(worse):
+        yield "worse than bag of words", f"in {len(worse)} of {len(worse)} domains", None
+
+
+def dpo(record):
+    """DPO, from its log and report card."""
+    first, chosen = record.lines[0], record.column("chosen_logprobs")
+    if first["step"] <= 10 and abs(first["loss"] - math.log(2)) > 0.05:
+        yield "margins not 0 at first", f"{first['loss']:.3f}", [0]
+    yield from reward(record)
+    if record.judged and (late := mean(chosen[-max(1, len(chosen) // 4):])) < 1.3 * chosen[0]:
+        yield "chosen falls", f"from {chosen[0]:.1f} to {late:.1f} nats per response", None
+
+
+def sft(record):
+    """Supervised training."""
+    losses, uniform = record.column("valid_loss"), math.log(record.vocab_size or 1)
+    if record.judged and record.vocab_size and losses[-1] > uniform - 0.05:
+        yield "not learning", f"{losses[-1]:.3f} held out; all tokens alike are {uniform:.3f}", None
+    if losses[-1] > min(losses) + 0.02:
+        lowest = losses.index(min(losses))
+        yield "overfit", f"{losses[-1]:.3f}, it was {losses[lowest]:.3f}", range(lowest, len(losses))
+
+
+def label(record):
+    """Rankings by a stand-in, or by a machine that was asked about people's pairs as well."""
+    for kept in record.column(KEPT):
+        if kept < 0.6:
+            yield "labels are noise", f"{kept:.2f} of the pairs are in the labeler's own order", None
+    people = record.files["agreement.json"].get("people", {}).get("both orders")
+    if people and people["interval"][0] <= 0.5:
+        seen = "as people in {accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) of the pairs"
+        yield "labels are noise", seen.format(**people), None
+
+
+def evaluate(record):
+    """The comparison of all policies."""
+    results = record.files["results.json"]
+    count = min(results["prompts"], results["config"]["snapshot_count"])  # prompts of a snapshot
+    least = max(0.25, 3 * math.sqrt(2 / count))  # three standard errors of a difference of means, of deviation 1
+    for policy, curve in results["snapshots"].items():
+        for scorer in ("labeler", "judge"):
+            points = [(point[scorer], point["proxy"], point["iteration"]) for point in curve if scorer in point]
+            (best, proxy, i), last = max(points, default=(0, 0, 0)), (points or [(0, 0)])[-1]
+            if last[0] < best - least and last[1] > proxy:
+                yield "over-optimised", (f"{policy}: {scorer} {best:.2f} at iteration {i}, then {last[0]:.2f}; proxy "
+                                         f"{proxy:.2f}, then {last[1]:.2f}"), None
+        row = results["policies"][policy]
+        low, high = row["win_rate_judge_interval"]
+        if high < 0.5 or results["prompts"] >= 200 and low < 0.5:
+            yield "no better than SFT", f"{policy}: {row['win_rate_judge']:.3f} ({low:.3f} to {high:.3f})", None
+
+
+def examine(record):
+    """All findings of one stage: (name of the symptom, what was seen, numbers of the log's lines or None)."""
+    look = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft, "label": label, "evaluate": evaluate}[record.kind]
+    has_begun = record.lines or record.kind in ("label", "ppo") or record.files["results.json"]
+    return [*any_stage(record), *(look(record) if has_begun else [])]
 
 
 def span(numbers):
     """From the least to the largest of some numbers, in few digits."""
-    numbers = sorted(numbers)
-    low, high = (f"{x:.2f}" if abs(x) < 100 else f"{x:.4g}" for x in (numbers[0], numbers[-1]))
+    numbers = sorted(numbers) or ["-"]
+    low, high = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in (numbers[0], numbers[-1]))
     return low if low == high else f"{low} to {high}"
 
 
+@functools.cache
 def committed(stage, metric):
     """What the committed runs have in a metric of a stage: a list of values per seed; [] if there is none."""
-    logs = [read_log(path)[0] for path in sorted(COMMITTED.glob(f"seed*/{stage}_log.jsonl"))]
-    return [values for lines in logs if (values := [line[metric] for line in lines if metric in line])]
-
-
-OTHERS = {  # what is in no log: (file, how to find it)
-    "report_card.json: held-out rankings": ("{}_report_card.json", lambda card: card["held-out rankings"]["accuracy"]),
-    "report_card.json: human comparisons": ("{}_report_card.json", lambda card: (
-        card["human comparisons"]["movie, random"]["reward model"]["accuracy"])),
-    "done.json: order_kept; agreement.json": ("label_done.json", lambda done: done["order_kept"]),
-    "results.json: snapshots": ("results.json", lambda results: results["snapshots"]["ppo"][-1]["judge"]),
-    "results.json: win_rate_judge": ("results.json", lambda results: results["policies"]["ppo"]["win_rate_judge"])}
-
-
-def reference(record, metric, whole=True):
-    """What healthy runs have, in words, of the stage of that name or else of that kind; "" if there is none."""
-    if metric in OTHERS:
-        file, find = OTHERS[metric]
-        values = [find(read(path)) for stage in (record.name, record.kind)
-                  for path in sorted(COMMITTED.glob(f"seed*/{file.format(stage)}"))]
-        return f"healthy runs: {span(values)}" if values else ""
-    metric = metric.split(", ")[0]
-    seeds = committed(record.name, metric) or committed(record.kind, metric)
-    if not seeds:
-        return ""
-    return (f"healthy runs: {span(sum(seeds, []))}, " if whole else "healthy: ") + (
-        f"at the end {span(values[-1] for values in seeds)}")
-
-
-def place_of(record, where):
-    """Which lines of the log: iterations or steps, in words."""
-    if where is None or not record.lines:
-        return str(record.path)
-    unit = "iteration" if record.kind == "ppo" else "step"
-    at = [record.lines[i][unit] for i in where]
-    return f"{record.path}, {unit} {at[0]}" + (f" to {at[-1]}" if len(at) > 1 else "")
+    columns = [record.column(metric) for folder in sorted(COMMITTED.glob("seed*")) for record in records(folder)
+               if record.name == stage]
+    return [values for values in columns if values]
 
 
 def report(record):
     """Print what there is to say of a stage; whether something was found."""
     findings, last = examine(record), record.lines[-1] if record.lines else {}
+
+    def normal(metric):
+        return committed(record.name, metric) or committed(record.kind, metric)
     for name, seen, where in findings:
-        symptom = SYMPTOMS[name]
-        places = filter(None, [place_of(record, where), reference(record, symptom.metric)])
-        print(visible(f"{record.name}: {name}: {symptom.metric}: {seen} ({'; '.join(places)}): {symptom.why}. "
-                      f"Try: {symptom.tries}."))
-    if findings:
-        for line in [line for line in record.lines if "sample" in line][-1:]:
-            print(visible("{}: look at iteration {}: [{prompt!r}]{response!r} score {score} kl {kl}".format(
-                record.name, line["iteration"], **line["sample"])))
-        return True
-    numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({reference(record, metric, whole=False)})"
-               for metric in NUMBERS[record.kind] if (x := record.column(metric))]
-    numbers += [f"held out {row['accuracy']:.2f}" for name, row in record.card.items() if name == "held-out rankings"]
-    numbers += [f"order_kept {x:.2f}" for name, x in record.facts.items() if name == "order_kept"]
-    policies = record.results.get("policies", {}).items()
-    numbers += [f"{name} wins {row['win_rate_judge']:.2f}" for name, row in policies if "win_rate_judge" in row]
-    few = f" as far as {record.steps} optimizer steps show" if record.lines and not record.judged else ""
-    far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
-        not record.facts and "iteration" in last and "iterations" in record.flags) else ""
-    print("; ".join([f"{record.name}: healthy{few}{far}", *numbers]))
-    return False
+        kind, metric, limit, why, tries = SYMPTOMS[name]
+        unit = "iteration" if record.kind == "ppo" else "step"
+        place = f"{record.path}{f', {unit} {span(record.lines[i][unit] for i in where)}' if where else ''}"
+        if runs := normal(metric):
+            place += f"; healthy runs: {span(sum(runs, []))}, at the end {span(values[-1] for values in runs)}"
+        print(visible(f"{record.name}: {name}: {metric}: {seen} ({place}): {why}. Try: {tries}."))
+    for line in [line for line in record.lines if "sample" in line and findings][-1:]:
+        print(visible("{}: look at iteration {}: [{prompt!r}]{response!r} score {score} kl {kl}".format(
+            record.name, line["iteration"], **line["sample"])))
+    if not findings:
+        few = ", as far as so few steps show" if record.lines and not record.judged else ""
+        far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
+            "iteration" in last and not record.files["done.json"]) else ""
+        metrics = dict.fromkeys(symptom.metric for symptom in SYMPTOMS.values() if symptom.kind == record.kind)
+        numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({span(values[-1] for values in normal(metric))})"
+                   for metric in metrics if (x := record.column(metric))]
+        print(f"{record.name}: healthy{few}{far}: {', '.join(numbers)}")
+    return bool(findings)
 
 
 @dataclass
 class Config:
-    run: str = ""  # folder of a run, or of one of its stages
+    run: str = "out/tiny"  # folder of a run, or of one of its stages
 
 
 def main(cfg):
-    check(cfg.run, "name a folder, such as: python doctor.py out/tiny")
-    known, sick, unread = 0, 0, 0
-    for name, place in stages(cfg.run).items():
-        try:
-            if record := record_of(name, place):
-                known += 1
-                sick += report(record)
-        except Exception as error:  # whatever is wrong with its files, the other stages are still looked at
-            unread += 1
-            words = error if isinstance(error, UserError) else f"damaged, or of another version: {error!r}"
-            print(visible(f"error: {name}: {words}"), file=sys.stderr)
-    check(known or unread, f"{cfg.run}: no log.jsonl that the doctor knows, neither here nor in a folder below")
-    if sick:
-        print(f"{sick} stage{'s' * (sick > 1)} with findings")
-    if sick or unread:
-        sys.exit(2 if unread else 1)
+    found = records(cfg.run)
+    check(found, f"{cfg.run}: no stage that the doctor knows, neither here nor in a folder below")
+    print("first to last value of each metric (and the last in the committed runs)")
+    sick = sum([report(record) for record in found])
+    check(not sick, f"{sick} of {len(found)} stages with findings", 1)
 
 
 if __name__ == "__main__":
-    words_for("run")
-    run(main, Config)
+    run(main, Config, words=("run",))

@@ -1,0 +1,79 @@
+"""Keeps what finished runs found, in two files and without their weights: results.json and logs.jsonl.
+
+    python -m study.collect out/tiny results/tiny/seed1               a run of train_all.sh, with its report and figures
+    python -m study.collect out/tiny/study results/study --seed 1     a study of many runs; other seeds there are kept
+
+logs.jsonl: of each stage a line with its configuration, the lines of its log, its report card, and its done.json.
+A study's results.json is {seed: {run: results}}. Paths into the run become paths into out/tiny.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import run
+from study import report
+
+# Of a study's many runs only this is kept: what is drawn, and the curves that one may want to compare.
+LINES = {"seed", "run", "config", "card", "done", "iteration", "step", "score", "kl", "kl_coef", "length", "eos_rate",
+         "entropy", "grad_norm", "clip_fraction", "explained_variance", "loss", "accuracy", "margin"}
+LEFT_OUT = {"training", "histograms", "samples", "stages", "others", "held_out_rankings"}
+
+
+@dataclass
+class Config:
+    source: str = "out/tiny"            # a finished run, or the folder of a study in it
+    target: str = "results/tiny/seed1"  # where to keep it
+    seed: int = 0                       # of a study; 0: --source is a run of train_all.sh
+
+
+def read(path, digits=5):
+    """The content of a JSON file, or the list of a .jsonl file's; floats rounded to so many significant digits."""
+    text = path.read_text(encoding="utf-8")
+    text = f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.{digits}g}"))
+
+
+def stage_lines(folder, **labels):
+    """The lines of logs.jsonl about the stage of a folder; the labels come first in each."""
+    lines = [{"config": read(folder / "config.json")["stage"]}]
+    lines += read(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
+    lines += [{"card": read(folder / "report_card.json")}] if (folder / "report_card.json").is_file() else []
+    lines += [{"done": {name: value for name, value in read(folder / "done.json").items() if name != "outputs"}}]
+    return [{**labels, **line} for line in lines]
+
+
+def collect_study(source, target, seed, stages):
+    """What the target holds of other seeds, and what the source has of this one: results and lines."""
+    results, lines = {}, []
+    if (target / "results.json").is_file():
+        results, lines = read(target / "results.json", 7), read(target / "logs.jsonl")
+    found = {path.parent.name: read(path, 7) for name in ("results", "report", "agreement")
+             for path in sorted(source.glob(f"*/{name}.json"))}
+    for run_results in found.values():
+        for name in LEFT_OUT & run_results.keys():
+            del run_results[name]
+        for model, card in run_results.get("reward_models", {}).items():
+            run_results["reward_models"][model] = {"movie, random": card.get("movie, random")}
+    new = [line for folder in stages for line in stage_lines(folder, seed=seed, run=folder.name)]
+    new = [{name: value for name, value in line.items() if name in LINES} for line in new]
+    return {**results, str(seed): found}, [line for line in lines if line["seed"] != seed] + new
+
+
+def main(cfg):
+    source, target = Path(cfg.source), Path(cfg.target)
+    target.mkdir(parents=True, exist_ok=True)
+    stages = [path.parent for path in sorted(source.glob("*/done.json"), key=lambda path: path.stat().st_mtime)]
+    if cfg.seed:
+        results, lines = collect_study(source, target, cfg.seed, stages)
+    else:
+        results = read(source / "evaluate" / "results.json", 7)
+        lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]
+    out = f"{source.parent if cfg.seed else source}/"
+    for name, text in (("results.json", json.dumps(results)), ("logs.jsonl", "\n".join(map(json.dumps, lines)))):
+        (target / name).write_text(text.replace(out, "out/tiny/") + "\n", encoding="utf-8")
+    if not cfg.seed:
+        report.main(report.Config(str(target)))
+
+
+if __name__ == "__main__":
+    run(main, Config, words=("source", "target"))
