@@ -1,8 +1,7 @@
 """Run plumbing that a reader may skip: flags, device and precision, optimizer, files, exact resume, log.
 
-Nothing in this file knows about RLHF. What the folder of a stage holds: model.pt and vocab.tiktoken, the weights with
-what they are (torch.load(weights_only=True) reads it) and the tokenizer; config.json, flags and sha256 of the inputs;
-log.jsonl; resume.pt, until the run is finished all it needs to continue; done.json, written last: seconds and memory.
+Nothing here knows about RLHF. A stage's folder holds model.pt and vocab.tiktoken (weights, what they are, tokenizer),
+config.json (flags, sha256 of inputs), log.jsonl, resume.pt (until it is finished) and done.json (written last).
 """
 import argparse
 import dataclasses
@@ -24,10 +23,9 @@ import torch
 from tqdm import tqdm
 
 # Flags that may change when a run is resumed: they change no result (but for rounding, and what dropout draws).
-FREE = {"out", "overwrite", "save_every", "microbatch", "recompute", "sample_every", "kl_ceiling",
-        "max_calls", "parallel", "timeout", "dry_run"}
+FREE = "out overwrite save_every microbatch recompute sample_every kl_ceiling max_calls timeout parallel dry_run"
 LOCKED = {}  # output folder that this process has locked: its open handle
-progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name): on a terminal only
+progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name), on a terminal
 say = tqdm.write  # print a line above the progress bar
 
 
@@ -72,9 +70,10 @@ def load_config(Config, presets, argv=None, words=()):
             f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")))
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given, preset = flags.pop("words"), flags.pop("preset", None)
-    given = [",".join(given)] if given and "".join(words).endswith("...") else given
+    if "".join(words).endswith("..."):
+        given, words = [",".join(given)] if given else [], [words[0][:-3]]
     check(len(given) <= len(words), f"unexpected: {' '.join(given[len(words):])} (--help explains the flags)")
-    return Config(**{**(presets[preset] if preset else {}), **dict(zip((w.rstrip(".") for w in words), given)), **flags})
+    return Config(**{**(presets[preset] if preset else {}), **dict(zip(words, given)), **flags})
 
 
 def run(main, Config, presets=(), words=(), argv=None):
@@ -96,8 +95,8 @@ def run(main, Config, presets=(), words=(), argv=None):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|alloc.* memory|bad_alloc", str(error)):
             raise
-        flags = [name for name in ("microbatch", "response_tokens", "batch_size", "count") if hasattr(Config, name)]
-        problem, code = f"error: out of memory: lower --{' or --'.join(flags[:2])}".replace("_", "-"), 1
+        flags = [f"--{name}" for name in ("microbatch", "response_tokens", "batch_size") if hasattr(Config, name)]
+        problem, code = f"error: out of memory: lower {' or '.join(flags[:2])}".replace("_", "-"), 1
     print(visible(problem).replace("\n", " "), file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
@@ -107,12 +106,9 @@ def visible(text):
     return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)  # joiners: emoji
 
 
-# ---- device, precision, randomness, optimizer ----------------------------------------------------------------------
-
-
 def set_up(cfg):
-    """Seed the generators and resolve cfg.device and cfg.dtype in place: (device, autocast). "auto" is bfloat16 on a GPU
-    that has it, else float32. autocast() is a context manager for forward passes; trained weights stay float32."""
+    """Seed the generators and resolve cfg.device and cfg.dtype in place ("auto": bfloat16 on a GPU that has it, else
+    float32): (device, autocast). autocast() is a context manager for forward passes; weights stay float32."""
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
     torch.manual_seed(cfg.seed)
     if cfg.device == "auto":
@@ -160,11 +156,8 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
     log.steps += 1
 
 
-# ---- files that survive a crash ------------------------------------------------------------------------------------
-
-
 def write_atomic(path, content):
-    """Write a text, or what content(file) writes, flush it to the disk, rename: a crash leaves the old file or the new."""
+    """Write a text, or what content(file) writes, flush it, then rename: a crash leaves the old file or the new one."""
     with open(f"{path}.tmp", "wb") as file:
         content(file) if callable(content) else file.write(content.encode())
         file.flush()
@@ -200,14 +193,12 @@ def load(path):
 
 def save_checkpoint(folder, model, cfg, vocab, **facts):
     """Write vocab.tiktoken (copied from the file vocab), model.pt, and what model.pt says of itself as config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if Path(vocab).resolve() != (folder / "vocab.tiktoken").resolve():
-        write_atomic(folder / "vocab.tiktoken", Path(vocab).read_text())
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(f"{folder}/vocab.tiktoken", Path(vocab).read_text())
     facts = {"kind": model.kind, "model": dataclasses.asdict(model.config), "stage": dataclasses.asdict(cfg), **facts,
              "vocab": digest(vocab), "versions": {"torch": str(torch.__version__)}}
-    save(folder / "model.pt", {**facts, "weights": model.state_dict()})
-    write_json(folder / "config.json", facts)
+    save(f"{folder}/model.pt", {**facts, "weights": model.state_dict()})
+    write_json(f"{folder}/config.json", facts)
 
 
 def read_checkpoint(folder, kind):
@@ -218,9 +209,6 @@ def read_checkpoint(folder, kind):
     check(facts["kind"] == kind, f"{folder}: this is a checkpoint of kind {facts['kind']}, expected {kind}")
     check(vocab.is_file() and digest(vocab) == facts["vocab"], f"{vocab}: missing, or not the vocabulary of model.pt")
     return facts.pop("weights"), facts
-
-
-# ---- a run in its folder -------------------------------------------------------------------------------------------
 
 
 def open_folder(folder):
@@ -239,9 +227,8 @@ def open_folder(folder):
 
 def state_of(part):
     """What reads and what writes the state of a part of a run: a dict, a generator, or anything with a state_dict."""
-    names = ("copy", "update") if isinstance(part, dict) else (
-        ("get_state", "set_state") if isinstance(part, torch.Generator) else ("state_dict", "load_state_dict"))
-    return [getattr(part, name) for name in names]
+    names = {dict: ("copy", "update"), torch.Generator: ("get_state", "set_state")}
+    return [getattr(part, name) for name in names.get(type(part), ("state_dict", "load_state_dict"))]
 
 
 class Stage:
@@ -250,19 +237,19 @@ class Stage:
     known to be good, resume() before the loop, keep() after each step, save() and finish()."""
 
     def __init__(self, cfg, *inputs, folder=None):
-        self.cfg, self.folder, self.began, hashes = cfg, Path(folder or cfg.out), time.time(), {}
+        self.cfg, self.folder, self.began, self.changed = cfg, Path(folder or cfg.out), time.time(), ""
+        self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
             for path in map(Path, filter(None, getattr(cfg, name).split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("model.*"))
-                hashes[name] = " ".join([hashes.get(name, "sha256"), *map(digest, files)])
-        self.facts = {"stage": dataclasses.asdict(cfg), "inputs": hashes, "versions": {"torch": str(torch.__version__)}}
-        self.changed, config = "", self.folder / "config.json"
-        if config.is_file():
-            now, before = ({**facts["stage"], **facts["inputs"]} for facts in (self.facts, json.loads(config.read_text())))
-            self.changed = "; ".join(f"--{name} was {before.get(name)}, is {now.get(name)}" for name in now | before
-                                     if name not in FREE and str(before.get(name)) != str(now.get(name))).replace("_", "-")
+                self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
+        if (config := self.folder / "config.json").is_file():
+            now, before = ({**run["stage"], **run["inputs"]} for run in (self.facts, json.loads(config.read_text())))
+            self.changed = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {now.get(name)}"
+                                     for name in now | before if name not in FREE.split()
+                                     and str(before.get(name)) != str(now.get(name)))  # as text, nan equals nan
         check(cfg.overwrite or not self.changed,
               f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
         check(self.changed or not (self.folder / "done.json").is_file(), f"{self.folder}: finished already", 0)
@@ -285,7 +272,7 @@ class Stage:
         if (path := self.folder / "resume.pt").is_file():
             state = load(path)
             done, self.began = state["step"], self.began - state["seconds"]
-            torch.set_rng_state(state["rng"])
+            torch.set_rng_state(state["rng"])  # what dropout draws from
             for name, part in parts.items():
                 state_of(part)[1](state["parts"][name])
             print(f"resuming from step {done} of {steps}")
@@ -307,8 +294,7 @@ class Stage:
                                  "it", 128 + self.received)
 
     def seconds(self):
-        """Run time so far, that of earlier parts included."""
-        return time.time() - self.began
+        return time.time() - self.began  # earlier parts included
 
     def save(self, model, vocab, **facts):
         """Write weights, configuration and tokenizer of a model (facts: JSON facts that belong to the weights)."""
@@ -342,7 +328,6 @@ class Log:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def check_finite(self, metrics):
-        """Stop the run if one of these is not a finite number."""
         for name, value in metrics.items():
             if not math.isfinite(value):
                 self.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")

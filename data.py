@@ -6,9 +6,8 @@ Layout of a batch, the same in every script (B rows, P prompt tokens, R response
     pad     2                              (B,)    how many tokens of padding stand on the left
     mask                  1 1 1 1 1 0      (B, R)  1.0 on response tokens up to and including EOS
 
-Every prompt begins with <|endoftext|> (e), which separates documents in the pretraining text, as in GPT-2: so no prompt
-is empty, and the model knows that a text starts here. The same id ends a response (EOS). Masks and positions come from
-lengths, never from comparing ids: padding uses that id too, and a text may hold any id.
+Every prompt begins with <|endoftext|> (e), which separates documents in the pretraining text: no prompt is empty. The
+same id ends a response (EOS). Masks and positions come from lengths, never from comparing ids: padding is that id too.
 """
 import base64
 import gzip
@@ -21,7 +20,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from common import check, generator, write_atomic
+from common import UserError, check, generator, write_atomic
 
 END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
@@ -38,30 +37,21 @@ TURN, REPLY = "\n\nHuman:", "\n\nAssistant:"
 
 def load_tokenizer(where):
     """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself), which holds GPT-2's merges or ours.
-
-    Use encode_ordinary: a literal "<|endoftext|>" in somebody's text is then ordinary text. The special id is
-    enc.eot_token, and enc.n_vocab counts it.
-    """
+    Use encode_ordinary: a literal "<|endoftext|>" in a text is then ordinary text. The special id is enc.eot_token."""
     path = Path(where) / "vocab.tiktoken" if Path(where).is_dir() else Path(where)
     check(path.is_file(), f"{path}: no tokenizer here (python -m prepare.reviews makes data/reviews/vocab.tiktoken)")
     content = path.read_bytes()
-    try:
-        lines = (line.split() for line in content.splitlines())
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        ranks = {}
-    check(ranks and sorted(ranks.values()) == list(range(len(ranks))), f"{path}: damaged, not a whole vocabulary")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+    check(sorted(ranks.values()) == list(range(len(ranks))), f"{path}: damaged, not a complete vocabulary")
     pattern = GPT2_PATTERN if hashlib.sha256(content).hexdigest() == GPT2_VOCAB else PATTERN
     return tiktoken.Encoding("plainrlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
 def check_same_vocab(*folders):
     """UserError unless these checkpoint folders have the same vocabulary: the ids of one model go into the others."""
-    first, *others = paths = [Path(folder) / "vocab.tiktoken" for folder in folders]
-    for path in paths:
-        check(path.is_file(), f"{path.parent}: no checkpoint here ({path.name} is missing; has its stage been run?)")
+    first, *others = [Path(folder) / "vocab.tiktoken" for folder in folders]
     for path in others:
-        check(path.read_bytes() == first.read_bytes(), f"{path} and {first} differ: these models do not share a vocabulary")
+        check(path.read_bytes() == first.read_bytes(), f"{path} and {first} differ: these models do not share ids")
 
 
 def save_ranks(ranks, path):
@@ -73,11 +63,8 @@ def save_ranks(ranks, path):
 
 
 def encode_prompt(enc, prompt, limit):
-    """<|endoftext|>, then the prompt's tokens: limit ids at most, for which a longer prompt loses its beginning.
-
-    A dialogue loses what stands before its first turn, then whole turns, as few as will do: what is left begins with
-    TURN. If the last turn alone is too long, it loses its own beginning.
-    """
+    """<|endoftext|>, then the prompt's tokens: limit ids at most, for which a longer prompt loses its beginning. A
+    dialogue loses what precedes its first turn, then whole turns; if the last turn is too long, its own beginning."""
     ids = enc.encode_ordinary(prompt)
     for turn in re.finditer(TURN, prompt):
         if len(ids) < limit:
@@ -88,8 +75,8 @@ def encode_prompt(enc, prompt, limit):
 
 def encode_texts(enc, prompt, responses, block_size, counts):
     """ids of a prompt, and of each response with EOS. The one place that decides what training truncates: the prompt
-    keeps what the longest response leaves, never less than half of the block; a response too long for the rest loses its
-    end, and its EOS. counts: a Counter of prompts, responses, and how many of them are truncated."""
+    keeps what the longest response leaves, never less than half of the block; a response too long for the rest loses
+    its end, EOS included. counts: a Counter of prompts and responses, and of how many are truncated."""
     encoded = [enc.encode_ordinary(response) + [enc.eot_token] for response in responses]
     prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2))
     room = block_size - len(prompt_ids)
@@ -110,8 +97,8 @@ def report_truncated(counts, log):
     if prompts:
         print(f"{prompts:,} of {counts['prompts']:,} prompts are truncated")
     if responses:
-        print(f"{responses:,} of {counts['responses']:,} responses are truncated: they have no EOS, and the model will not "
-              "learn to stop")
+        print(f"{responses:,} of {counts['responses']:,} responses are truncated: they have no EOS, and the model will "
+              "not learn to stop")
     if prompts or responses:
         log.append({"truncated": {"prompts": prompts, "responses": responses, "of": counts["responses"]}})
 
@@ -146,11 +133,8 @@ def length_mask(lengths, size):
 
 
 def batches(lengths, size, *seed):
-    """Shuffled batches of row numbers, a function of the seed numbers; rows of similar length share a batch.
-
-    lengths: one number per row (all equal: a plain shuffle). The rows are shuffled, sorted by length within pools of 16
-    batches, so that little of a batch is padding, and the batches shuffled again. The last batch may be smaller.
-    """
+    """Shuffled batches of row numbers, a function of the seed numbers. lengths: one number per row; rows are sorted by
+    it within pools of 16 batches, so that little of a batch is padding. The last batch may be smaller."""
     random = generator(*seed)
     order = torch.randperm(len(lengths), generator=random).tolist()
     pools = [sorted(order[i:i + 16 * size], key=lambda row: lengths[row]) for i in range(0, len(order), 16 * size)]
@@ -161,7 +145,7 @@ def batches(lengths, size, *seed):
 def split_by_prompt(rows, test_share, seed):
     """Two lists of rankings, to train on and held out: a prompt is in one of them only."""
     prompts = sorted({row["prompt"] for row in rows})
-    check(len(prompts) > 1, "--train: rankings of one prompt only: nothing can be held out (name held-out ones: --test)")
+    check(len(prompts) > 1, "--train: rankings of one prompt only: nothing can be held out (name it: --test)")
     order = torch.randperm(len(prompts), generator=generator(seed)).tolist()
     held = {prompts[i] for i in order[:max(1, round(test_share * len(prompts)))]}
     return [row for row in rows if row["prompt"] not in held], [row for row in rows if row["prompt"] in held]
@@ -171,12 +155,10 @@ def split_by_prompt(rows, test_share, seed):
 
 
 def pair_accuracy(margins, ends):
-    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half.
-
-    ends (N, 2): numbers of the two texts of each pair. A text is in several pairs, so these are not independent: the
-    95 % interval is from the jackknife that leaves out one text at a time with all its pairs, a little too wide.
-    """
-    hits = ((margins > 0).double() + 0.5 * (margins == 0).double())  # (N,)
+    """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half. ends (N, 2): numbers of
+    the two texts of each pair. A text is in several pairs, so these are not independent: the 95 % interval is from the
+    jackknife that leaves out one text at a time with all its pairs, a little too wide."""
+    hits = 0.5 + 0.5 * torch.sign(margins).double()  # (N,)
     names, ends = ends.unique(return_inverse=True)
     of_text = torch.zeros(2, len(names), dtype=torch.double)  # hits and pairs that each text is in
     for side in (0, 1):
@@ -185,8 +167,8 @@ def pair_accuracy(margins, ends):
     accuracy, S = hits.mean().item(), len(names)
     without = (hits.sum() - of_text[0]) / (len(hits) - of_text[1]).clamp(min=1)  # (S,)
     spread = 1.96 * math.sqrt((S - 1) / S * (without - without.mean()).square().sum().item())
-    return {"accuracy": round(accuracy, 4), "pairs": len(margins),
-            "interval": [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]}
+    interval = [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]
+    return {"accuracy": round(accuracy, 4), "pairs": len(margins), "interval": interval}
 
 
 def ranking_accuracy(rankings, scores):
@@ -207,19 +189,18 @@ def write_jsonl(path, rows):
 
 
 def read_text(path):
-    """The content of a UTF-8 text file (a byte-order mark is left out), unpacked if its name ends in .gz."""
-    path = Path(path)
-    check(path.is_file(), f"{path}: no such file")
-    content = path.read_bytes()
+    """The content of a UTF-8 text file (without a byte-order mark), unpacked if its name ends in .gz."""
+    check(Path(path).is_file(), f"{path}: no such file")
     try:
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            return file.read()
     except UnicodeDecodeError as error:
-        check(False, f"{path}: not UTF-8 text at byte {error.start}")
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def read_rows(path, accept, expected="an object"):
-    """[accept(row) for each JSON object of a JSONL file]; accept raises ValueError("field: problem") for a bad one.
-    UserError "file:line: field: problem" shows the first five bad lines and counts all. Blank lines are skipped."""
+    """[accept(row) for each JSON object of a JSONL file]; accept raises ValueError("field: problem") for a bad one,
+    which becomes UserError "file:line: field: problem": the first five, and how many more. Blank lines are skipped."""
     rows, bad = [], []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -230,14 +211,14 @@ def read_rows(path, accept, expected="an object"):
                 rows.append(accept(row))
             except (ValueError, RecursionError) as error:
                 bad.append(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}")
-    check(not bad, "; ".join(bad[:5]) + (f" (and {len(bad) - 5} more bad lines)" if len(bad) > 5 else ""))
+    check(not bad, "; ".join(bad[:5] + [f"and {len(bad) - 5} more bad lines"] * (len(bad) > 5)))
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows
 
 
 def read_jsonl(path, *layouts):
-    """Rows of a JSONL file, each checked to have these fields: {"prompt": str, "responses": list, ...}; a list is one of
-    two or more different texts. Of several layouts the first row decides, the others must be like it."""
+    """Rows of a JSONL file, each checked to have these fields: {"prompt": str, "responses": list, ...}; a list is one
+    of two or more different texts. Of several layouts the first row decides, the others must be like it."""
     left = list(layouts)
 
     def accept(row):

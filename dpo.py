@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up,
                     write_json)
-from data import batches, encode_texts, load_tokenizer, ranking_accuracy, read_rankings, report_truncated, split_by_prompt
+from data import (batches, encode_texts, load_tokenizer, ranking_accuracy, read_rankings, report_truncated,
+                  split_by_prompt)
 from model import load_model, row_logprobs
 
 

@@ -54,8 +54,8 @@ class Config:
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast)
 
 
-PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16,
-                                 "bootstrap": 100},
+PRESETS = {"tiny": {"dtype": "bfloat16"},
+           "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16, "bootstrap": 100},
            "gpt2": {"response_tokens": 24},
            "hh": {"count": 500, "snapshot_count": 128, "best_of_count": 128, "response_tokens": 128}}
 
@@ -112,8 +112,8 @@ def best_of_kl(n):
 
 
 def unique_bigrams(responses):
-    """Share of different bigrams among all bigrams of all responses (distinct-2 of Li et al. 2016). Of more responses of
-    the same kind it is smaller."""
+    """Share of different bigrams among all bigrams of all responses (distinct-2 of Li et al. 2016); it falls as more
+    responses of the same kind are counted."""
     pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
     return len(set(pairs)) / max(1, len(pairs))
 
@@ -130,8 +130,8 @@ def same_order(a, b):
 
 @torch.no_grad()
 def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
-    """log p(policy) - log p(ref) of each response, summed over its tokens: (N,) nats. As the policy sampled the response,
-    this is an unbiased estimate of the KL from one sample; it can be negative."""
+    """log p(policy) - log p(ref) of each response, summed over its tokens: (N,) nats. As the policy sampled it, this is
+    an unbiased estimate of the KL from one sample; it can be negative."""
     device, kl = next(policy.parameters()).device, torch.empty(len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
     for start in range(0, len(order), 32):
@@ -198,14 +198,15 @@ def summarise(measured, base, cfg):
 
 
 def best_of_n(pool, base, n, missing_eos_score):
-    """From a pool of n responses of the SFT model to each prompt (pool, row by row): the responses that the proxy thinks
-    best, a curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy.
+    """From a pool of n responses of the SFT model to each prompt (row by row): the responses that the proxy finds best, a
+    curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy.
 
     It chooses by what PPO maximises: without the rule for a missing EOS, best-of-n prefers responses without one.
     """
     M = len(base["texts"])
     proxy = pool["scores"]["proxy"].view(M, n)
-    judged = torch.where(pool["ended"].view(M, n) > 0, proxy, proxy if math.isnan(missing_eos_score) else missing_eos_score)
+    judged = proxy if math.isnan(missing_eos_score) else torch.where(pool["ended"].view(M, n) > 0, proxy,
+                                                                     missing_eos_score)
     best = select(pool, (judged.argmax(1) + n * torch.arange(M)).tolist())
     best["kl"] = torch.full((M,), best_of_kl(n))
     repeated = {"scores": {name: scores.repeat_interleave(n) for name, scores in base["scores"].items()}}
@@ -340,11 +341,11 @@ def main(cfg):
         "proxy_agreement": agreement, "snapshots": snapshots, "others": elsewhere, "histograms": histograms(everyone),
         "samples": {name: extremes(texts, base, everyone[name]) for name in policies},
         **stage_facts(cfg, folders, scorers)})
-    print(f"{'policy':16} {'win rate (judge)':24} {'equal length':>12} {'KL':>6} {'length':>6} {'EOS':>5} {'perplexity':>10}")
+    print(f"\n{'policy':16} win rate    95 % interval     KL length EOS rate perplexity")
     for name, row in rows.items():
-        win = "{:.3f} ({:.3f} to {:.3f})".format(row["win_rate_judge"], *row["win_rate_judge_interval"]) if name != "sft" else ""
-        print(f"{name:16} {win:24} {row.get('length_controlled', ''):>12} {row['kl']:6.2f} {row['length']:6.1f} "
-              f"{row['eos_rate']:5.2f} {row.get('perplexity', ''):>10}")
+        low, high = row.get("win_rate_judge_interval", ("", ""))
+        print(f"{name:16} {row.get('win_rate_judge', ''):>8} {low:>7} {high:>8} {row['kl']:6.2f} {row['length']:6.1f} "
+              f"{row['eos_rate']:8.3f} {row.get('perplexity', ''):>10}")
     below = [name for name in policies if rows[name]["win_rate_judge"] < cfg.min_win_rate]
     check(not below, f"win rate of {', '.join(below)} below --min-win-rate {cfg.min_win_rate}", 1)
     stage.finish()

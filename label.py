@@ -4,14 +4,13 @@
     python label.py rank --labeler out/tiny/labeler      order them best to worst: a reward model in people's place
     python label.py sample --help, rank --help           the flags of a step
 
-People rank with `python -m labeling.terminal` or on a page, machines with `python -m labeling.rlaif` (docs/labeling.md).
+People rank by python -m labeling.terminal or on a page, machines by python -m labeling.rlaif: see docs/labeling.md.
 
-People disagree at times, so the reward model in their place does too. Sorting score + temperature * Gumbel noise samples
-a ranking from the Plackett-Luce model, whose pairs are Bradley-Terry: P(i above j) = sigmoid((score_i - score_j) /
-temperature). The data come with people's temperature in rating units; a unit is std(scores) / std(mean ratings) on
-held-out human sentences. Not a regression: its slope shrinks with the labeler's errors, and so would count them as
-people's disagreement. Noisy rankings now differ as people's do, around the labeler's own opinion; how good that opinion
-is, reward.py measures.
+People disagree at times, so the reward model in their place does too. Sorting score + temperature * Gumbel noise
+samples a ranking from the Plackett-Luce model, whose pairs are Bradley-Terry: P(i above j) = sigmoid((score_i -
+score_j) / temperature). The data come with people's temperature in rating units; a unit is std(scores) / std(mean
+ratings) on held-out human sentences (not a regression: its slope shrinks with the labeler's errors, and so would count
+them as people's disagreement).
 
 Papers: Luce 1959, Plackett 1975 (rankings); Stiennon et al. 2020; Ouyang et al. 2022 (K responses per prompt).
 """
@@ -77,14 +76,16 @@ RANK_PRESETS = {"tiny": {"dtype": "bfloat16"}, "gpt2": {}, "smoke": {}}
 def draw_responses(model, enc, prompts, cfg, autocast):
     """For each prompt (text) up to K different response texts; and a Counter of what became of the samples.
 
-    reward.py reads the EOS behind each response, so one that has none is sampled again, in four rounds at most, like one
-    that is empty, no UTF-8 or a duplicate.
+    reward.py reads the EOS behind each response, so one that has none is sampled again, in four rounds at most, like
+    one that is empty, no UTF-8 or a duplicate.
     """
     limit = prompt_limit(model.config.block_size, cfg.response_tokens)
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     kept, counts = [[] for _ in prompts], Counter()
     for _ in range(4):
         missing = [i for i, texts in enumerate(kept) for _ in range(cfg.K - len(texts))]
+        if not missing:
+            break
         with autocast():
             drawn = sample_many(model, [encode_prompt(enc, prompts[i], limit) for i in missing], cfg.response_tokens,
                                 enc.eot_token, temperature=cfg.temperature, random=random)
@@ -100,7 +101,7 @@ def draw_responses(model, enc, prompts, cfg, autocast):
 
 
 def shuffled(texts, *key):
-    """The texts in an order that depends on the key (integers) alone: of samples the likelier ones tend to come first."""
+    """The texts in an order that depends on the key (integers) alone: the likelier samples tend to come first."""
     return [texts[i] for i in torch.randperm(len(texts), generator=generator(*key)).tolist()]
 
 
@@ -177,7 +178,8 @@ def rank(cfg):
         encoded = encode_rankings(enc, rows, model.config.block_size, Counter())
         scores = score_many(model, [text for texts in encoded for text in texts]).split(list(map(len, encoded)))
     human = scores[-1]
-    margins, temperature = {"these samples": torch.cat([torch.pdist(s[:, None], p=1) for s in scores[:len(samples)]])}, 0.0
+    temperature, distances = 0.0, [torch.pdist(s[:, None], p=1) for s in scores[:len(samples)]]
+    margins = {"these samples": torch.cat(distances)}
     if mean_of:
         means = torch.tensor(list(mean_of.values()), dtype=torch.float)
         temperature = cfg.noise * calibrated_temperature(human, means, facts["temperature"])

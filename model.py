@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from common import check, read_checkpoint
 from data import pad_responses
 
-
 EVERY = np.s_[:, :]  # every position of (B, T)
 
 
@@ -29,16 +28,9 @@ class GPTConfig:
     dropout: float = 0.0
     gelu: str = "none"      # F.gelu's approximate: "none" is exact; "tanh" is GPT-2's, on a CPU twice as slow or worse
 
-    def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "width"):
-            check(getattr(self, name) > 0, f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be above 0")
-        check(self.width % self.n_head == 0, f"--width {self.width} is not divisible by --n-head {self.n_head}")
-        check(0 <= self.dropout < 1, f"--dropout is {self.dropout}: it must be at least 0 and below 1")
-        check(self.gelu in ("none", "tanh"), f"gelu is {self.gelu!r}: it must be none or tanh")
-
     @property
     def padded_vocab(self):
-        """Rows of the token embedding: V, and unused ones up to a multiple of 64, which matrix products like."""
+        """Rows of the token embedding: V, and unused ones up to a multiple of 64, for faster matrix products."""
         return math.ceil(self.vocab_size / 64) * 64
 
 
@@ -62,13 +54,11 @@ def attention(q, k, v, bias):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward).
-
-    Unlike GPT-2, no dropout inside it: the fused kernels have none on a CPU.
-    """
+    """Causal multi-head self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward)."""
 
     def __init__(self, config):
         super().__init__()
+        check(config.width % config.n_head == 0, f"--width {config.width} is not divisible by --n-head {config.n_head}")
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
@@ -124,13 +114,11 @@ class Trunk(nn.Module):
     def forward(self, tokens, pad=None, cache=None, at=EVERY):
         """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
 
-        Positions count from the first real token, which attends to nothing before it. With a cache, tokens are the
-        ones after those already in the cache, and pad must be the same at every call. at: an index of (B, T), the
-        positions whose hidden states are wanted (np.s_[:, P - 1:], or one position per row); what the last block would
-        compute for the others only is left out, and so is their place in the result.
+        Positions count from the first real token, which attends to nothing before it. With a cache, tokens are those
+        after the ones in the cache. at: an index of (B, T), the positions whose hidden states are wanted (np.s_[:, P -
+        1:], or one position per row); the last block computes no others, and the result has no others.
         """
         T, past = tokens.size(1), cache.length if cache is not None else 0  # tokens now, tokens before
-        check(past + T <= self.config.block_size, f"{past + T} tokens do not fit in block size {self.config.block_size}")
         place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
         position, bias = place, None
         if pad is not None or past and T > 1:  # else the plain causal case
@@ -180,8 +168,8 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state).
 
-    The head has no bias and starts at normal(0, 1 / (C + 1)) as in Stiennon et al. 2020's code. gain and bias
-    normalise the score; they are set after training (reward.py) and saved with the weights.
+    The head has no bias and starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code. gain and bias normalise
+    the score; they are set after training (reward.py) and saved with the weights.
     """
 
     kind = "reward"
@@ -190,7 +178,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.head = scalar_head(config)
+        self.head = nn.Linear(config.width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.width + 1))
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -211,13 +200,6 @@ def full_precision(head, hidden):
     """A linear head with one output, outside autocast: hidden (..., C): (...)."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1)
-
-
-def scalar_head(config):
-    """A linear map from the hidden state to one number."""
-    head = nn.Linear(config.width, 1, bias=False)
-    nn.init.normal_(head.weight, std=1 / math.sqrt(config.width + 1))
-    return head
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
@@ -254,10 +236,7 @@ def entropy(logits, temperature=1.0):
 
 
 class Ensemble(nn.Module):
-    """Several reward models as one: the mean of their scores, or the least, which all of them must be led to raise.
-
-    Coste et al. 2023 (arXiv:2310.02743), against over-optimisation.
-    """
+    """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
 
     def __init__(self, models, how):
         super().__init__()
@@ -273,9 +252,7 @@ class Ensemble(nn.Module):
 @torch.no_grad()
 def score_many(model, texts, batch_size=256):
     """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU.
-
-    A text that stands there several times is scored once. A batch has at most batch_size texts, and 2^14 tokens.
-    """
+    Duplicates are scored once. A batch has at most batch_size texts, and 2^14 tokens."""
     device = next(model.parameters()).device
     left = sorted(set(map(tuple, texts)), key=lambda text: (len(text), text))
     score_of = {}
@@ -295,13 +272,12 @@ def score_many(model, texts, batch_size=256):
 
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
-    weights, facts = read_checkpoint(folder, kind)
-    return fill((GPT if kind == "lm" else ScalarModel), weights, facts, device, dropout, recompute)
+    return build(GPT if kind == "lm" else ScalarModel, *read_checkpoint(folder, kind), device, dropout, recompute)
 
 
 def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
     """A scalar model with a fresh head on the trunk of the language model in folder."""
-    return fill(ScalarModel, *read_checkpoint(folder, "lm"), device, dropout, recompute)
+    return build(ScalarModel, *read_checkpoint(folder, "lm"), device, dropout, recompute)
 
 
 def load_reward(folders, device="cpu", ensemble="mean"):
@@ -311,10 +287,9 @@ def load_reward(folders, device="cpu", ensemble="mean"):
     return models[0] if len(models) == 1 else Ensemble(models, ensemble).eval()
 
 
-def fill(Model, weights, facts, device, dropout, recompute):
-    """A model of this class with the weights of a checkpoint, in eval mode; a head that these lack stays fresh."""
+def build(Model, weights, facts, device, dropout, recompute):
+    """A model with the weights of a checkpoint, in eval mode; a head that the checkpoint lacks stays fresh."""
     model = Model(GPTConfig(**{**facts["model"], "dropout": dropout}))
-    fresh = {name: x for name, x in model.state_dict().items() if not name.startswith("trunk.")}
-    model.load_state_dict({**fresh, **weights})
+    model.load_state_dict({**model.state_dict(), **weights})
     model.trunk.recompute = recompute
     return model.to(device).eval()

@@ -11,7 +11,6 @@ Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, 
 """
 import math
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
-                    save_checkpoint, say, set_up, visible)
+                    save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl
 from model import entropy, full_precision, load_model, load_reward, load_trunk, token_logprobs
 from sampling import sample_prompts
@@ -32,7 +31,7 @@ class Config:
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate (from the reward model), sft (from SFT), shared (policy's trunk), none
+    value: str = "separate"             # separate, from the reward model; sft: from SFT; shared: policy's trunk; none
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -68,12 +67,10 @@ class Config:
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    # Ziegler et al. 2019's sentiment task, which runs a million episodes: ten times as many.
+    # Ziegler et al. 2019's sentiment task, with a tenth of its million episodes.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
              "kl_horizon": 10000.0},
-    # trlx's examples/hh for 125M: 1,500 steps of 32, four epochs, so 12,000 episodes. Unlike here, there the learning
-    # rate stays, the value coefficient is 1, scores are scaled by a running deviation, the temperature is 1, and with a
-    # horizon of 10,000 the KL coefficient can hardly move.
+    # trlx's examples/hh for 125M (12,000 episodes), but for the learning-rate schedule, temperature and KL control.
     "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05,
            "kl_horizon": 2000.0},
 }
@@ -96,10 +93,8 @@ def whiten(x, mask, shift_mean=True):
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last masked token.
-
-    Ziegler et al. 2019, eq. 2: the score minus kl_coef times the log-ratio, which is spread over the tokens here.
-    """
+    """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last masked token
+    (Ziegler et al. 2019, eq. 2, with the log-ratio spread over the tokens)."""
     place = torch.arange(1, mask.size(1) + 1, device=mask.device)
     last = (place * mask).amax(1, keepdim=True)  # (B, 1)
     at_last = (place == last) * mask  # (B, R), all 0 in a row without tokens
@@ -107,11 +102,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, both (B, R).
-
-    The value after a response's last token is 0: the episode is over. Advantages are not whitened here, and the
-    returns, which the value learns, are advantages + values.
-    """
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, both (B, R). The value
+    after a response's last token is 0. The returns, which the value learns, are advantages (not whitened) + values."""
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -170,10 +162,8 @@ def prompt_columns(batch):
 
 
 def forward(policy, value, batch, temperature):
-    """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R).
-
-    The logits at P-1+t predict response token t, and the value there is that of the state before it.
-    """
+    """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R). The logits at
+    P-1+t predict response token t, and the value there is that of the state before it."""
     tokens, pad, P = batch["tokens"], batch["pad"].to(batch["tokens"].device), prompt_columns(batch)
     hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
     logits = policy.logits(hidden)
@@ -193,8 +183,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     neighbouring rows need little padding: tokens (B, T); pad (B,) and lengths (B,), of responses, both on the CPU;
     scores (B,); and (B, R): mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
     """
-    device = next(policy.parameters()).device
-    tokens, pad = pad_prompts(prompts, end)
+    device, (tokens, pad) = next(policy.parameters()).device, pad_prompts(prompts, end)
     with autocast():  # once per rollout: it casts each weight once
         responses, lengths, sampler_logprobs = sample_prompts(
             policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
@@ -276,25 +265,20 @@ def guard_ratio(error, log):
                  "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)")
 
 
-def guard(metrics, streak, kl_ceiling, log):
-    """Stop a run that has gone wrong; what only looks wrong comes back in words. metrics: those of collect. streak:
-    {"below_zero": rollouts in a row with KL below zero}, changed here. kl_ceiling: nats per response; 0: none."""
-    kl = metrics["kl"].item()
+def guard(kl, streak, kl_ceiling, log):
+    """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below zero in five rollouts in a row:
+    streak, {"below_zero": rollouts}, counts them."""
     streak["below_zero"] = streak["below_zero"] + 1 if kl < -0.1 else 0
     if kl > (kl_ceiling or math.inf):
         log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
                  "--kl-coef or a smaller --lr holds it, with --overwrite)")
     if streak["below_zero"] >= 5:
-        log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: the responses were not sampled from the "
-                 "policy whose log-probabilities are counted")
-    doubts = {"hardly a response reaches EOS": metrics["eos_rate"] < 0.05,
-              "nearly all responses are the same": metrics["unique_responses"] < 0.1}
-    return [text for text, found in doubts.items() if found]
+        log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: the responses were not sampled from "
+                 "the policy whose log-probabilities are counted")
 
 
 def repetition(responses, mask):
-    """Share of bigrams that their response had before, a response without bigrams counted 0; mean over responses.
-    responses (B, R) ids, mask (B, R). 0: nothing twice; near 1: the same words for ever."""
+    """Share of bigrams that their response had before, mean over responses (B, R) with mask (B, R): 0 to nearly 1."""
     bigrams, real = responses[:, :-1] * (responses.max() + 1) + responses[:, 1:], mask[:, 1:]  # (B, R - 1), as numbers
     before = (bigrams[:, :, None] == bigrams[:, None]).tril(-1).any(2)  # (B, R - 1)
     return ((before * real).sum(1) / real.sum(1).clamp(min=1)).mean()
@@ -313,32 +297,25 @@ def one_response(enc, rollout, iteration):
 def main(cfg):
     check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
                    "temperature", "kl_target", "snapshots", "sample_every", "clip", "value_clip",
-                   or_zero=("lr", "adam_eps", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "kl_ceiling",
-                            "save_every"))
-    check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes,
-          f"--kl-horizon is {cfg.kl_horizon}: it must be 0, or above a fifth of --episodes {cfg.episodes}")
-    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1 < cfg.episodes,
-          "--gamma and --lam must be from 0 to 1, --episodes 2 or more")
-    check(cfg.value in ("separate", "sft", "shared", "none"), f"--value is {cfg.value!r}: separate, sft, shared or none")
-    check(cfg.episodes % cfg.minibatches == 0,
-          f"--episodes {cfg.episodes} is not divisible by --minibatches {cfg.minibatches}")
+                   or_zero=("lr", "adam_eps", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "save_every"))
+    check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
+    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
+    check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
+    check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "sft", "reward", "prompts")
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     reward, rewards = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
+    value = None
     if cfg.value == "separate":
         value = load_model(rewards[0], device, kind="reward", recompute=cfg.recompute)
     elif cfg.value == "sft":
         value = load_trunk(cfg.sft, device, recompute=cfg.recompute)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
-        for parameter in value.parameters():  # values begin at 0
-            torch.nn.init.zeros_(parameter)
-    else:
-        value = None
-    vocab = Path(cfg.sft) / "vocab.tiktoken"
-    enc = load_tokenizer(vocab)
+        value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # values begin at 0
+    enc, vocab = load_tokenizer(cfg.sft), Path(cfg.sft) / "vocab.tiktoken"
     check_same_vocab(cfg.sft, *rewards)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
     prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
@@ -360,33 +337,26 @@ def main(cfg):
         order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()
         batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
 
-        began = time.time()
         rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
                                    sampling)
         log.add(**metrics)
-        warnings = guard(metrics, streak, cfg.kl_ceiling, log)
-        tokens, rolled = rollout["lengths"].sum().item(), time.time()
+        guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
-        done = time.time()
 
         show = iteration == 0 or (iteration + 1) % cfg.sample_every == 0
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
-                         lr=lr, rollout_tokens_per_second=round(tokens / (rolled - began)),
-                         update_tokens_per_second=round(tokens * cfg.epochs / (done - rolled)),
-                         seconds=round(stage.seconds(), 1), warnings=", ".join(warnings),
+                         lr=lr, seconds=round(stage.seconds(), 1),
                          **({"sample": one_response(enc, rollout, iteration)} if show else {}))
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if show:
             say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
-                "length {length:.1f} eos {eos_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
-                "{seconds} s {warnings}".format(of=cfg.iterations, **line))
-            say("  [{}]{response!r} score {score:.2f} kl {kl:.1f}".format(visible(line["sample"]["prompt"]),
-                                                                        **line["sample"]))
+                "length {length:.1f} EOS {eos_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
+                "{seconds} s".format(of=cfg.iterations, **line))
+            say("  [{prompt!r}]{response!r} score {score:.2f} kl {kl:.1f}".format(**line["sample"]))
         if (iteration + 1) % every == 0:
-            save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab,
-                            iteration=iteration + 1)
+            save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab)
         stage.keep(iteration + 1)
     stage.save(policy, vocab)
     stage.finish()

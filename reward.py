@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up, visible, write_json)
-from data import (batches, check_same_vocab, encode_prompt, encode_rankings, load_tokenizer, pad_responses, pair_accuracy,
-                  prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated, split_by_prompt)
+from data import (batches, check_same_vocab, encode_prompt, encode_rankings, load_tokenizer, pad_responses,
+                  pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated,
+                  split_by_prompt)
 from model import load_model, load_trunk, score_many
 from sampling import sample_many
 
@@ -61,7 +62,7 @@ class Config:
 GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
-    "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # the labeler and the judge, from people's ratings
+    "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
     "tiny": {"dtype": "bfloat16", "epochs": 2},              # the reward model, from the labeler's rankings
     "smoke-people": SMOKE,
     "smoke": SMOKE,
@@ -92,8 +93,8 @@ def batch_accuracy(scores, mask):
 
 
 def without_duplicates(rankings, flag="--train"):
-    """Rankings (lists of texts in ids) without texts that truncation has made equal. One that is left with a single text
-    is dropped, and counted on the screen; UserError if none is left."""
+    """Rankings (lists of texts in ids) without texts that truncation has made equal. One that is left with a single
+    text is dropped, and counted on the screen; UserError if none is left."""
     kept = [[list(text) for text in dict.fromkeys(map(tuple, texts))] for texts in rankings]
     kept = [texts for texts in kept if len(texts) > 1]
     if len(kept) < len(rankings):
@@ -203,7 +204,8 @@ def main(cfg):
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed if cfg.split_seed == -1 else cfg.split_seed)
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
-    test = without_duplicates(encode_rankings(enc, test_rows, block_size, Counter()), "--test" if cfg.test else "--train")
+    test = encode_rankings(enc, test_rows, block_size, Counter())
+    test = without_duplicates(test, "--test" if cfg.test else "--train")
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     policy = load_model(cfg.sft, device) if cfg.sft else None
     prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
@@ -219,9 +221,8 @@ def main(cfg):
     card = {"held-out rankings": ranking_accuracy(test, scores.split([len(texts) for texts in test]))}
     if human:
         card["human comparisons"] = human_accuracy(model, enc, human, autocast)
-    rows = {"held-out rankings": card["held-out rankings"],
-            **{name: row["reward model"] for name, row in card.get("human comparisons", {}).items() if "gap" not in name}}
-    for name, row in rows.items():
+    shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items() if "gap" not in name}
+    for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
         print("accuracy on {}: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
               .format(visible(name), **row))
     if policy:

@@ -39,10 +39,9 @@ class KVCache:
 def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
     """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
 
-    Returns responses (B, R), lengths (B,), logprobs (B, R). A row ends with the first `end` id (EOS), which counts in
-    its length, or after max_tokens without one; after its length it is filled with `end`, and its logprobs mean nothing.
-    R is the longest row, as the loop stops when every row has ended. temperature 0 is greedy. top_k 0 and top_p 1.0
-    keep the whole distribution, which PPO needs: logprobs are those of the full softmax at the temperature.
+    Returns responses (B, R), lengths (B,), logprobs (B, R) of the full softmax at the temperature. A row ends with the
+    first `end` id (EOS), which counts in its length, or after max_tokens; after its length it is filled with `end`, and
+    its logprobs mean nothing. R is the longest row. temperature 0 is greedy. PPO needs top_k 0 and top_p 1.0.
     """
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
@@ -77,10 +76,8 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
 
 
 def draw(probs, top_k, top_p, uniform):
-    """Draw one token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,).
-
-    uniform (B, 1): numbers from 0 to below 1. The token is the one whose part of the cumulative sum they fall in.
-    """
+    """One token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,). uniform
+    (B, 1): numbers from 0 to below 1; the token is the one whose part of the cumulative sum they fall in."""
     if 0 < top_k < probs.size(-1):
         probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
     if top_p < 1:
@@ -92,11 +89,8 @@ def draw(probs, top_k, top_p, uniform):
 
 
 def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
-    """Sample one response to each of a list of prompts (lists of ids): responses (B, R), lengths (B,), logprobs (B, R).
-
-    Prompts of similar length share a batch: what a batch is padded to, every step of every row pays for. batch_size:
-    rows of a batch at most; TOKENS is its other limit. how and results: as in sample.
-    """
+    """One response to each of a list of prompts (lists of ids), as sample returns them. Prompts of similar length share
+    a batch, of at most batch_size rows and TOKENS tokens: every step of every row pays for padding."""
     device = next(model.parameters()).device
     responses = torch.full((len(prompts), max_tokens), end, device=device)
     logprobs = torch.zeros(len(prompts), max_tokens, device=device)
@@ -106,7 +100,7 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
         if len(groups[-1]) >= min(batch_size, max(1, TOKENS // (len(prompts[i]) + max_tokens))):
             groups.append([])
         groups[-1].append(i)
-    for rows in progress(groups, "sampling") if len(groups) > 4 else groups:
+    for rows in progress(groups, "sampling"):
         tokens, pad = pad_prompts([prompts[i] for i in rows], end)
         pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
         drawn, n, drawn_logprobs = sample(model, tokens.to(device), pad, max_tokens, end, **how)
@@ -118,7 +112,5 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
 
 def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
     """The responses of sample_prompts as lists of ids; one that ended has `end` as its last id."""
-    if not prompts:
-        return []
     responses, lengths, _ = sample_prompts(model, prompts, max_tokens, end, batch_size, **how)
     return [ids[:n] for ids, n in zip(responses.tolist(), lengths.tolist())]

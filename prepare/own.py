@@ -28,7 +28,7 @@ import numpy as np
 
 from common import UserError, check, open_folder, progress, run, visible, write_json
 from data import REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
-from prepare.hh import first_message, split_transcript, stem_of
+from prepare.hh import first_message, split_transcript
 
 
 @dataclass
@@ -58,16 +58,18 @@ NEXT = {"corpus": "sft.py --train {} --valid {} --out out/own/base",
         "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
         "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
 FACTS = {"duplicates": "rows are duplicates of an earlier one (kept)",
+         "one_prompt": "rows have the same prompt, all of them (so rows are held out, not prompts)",
          "contradictions": "comparisons occur in both orders (kept)",
          "trailing_space": "prompts end in a space (does it belong to the response?)",
          "no_space": "responses begin with a word right after the prompt (does a space belong before it?)"}
 
 
-def dialogue(row, name):
-    """(prompt, response) of the messages in a row's field, after those in its prompt. ValueError names field, message."""
-    if not isinstance(row[name], list):
-        raise ValueError(f"{name}: expected a list of messages, found {type(row[name]).__name__}")
-    messages = (row["prompt"] if isinstance(row.get("prompt"), list) else []) + row[name]
+def dialogue(name, *parts):
+    """(prompt, response) of lists of messages, one after the other. ValueError names the field and the message."""
+    for part in parts:
+        if not isinstance(part, list):
+            raise ValueError(f"{name}: expected messages, found {type(part).__name__}")
+    messages = sum(parts, [])
     for number, message in enumerate(messages, start=1):
         where = f"{name}: message {number}"
         if not isinstance(message, dict) or message.get("role") not in BEFORE:
@@ -88,8 +90,9 @@ def dialogue(row, name):
 def pair(row):
     """(prompt, chosen, rejected) of a pair of texts, messages or transcripts."""
     texts = row["chosen"], row["rejected"]
-    if isinstance(row.get("prompt"), list) or any(isinstance(text, list) for text in texts):
-        (prompt, chosen), (other, rejected) = dialogue(row, "chosen"), dialogue(row, "rejected")
+    if any(isinstance(value, list) for value in (row.get("prompt"), *texts)):
+        before = [] if isinstance(row.get("prompt", ""), str) else row["prompt"]
+        (prompt, chosen), (other, rejected) = (dialogue(name, before, row[name]) for name in ("chosen", "rejected"))
     elif "prompt" in row:
         return row["prompt"], *texts
     elif any(mark in str(text) for mark in (TURN, REPLY) for text in texts):
@@ -112,15 +115,17 @@ def convert(row, left_out):
     for name in fields:
         if name not in row and (kind, name) != ("pairs", "prompt"):
             raise ValueError(f"{name}: missing (found: {', '.join(row)})")
+    if not isinstance(row.get("responses", []), list):
+        raise ValueError("responses: expected a list")
     new = {name: row.get(name) for name in fields}
     if kind == "pairs":
         new = dict(zip(fields, pair(row)))
-    elif telling == "messages" or isinstance(new.get("completion"), list):
-        new = dict(zip(("prompt", "completion"), dialogue(row, fields[-1])))
-    elif telling == "prompt" and isinstance(row["prompt"], list):  # a dialogue whose response is yet to come
-        new["prompt"], _ = dialogue({"prompt": row["prompt"] + [{"role": "assistant", "content": "..."}]}, "prompt")
+    elif kind == "demonstrations" and any(isinstance(value, list) for value in new.values()):
+        new = dict(zip(("prompt", "completion"), dialogue(fields[-1], *new.values())))
+    elif kind == "prompts" and isinstance(row["prompt"], list):  # a dialogue whose response is yet to come
+        new["prompt"], _ = dialogue("prompt", row["prompt"], [{"role": "assistant", "content": "..."}])
     for name, value in new.items():
-        for text in value if name == "responses" and isinstance(value, list) else [value]:
+        for text in value if name == "responses" else [value]:
             check_text(text, name)
     if kind == "rankings" and len(set(new["responses"])) < max(2, len(new["responses"])):
         raise ValueError("responses: a ranking needs two or more, all different")
@@ -133,7 +138,9 @@ def convert(row, left_out):
         repeats = str(row[name]).strip() in used
         if name in CONTENT and row[name] not in ("", [], {}) and not repeats:
             raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
-        left_out[f"field {ascii(name)[:60]}{', which repeats another,' * repeats}"] += 1
+        left_out[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
+    left_out.update(f"field {ascii(name)[:60]} of messages left out" for value in row.values() if isinstance(value, list)
+                    for message in value if isinstance(message, dict) for name in message.keys() - {"role", "content"})
     return kind, {**new, **{name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}}
 
 
@@ -149,7 +156,7 @@ def read_own(path, skip_bad):
             kinds.append(kind)
             return new
         except ValueError as error:
-            bad[f"bad rows ({error})"] += 1
+            bad[f"rows left out: {error}"] += 1
             if not skip_bad:
                 raise
     try:
@@ -178,6 +185,7 @@ def describe(rows, enc, block_size, name):
             orders.update((prompt, better, worse) for better, worse in itertools.combinations(texts, 2))
             if texts:
                 encode_texts(enc, prompt, texts, block_size, truncated)
+    facts["one_prompt"] = len(rows) if len(set(map(key_of, rows))) == 1 < len(rows) else 0
     facts["contradictions"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
     tokens = {key: dict(zip(("5 %", "50 %", "95 %", "max"), np.percentile(x, (5, 50, 95, 100), method="lower").tolist()))
               for key, x in lengths.items() if x}
@@ -212,41 +220,41 @@ def main(cfg):
     check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
     check(cfg.valid_share >= 0 and cfg.test_share >= 0 and cfg.valid_share + cfg.test_share < 1,
           "--valid-share and --test-share: from 0 to below 1, also together")
-    enc, files, content, keys = load_tokenizer(cfg.vocab), {}, {}, {}
+    enc, files, content, keys, commands = load_tokenizer(cfg.vocab), {}, {}, {}, []
     for path in paths:
         kind, rows, left_out = read_own(path, cfg.skip_bad)
         if cfg.pairs and kind == "rankings":
             kind, rows = "pairs", [{**{key: row[key] for key in row if key != "responses"}, "chosen": a, "rejected": b}
                                    for row in rows for a, b in itertools.combinations(row["responses"], 2)]
-        made = {out / f"{stem_of(path)}{part}.jsonl": kept for part, kept in split(rows, cfg).items()}
-        for target, kept in made.items():
-            check(kept, f"{target}: no rows for this part of {path} (other shares, or another --seed)")
-            check(target not in content, f"{target}: two files would be written there (rename {path})")
-            check(target.resolve() not in [path.resolve() for path in paths], f"{target}: an input file (another --out)")
-        content |= made
+        parts, stem, written = split(rows, cfg), Path(path.name.removesuffix(".gz")).stem, {}
+        for part, kept in parts.items():
+            target = out / f"{stem}{part}.jsonl"
+            check(kept, f"{path}: no rows for {target} (other shares, or another --seed)")
+            check(target not in content, f"{path}: another file is written to {target}, too (rename one)")
+            check(target.resolve() not in [path.resolve() for path in paths], f"{target} is an input (choose another --out)")
+            content[target], written[part] = kept, shlex.quote(str(target))
+        command = "python " + NEXT[kind].format(next(iter(written.values())), written.get("_valid", "HELD_OUT"))
+        if "_test" in written and kind in ("pairs", "rankings"):
+            command += f" --test {written['_test']}"
+        commands.append(command)
         keys[str(path)] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
-        files[str(path)] = {"kind": kind, "rows": len(rows), "written": {str(x): len(kept) for x, kept in made.items()},
+        files[str(path)] = {"kind": kind, "rows": {f"{stem}{part}": len(kept) for part, kept in parts.items()},
                             "left_out": left_out, **describe(rows, enc, cfg.block_size, path.name)}
+    common = {f"{a} {b}": n for a, b in itertools.combinations(files, 2) if (n := len(keys[a] & keys[b]))}
     open_folder(out)
     for target, rows in content.items():
         write_jsonl(target, rows)
-    common = {f"{a} {b}": n for a, b in itertools.combinations(files, 2) if (n := len(keys[a] & keys[b]))}
     for path, facts in files.items():
-        print(visible(f"\n{path}: {facts['kind']}, {facts['rows']:,} rows"))
+        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows"))
         for field, found in facts["tokens"].items():
             print(f"  tokens per {field}: " + ", ".join(f"{number:,} ({at})" for at, number in found.items()))
-        found = {f"{name} at block size {cfg.block_size}": n for name, n in facts["truncated"].items() if "trunc" in name}
+        found = {f"{what} (block size {cfg.block_size})": n for what, n in facts["truncated"].items() if "trunc" in what}
         found |= {meaning: facts[name] for name, meaning in FACTS.items()}
-        found |= {f"{what} left out": n for what, n in facts["left_out"].items()}
-        for what, n in found.items():
-            if n:
-                print(visible(f"  {n:>9,} {what}"))
+        for what, n in {**found, **facts["left_out"]}.items():
+            print(visible(f"{n:>9,} {what}") + "\n" if n else "", end="")
     for names, n in common.items():
         print(visible(f"warning: {n:,} prompts or texts are in both of {names}"))
-    print()
-    for facts in files.values():
-        written = {Path(target).stem.rpartition("_")[2]: shlex.quote(target) for target in facts["written"]}
-        ...
+    print(visible("\n".join(commands)))
     summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "valid_share": cfg.valid_share,
                "test_share": cfg.test_share, "seed": cfg.seed, "files": files, "in_common": common}
     write_json(out / "summary.json", summary)

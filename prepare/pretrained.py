@@ -3,9 +3,8 @@
     python -m prepare.pretrained --block-size 128 --out out/gpt2/base
     python -m prepare.pretrained --init FOLDER --out out/own/base         a GPT-2 on disk, in Hugging Face's format
 
-Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub,
-at a pinned revision and sha256; the vocabulary comes through tiktoken. Nothing that is read can run code: safetensors,
-or torch.load(weights_only=True).
+Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub at
+a pinned revision, the vocabulary through tiktoken. Nothing that is read can run code.
 """
 import json
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from data import load_tokenizer, save_ranks
 from model import GPT, GPTConfig
 from prepare.download import download
 
-# name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
-SIZES = {
+SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
     "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
              "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
     "gpt2-medium": (24, 16, 1024, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
@@ -30,13 +28,11 @@ SIZES = {
     "gpt2-large": (36, 20, 1280, "32b71b12589c2f8d625668d2335a01cac3249519",
                    "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
     "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2",
-                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a")}
 # Within a block: our name, GPT-2's. Its linear layers are stored (in, out), ours (out, in).
 LINEAR = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 NORM = {"norm1": "ln_1", "norm2": "ln_2"}
-# What a configuration may say that would be computed in another way than here, were it anything else.
-EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,  # all that is computed here
             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their activation function: ours
 
@@ -64,7 +60,7 @@ def names(n_layer):
 
 
 def read_folder(folder):
-    """(config.json, {name: tensor}) of a folder in Hugging Face's format, whose weights may be in several files."""
+    """(content of config.json, {name: tensor}) of a folder in Hugging Face's format; the weights may be in many files."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     check(files, f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
     weights = {}
@@ -74,19 +70,19 @@ def read_folder(folder):
 
 
 def read_gpt2(settings, weights, vocab_size, block_size=0):
-    """A GPT in eval mode, in float32, from GPT-2's settings and weights. Rows of the token embedding beyond vocab_size
-    are dropped, as are positions beyond block_size (0: all are kept)."""
+    """GPT in eval mode, in float32, from GPT-2's settings (those of config.json) and weights. Rows of the token embedding
+    beyond vocab_size are dropped, and positions beyond block_size (0: none)."""
+    settings = {**EXPECTED, "activation_function": "gelu_new", **settings}
     for name, value in EXPECTED.items():
-        check(settings.get(name, value) == value, f"{name} is {settings.get(name)!r}: only {value!r} can be computed here")
-    activation = settings.get("activation_function", "gelu_new")
-    check(activation in GELU, f"activation_function is {activation!r}: only {', '.join(GELU)} are known")
+        check(settings[name] == value, f"{name} is {settings[name]!r}: only {value!r} can be computed here")
+    activation = settings["activation_function"]
+    check(activation in GELU, f"activation_function is {activation!r}: only {', '.join(GELU)} can be computed here")
     weights = {name.removeprefix("transformer."): x for name, x in weights.items()
-               if not name.endswith(("attn.bias", "attn.masked_bias"))}  # these are masks
-    head = weights.pop("lm_head.weight", weights["wte.weight"])
-    check(torch.equal(head, weights["wte.weight"]), "lm_head is not tied to the token embedding: not a GPT-2")
-    (rows, width), positions = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    check(rows >= vocab_size, f"the weights have a vocabulary of {rows:,} tokens, the tokenizer has {vocab_size:,} "
-                              "(--vocab names another)")
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # these are masks
+    embedding, positions = weights["wte.weight"], len(weights["wpe.weight"])
+    check(torch.equal(weights.pop("lm_head.weight", embedding), embedding), "lm_head is not tied to the token embedding")
+    rows, width = embedding.shape
+    check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
         say(f"{rows - vocab_size} rows of the token embedding are dropped: the tokenizer has no such tokens")
     check(0 <= block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
@@ -94,11 +90,10 @@ def read_gpt2(settings, weights, vocab_size, block_size=0):
                        gelu=GELU[activation])
     state = {}
     for ours, theirs, transposed in names(config.n_layer):
-        x = weights.pop(theirs).float()  # out of the way: the largest GPT-2 has 6 GB
+        x = weights.pop(theirs).float()
         state[ours] = x.T.contiguous() if transposed else x
     check(not weights, f"{', '.join(list(weights)[:3])}: no weights of a language model with this architecture")
-    embedding = state["token_embedding.weight"][:vocab_size]
-    state["token_embedding.weight"] = F.pad(embedding, (0, 0, 0, config.padded_vocab - vocab_size))
+    state["token_embedding.weight"] = F.pad(embedding[:vocab_size].float(), (0, 0, 0, config.padded_vocab - vocab_size))
     state["position_embedding.weight"] = state["position_embedding.weight"][:config.block_size].clone()
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
         model = GPT(config)
@@ -116,16 +111,12 @@ def gpt2_ranks():
 
 
 def has_gpt2_tokens(folder, ranks):
-    """Whether the tokenizer in a folder, if there is one, has GPT-2's ids for GPT-2's tokens."""
-    # GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on.
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    letters = {byte: chr(byte) for byte in plain}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in letters)}
+    """Whether the tokenizer in a folder, if any, has GPT-2's ids, judged by the tokens of Latin letters alone."""
     for name in ("vocab.json", "tokenizer.json"):
         if (folder / name).is_file():
             ids = json.loads((folder / name).read_text(encoding="utf-8"))
             ids = ids["model"]["vocab"] if name == "tokenizer.json" else ids
-            return all(ids.get("".join(letters[byte] for byte in token)) == rank for token, rank in ranks.items())
+            return all(ids.get(token.decode()) == rank for token, rank in ranks.items() if token.isalpha())
     return True
 
 
@@ -136,8 +127,7 @@ def main(cfg):
     if not named and not vocab and (folder / "vocab.tiktoken").is_file():
         vocab = folder / "vocab.tiktoken"
     ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_ranks()
-    check(named or vocab or has_gpt2_tokens(folder, ranks),
-          f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in tiktoken's format)")
+    check(named or vocab or has_gpt2_tokens(folder, ranks), f"{folder}: its tokenizer is not GPT-2's (--vocab names one)")
     n_layer, n_head, width, revision, sha256 = SIZES.get(cfg.init, [0] * 5)
     if cfg.random:
         torch.manual_seed(cfg.seed)

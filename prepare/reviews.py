@@ -6,7 +6,7 @@
 Source: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014. Sentences of four domains (movie reviews, product reviews, newspaper editorials, tweets), each rated
 by 15 or more people from -4 (very negative) to 4 (very positive). They belong to third parties, so they are fetched at
-run time. In short: fetch, parse and clean, split by group, write files. The same seed gives the same bytes.
+run time. The same seed gives the same bytes.
 
 Left out on purpose: the 1,000 tweets with 92 or more ratings, since 199 of them contradict their published mean.
 """
@@ -54,9 +54,6 @@ class Sentence(NamedTuple):
     text: str
     ratings: list  # one int in -4 .. 4 per rater
     mean: float  # of the ratings; its 4 decimals keep any two different means of up to 99 ratings apart
-
-
-# ---- fetch, parse, clean, split ------------------------------------------------------------------------------------
 
 
 def fetch(out, archive=""):
@@ -145,11 +142,8 @@ def split(sentences, seed):
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries.
-
-    The 256 bytes come first, so any text round-trips. Then the most frequent adjacent pair is merged, again and again;
-    of equally frequent pairs the one with the smallest ids wins, which makes the result a function of the text alone.
-    """
+    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries. The
+    256 bytes come first. Then the most frequent adjacent pair is merged, again and again (the smallest ids of equals)."""
     check(vocab_size >= 258, f"--vocab-size is {vocab_size}: the 256 bytes, EOS and one merge need 258")
     words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     spelling, count = [list(word.encode()) for word in words], list(words.values())  # lists of ids, merged below
@@ -174,7 +168,7 @@ def train_bpe(texts, vocab_size):
                 k += 1
             add(i)
         tokens.append(tokens[best[0]] + tokens[best[1]])
-        pairs = +pairs  # without those that no longer occur
+        pairs = +pairs if len(tokens) % 64 == 0 else pairs  # forget pairs that no longer occur, now and then
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
@@ -182,8 +176,8 @@ def make_prompts(train, valid, test, others, seed, dropped):
     """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
     texts, "valid" from validation texts, and each domain of others, {domain: test texts}.
 
-    A prompt is the first 2 to 6 words of a text, with 4 or more left for the completion. A prompt of one part is no
-    prompt of a later one; only demonstrations may share an opening among themselves, as reviews do.
+    A prompt is the first 2 to 6 words of a text that has 4 more. A prompt of one part is in no later one; only
+    demonstrations may share an opening among themselves, as reviews do.
     """
     rng = random.Random(f"{seed} prompts")
     train = rng.sample(train, len(train))
@@ -215,10 +209,8 @@ def shuffled_groups(rows, rng):
 def ranking(group, values, dropped, **extra):
     """One row of a rankings file, the group by descending value; of tied sentences only the first stays, and a group
     of which one sentence stays gives None. "means" are everybody's."""
-    holder = {}
-    for sentence, value in zip(group, values):
-        holder.setdefault(value, sentence)
-    best_first = [holder[value] for value in sorted(holder, reverse=True)]
+    first_of = dict(zip(values[::-1], group[::-1]))  # {value: the first sentence that has it}
+    best_first = [first_of[value] for value in sorted(first_of, reverse=True)]
     dropped["rankings: sentence tied with one in its group"] += len(group) - len(best_first)
     return None if len(best_first) < 2 else {
         "prompt": "", "responses": [s.text for s in best_first], "means": [s.mean for s in best_first],
@@ -315,9 +307,6 @@ def fit_temperature(margins):
     return round(1 / low, 4)
 
 
-# ---- all of it -----------------------------------------------------------------------------------------------------
-
-
 def texts_of(row):
     """The texts in a row of any of the files; a prompt and its completion are one."""
     alone = [row[name] for name in ("text", "chosen", "rejected") if name in row]
@@ -325,7 +314,7 @@ def texts_of(row):
 
 
 def main(cfg):
-    """Make all files of the built-in data set in folder cfg.out; returns the content of summary.json, written last."""
+    """Make all files in folder cfg.out; returns the content of summary.json, written last."""
     out, dropped = open_folder(cfg.out), Counter()
     source = read_archive(fetch(out, cfg.archive))
     (out / "summary.json").unlink(missing_ok=True)  # an interrupted run must not look finished
@@ -371,8 +360,13 @@ def main(cfg):
         "person_agreement": round(float((margins > 0).sum() / max(1, (margins != 0).sum())), 4),
     }
     write_json(out / "summary.json", summary)
-    for name, value in summary.items():
-        print(f"{name}: {json.dumps(value)}")
+    for name, facts in summary["files"].items():
+        print(f"{name:<24}{facts['rows']:>8,} rows{facts['words']:>8.1f} words per text")
+    for reason, count in summary["dropped"].items():
+        print(f"{count:>8,} left out: {reason}")
+    for domain, shares in summary["agreement"].items():
+        print(f"{domain}: one rater agrees with the mean of the others on {shares['random'][0]:.3f} of random pairs, on "
+              f"{shares['same_sign'][0]:.3f} of those of the same sign")
     return summary
 
 

@@ -14,10 +14,9 @@ from statistics import mean
 
 from common import run
 from study.collect import read
-from study.markdown import fill, spread, table, template
+from study.markdown import cells, fill, spread, table, template
 
-TITLES = ["here", "win rate", "difference to the default", "win rate at equal length", "KL, nats", "length", "proxy",
-          "labeler"]
+TITLES = ["win rate", "at equal length", "KL, nats", "length", "proxy", "labeler"]
 
 
 @dataclass
@@ -25,41 +24,32 @@ class Config:
     folder: str = "out/tiny/ablations"  # results.json and logs.jsonl of study.collect; ablations.md goes there, too
 
 
-def cells(name, change, seeds):
+def row(name, change, seeds):
     """One line of the table: this run in all seeds (policies of evaluate.py) that have it."""
     seeds = [policies for policies in seeds if name in policies]
     differences = [policies[name]["win_rate_judge"] - policies["ppo"]["win_rate_judge"] for policies in seeds]
-
-    def over_seeds(key, form=".3f"):
-        return spread([policies[name][key] for policies in seeds], form)
-
-    return [change, over_seeds("win_rate_judge"), spread(differences, ".3f") if name != "ppo" else "",
-            over_seeds("length_controlled"), over_seeds("kl", ".1f"), over_seeds("length", ".1f"),
-            over_seeds("proxy", ".2f"), over_seeds("labeler", ".2f")]
+    return [change, spread(differences) if name != "ppo" else "", *cells([policies[name] for policies in seeds], TITLES)]
 
 
 def main(cfg):
     folder = Path(cfg.folder)
     runs = [seed["evaluate"] for seed in read(folder / "results.json", 7).values()]
-    seeds, first, lines = [results["policies"] for results in runs], runs[0], read(folder / "logs.jsonl")
+    seeds, lines, head = [results["policies"] for results in runs], read(folder / "logs.jsonl"), ["here", "gain", *TITLES]
 
     def rows(match):
-        """The table in place of lines "@run what it changes": "" if none of them was run."""
+        """The table in place of lines "@run what it changes"."""
         changes = [line[1:].split(" ", 1) for line in match[0].splitlines()]
-        there = [cells(name, change, seeds) for name, change in changes if any(name in row for row in seeds)]
-        return "\n".join(table(TITLES, there)) if there else ""
+        there = [row(name, change, seeds) for name, change in changes if any(name in policies for policies in seeds)]
+        return table(head, there) + "\n" if there else "{nothing}"  # an empty part: fill leaves the section out
 
-    sections = [(section, re.sub(r"(?m)(^@.*\n)+", rows, section)) for section in template("ablations.md")]
     ends = [policies["ppo"]["win_rate_judge_interval"] for policies in seeds]
     seconds = [line["done"]["seconds"] for line in lines if "done" in line]
     shares = {K: [line["card"]["human comparisons"]["movie, random"]["reward model"]["accuracy"] for line in lines
                   if line["run"] == f"reward-K{K}" and "card" in line] for K in (2, 4, 9)}
-    fill([filled for section, filled in sections if "\n@" not in section or "\n| " in filled], folder / "ablations.md",
-         count=first["config"]["count"], seeds=", ".join(str(results["config"]["seed"]) for results in runs),
+    fill(re.sub(r"(?m)(^@.*\n)+", rows, template("ablations.md")), folder / "ablations.md", runs, nothing="",
          width=f"{mean(high - low for low, high in ends):.2f}", stages=len(seconds), hours=f"{sum(seconds) / 3600:.1f}",
-         machine=f"{first['hardware']}, {first['date']}, torch {first['torch']}",
-         default=table(TITLES, [cells("ppo", "the default: PPO of train_all.sh", seeds)]),
-         as_people=", ".join(f"{spread(found, '.3f')} (K = {K})" for K, found in shares.items() if found))
+         default=table(head, [row("ppo", "the default: PPO of train_all.sh", seeds)]),
+         as_people=", ".join(f"{spread(found)} (K = {K})" for K, found in shares.items() if found))
 
 
 if __name__ == "__main__":

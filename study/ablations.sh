@@ -1,15 +1,9 @@
 #!/usr/bin/env bash
 # What does each detail of PPO do? On top of a finished train_all.sh, its PPO again with one thing changed at a time:
-#   bash ablations.sh [tiny|smoke]                  (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
-#   python ablations.py out/tiny/ablations          (the table; several runs: one such folder each)
-# The PPO of train_all.sh is measured beside them, and so are three of study.sh, if it has been run: no KL penalty, and KL
-# targets of 3 and 12 nats.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-preset=${1:-tiny}
-[ $# = 0 ] || shift
-on_top=yes
-. ./stages.sh
+#   bash study/ablations.sh [tiny|smoke]            (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
+# The PPO of train_all.sh is measured beside them, and so are three of frontier.sh, if it has been run: no KL penalty, and KL
+# targets of 3 and 12 nats. The table: out/tiny/ablations/ablations.md.
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 A=$OUT/ablations policies=$OUT/ppo rankings=$OUT/label/rankings.jsonl
 ppo() {  # ppo NAME REWARD [FLAGS]; a run that runs away is a result: no ceiling
@@ -25,12 +19,13 @@ ppo whiten-rewards     "$OUT/reward" --whiten-rewards true
 ppo raw-advantages     "$OUT/reward" --whiten-advantages false
 ppo value-sft          "$OUT/reward" --value sft
 ppo value-shared       "$OUT/reward" --value shared
-ppo value-zero         "$OUT/reward" --value shared --value-coef 0
+ppo value-none         "$OUT/reward" --value none --lam 1  # lam 0.95 would discount the score by 5 % a token
+ppo reinforce          "$OUT/reward" --value none --lam 1 --whiten-advantages false
 ppo epochs-1           "$OUT/reward" --epochs 1
 ppo epochs-8           "$OUT/reward" --epochs 8
 ppo minibatches-4      "$OUT/reward" --minibatches 4
 ppo kl-fixed           "$OUT/reward" --kl-horizon 0
-ppo any-end            "$OUT/reward" --no-end-score nan
+ppo any-end            "$OUT/reward" --missing-eos-score nan
 ppo clip-0.1           "$OUT/reward" --clip 0.1
 ppo clip-0.4           "$OUT/reward" --clip 0.4
 ppo temperature-1      "$OUT/reward" --temperature 1
@@ -44,7 +39,7 @@ for K in 4 2 9; do
   if [ $K != 4 ]; then
     stage ablations/samples-K$K label.py sample --preset $STEPS --model "$OUT/sft" --prompts "$DATA/prompts_label.jsonl" --K $K \
                                 --prompts-limit $((K == 2 ? 0 : 380))
-    stage ablations/label-K$K label.py rank --labeler "$OUT/labeler" --samples "$A/samples-K$K/samples.jsonl" \
+    stage ablations/label-K$K label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$A/samples-K$K/samples.jsonl" \
                               --calibrate "$DATA/rankings_test.jsonl"
     rankings=$A/label-K$K/rankings.jsonl
   fi
@@ -58,4 +53,6 @@ done
 stage ablations/evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$policies" --reward "$OUT/reward" --labeler "$OUT/labeler" \
                          --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" \
                          --best-of 0 --snapshot-count 1
-echo "done in $SECONDS s. Now: $PYTHON ablations.py \"$A\""
+script collect -m study.collect "$A" "$A" --seed "$SEED"
+script report -m study.ablations "$A"
+echo "done in $SECONDS s: $A/ablations.md"

@@ -13,7 +13,8 @@ from pathlib import Path
 from common import run
 from study import report
 
-# Of a study's many runs only this is kept: what is drawn, and the curves that one may want to compare.
+# Of a study's many runs, these fields of a log line are kept (curves that one may want to compare), and of an evaluation's
+# results all but these.
 LINES = {"seed", "run", "config", "card", "done", "iteration", "step", "score", "kl", "kl_coef", "length", "eos_rate",
          "entropy", "grad_norm", "clip_fraction", "explained_variance", "loss", "accuracy", "margin"}
 LEFT_OUT = {"training", "histograms", "samples", "stages", "others", "held_out_rankings"}
@@ -42,29 +43,19 @@ def stage_lines(folder, **labels):
     return [{**labels, **line} for line in lines]
 
 
-def collect_study(source, target, seed, stages):
-    """What the target holds of other seeds, and what the source has of this one: results and lines."""
-    results, lines = {}, []
-    if (target / "results.json").is_file():
-        results, lines = read(target / "results.json", 7), read(target / "logs.jsonl")
-    found = {path.parent.name: read(path, 7) for name in ("results", "report", "agreement")
-             for path in sorted(source.glob(f"*/{name}.json"))}
-    for run_results in found.values():
-        for name in LEFT_OUT & run_results.keys():
-            del run_results[name]
-        for model, card in run_results.get("reward_models", {}).items():
-            run_results["reward_models"][model] = {"movie, random": card.get("movie, random")}
-    new = [line for folder in stages for line in stage_lines(folder, seed=seed, run=folder.name)]
-    new = [{name: value for name, value in line.items() if name in LINES} for line in new]
-    return {**results, str(seed): found}, [line for line in lines if line["seed"] != seed] + new
-
-
 def main(cfg):
     source, target = Path(cfg.source), Path(cfg.target)
     target.mkdir(parents=True, exist_ok=True)
     stages = [path.parent for path in sorted(source.glob("*/done.json"), key=lambda path: path.stat().st_mtime)]
     if cfg.seed:
-        results, lines = collect_study(source, target, cfg.seed, stages)
+        there = (target / "results.json").is_file()
+        results, lines = (read(target / "results.json", 7), read(target / "logs.jsonl")) if there else ({}, [])
+        new = [line for folder in stages for line in stage_lines(folder, seed=cfg.seed, run=folder.name)]
+        lines = [line for line in lines if line["seed"] != cfg.seed] + [
+            {name: value for name, value in line.items() if name in LINES} for line in new]
+        results[str(cfg.seed)] = {
+            path.parent.name: {name: value for name, value in read(path, 7).items() if name not in LEFT_OUT}
+            for kind in ("results", "report", "agreement") for path in sorted(source.glob(f"*/{kind}.json"))}
     else:
         results = read(source / "evaluate" / "results.json", 7)
         lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]

@@ -14,8 +14,8 @@ import torch
 
 from common import run
 from study.collect import read
-from study.markdown import fill, number, spread, table, template
-from study.report import SCORERS, draw_frontier, plt, save
+from study.markdown import COLUMNS, by_seed, cells, fill, spread, table, template
+from study.report import SCORERS, draw_frontier, drawing
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Config:
 
 SIZES = {"250": "250 comparisons", "1000": "1,000 comparisons", "all": "all comparisons",
          "250-mean": "mean of three, 250", "250-min": "least of three, 250"}  # reward models of over-optimisation
+METHODS = ("PPO", "best-of-n")
 
 
 # ---- Gao et al. 2022: score against d, the root of KL --------------------------------------------------------------
@@ -69,34 +70,36 @@ def turn(points):
     return best, last["proxy"] > best["proxy"] and last["labeler"] < best["labeler"] - 0.1
 
 
-def curves(seeds, size):
-    """{method: one curve per seed} of the over-optimisation against one reward model."""
-    return {"PPO": [seed[f"over-{size}"]["snapshots"][f"free-{size}"] for seed in seeds],
-            "best-of-n": [seed[f"over-{size}"]["best_of_n"] for seed in seeds]}
+def curve(seed, size, method):
+    """The points of the over-optimisation against one reward model."""
+    results = seed[f"over-{size}"]
+    return results["snapshots"][f"free-{size}"] if method == "PPO" else results["best_of_n"]
 
 
 def draw_over_optimisation(seeds, path):
     """A column per reward model, PPO above best-of-n: the scorers of each seed, the form fitted to the labeler's score,
     and where that turns."""
-    figure, axes = plt.subplots(2, len(SIZES), figsize=(13, 5.5), sharey="row", sharex="row", layout="constrained")
-    for column, (size, title) in zip(axes.T, SIZES.items()):
-        column[0].set_title(title)
-        for axis, (method, runs) in zip(column, curves(seeds, size).items()):
-            for points in runs:
-                d = root_kl(points)
-                for color, (scorer, style) in enumerate(SCORERS.items()):
-                    axis.plot(d, gains(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
-                a, b, *_ = fit(d, gains(points, "labeler"), method)
-                x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
-                axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "--", color="k", linewidth=1)
-                point, turned = turn(points)
-                if turned:
-                    axis.plot(root_kl([point]), point["labeler"] - points[0]["labeler"], "k*", markersize=11)
-            axis.set_xlabel("root of KL")
-    for axis, method in zip(axes[:, 0], curves(seeds, "all")):
-        axis.set_ylabel(f"{method}: score above SFT")
-    figure.legend(axes[0, 0].lines[:4], [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
-    save(figure, path)
+    with drawing(path, 2, len(SIZES), (13, 5.5), sharey="row", sharex="row") as axes:
+        for column, size in enumerate(SIZES):
+            axes[0, column].set_title(SIZES[size])
+            for axis, method in zip(axes[:, column], METHODS):
+                axis.set(xlabel="root of KL", ylabel="" if column else f"{method}: score above SFT")
+                for points in (curve(seed, size, method) for seed in seeds):
+                    draw_curve(axis, points, method)
+        axes[0, 0].figure.legend(axes[0, 0].lines[:4], [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
+
+
+def draw_curve(axis, points, method):
+    """One run of draw_over_optimisation."""
+    d = root_kl(points)
+    for color, (scorer, style) in enumerate(SCORERS.items()):
+        axis.plot(d, gains(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
+    a, b, *_ = fit(d, gains(points, "labeler"), method)
+    x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
+    axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "k--", linewidth=1)
+    point, turned = turn(points)
+    if turned:
+        axis.plot(root_kl([point]), point["labeler"] - points[0]["labeler"], "k*", markersize=11)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -104,50 +107,42 @@ def draw_over_optimisation(seeds, path):
 
 def frontier_rows(runs):
     """Every policy of the frontier over the seeds, by KL."""
-    shown = {"kl": ".1f", "win_rate_judge": ".3f", "proxy": ".2f", "labeler": ".2f", "judge": ".2f", "length": ".1f",
-             "unique_bigrams": ".3f", "perplexity": ".0f"}
     for name in sorted(runs[0]["policies"], key=lambda name: runs[0]["policies"][name]["kl"]):
-        rows = [results["policies"][name] for results in runs]
-        yield [name, *(spread([row[key] for row in rows], form) if key in rows[0] else "-" for key, form in shown.items())]
+        yield [name, *cells([results["policies"][name] for results in runs])]
 
 
-def equal_kl(runs):
+def equal_kl(results):
     """The judge's win rate of each DPO policy beside PPO's at the same KL, by linear interpolation between the SFT
     model and PPO's policies."""
-    for results in runs:
-        rows = results["policies"]
-        ppo = sorted((row["kl"], row["win_rate_judge"]) for name, row in rows.items() if name.startswith("ppo"))
-        for name in sorted((name for name in rows if name.startswith("dpo")), key=lambda name: rows[name]["kl"]):
-            kl, at = rows[name]["kl"], f"- (PPO ends at {ppo[-1][0]:.1f})"
-            for (x0, y0), (x1, y1) in zip([(0.0, 0.5), *ppo], ppo):
-                if x0 < x1 and x0 <= kl <= x1:
-                    at = f"{y0 + (y1 - y0) * (kl - x0) / (x1 - x0):.3f}"
-            yield [str(results["config"]["seed"]), name, f"{kl:.1f}", number(rows[name], "win_rate_judge"), at]
+    rows = results["policies"]
+    ppo = sorted((row["kl"], row["win_rate_judge"]) for name, row in rows.items() if name.startswith("ppo"))
+    for name in sorted((name for name in rows if name.startswith("dpo")), key=lambda name: rows[name]["kl"]):
+        kl, at = rows[name]["kl"], f"- (PPO ends at {ppo[-1][0]:.1f})"
+        for (x0, y0), (x1, y1) in zip([(0.0, 0.5), *ppo], ppo):
+            if x0 < x1 and x0 <= kl <= x1:
+                at = f"{y0 + (y1 - y0) * (kl - x0) / (x1 - x0):.3f}"
+        yield [name, f"{kl:.1f}", *cells([rows[name]], ["win rate"]), at]
 
 
-def fit_rows(seeds):
+def fit_rows(seed):
     """The forms fitted to the labeler's score: coefficients, peak and residuals."""
     for size, title in SIZES.items():
-        for method, runs in curves(seeds, size).items():
-            for seed, points in zip(seeds, runs):
-                d = root_kl(points)
-                a, b, peak, residual = fit(d, gains(points, "labeler"), method)
-                where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
-                yield [title, method, str(seed["frontier"]["config"]["seed"]), f"{a:.3f}", f"{b:.3f}", where,
-                       f"{d.max()**2:.1f}", f"{residual:.3f}"]
+        for method in METHODS:
+            points = curve(seed, size, method)
+            d = root_kl(points)
+            a, b, peak, residual = fit(d, gains(points, "labeler"), method)
+            where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
+            yield [title, method, f"{a:.3f}", f"{b:.3f}", where, f"{d.max()**2:.1f}", f"{residual:.3f}"]
 
 
-def turn_rows(seeds):
-    """Where the labeler is highest in each run of PPO without a KL penalty; what each scorer says there and at the end."""
+def turn_rows(seed):
+    """Where the labeler is highest in PPO without a KL penalty, and what each scorer says there and at the end."""
     for size, title in SIZES.items():
-        for seed in seeds:
-            results = seed[f"over-{size}"]
-            points = results["snapshots"][f"free-{size}"]
-            (best, turned), last = turn(points), points[-1]
-            yield [title, str(results["config"]["seed"]), f"{results['proxy_agreement']['labeler']:.3f}",
-                   "yes" if turned else "no", f"{best['kl']:.1f}, {last['kl']:.1f}",
-                   *(f"{best[key]:.2f}, {last[key]:.2f}" for key in ("labeler", "proxy", "judge")),
-                   f"{last['win_rate_judge']:.3f}"]
+        points = curve(seed, size, "PPO")
+        (best, turned), last = turn(points), points[-1]
+        yield [title, f"{seed[f'over-{size}']['proxy_agreement']['labeler']:.3f}", "yes" if turned else "no",
+               f"{best['kl']:.1f}, {last['kl']:.1f}", *(f"{best[key]:.2f}, {last[key]:.2f}" for key in SCORERS),
+               f"{last['win_rate_judge']:.3f}"]
 
 
 def label_rows(seeds):
@@ -155,31 +150,25 @@ def label_rows(seeds):
     for title, name, policy in [("without noise", "labels-exact", "ppo-exact"), ("people's noise", "frontier", "ppo"),
                                 ("a quarter reversed", "labels-flipped", "ppo-flipped")]:
         runs = [seed[name] for seed in seeds]
-        rows = [results["policies"][policy] for results in runs]
-        cards = [results["reward_models"].get("proxy", {}).get("movie, random") for results in runs]
-        yield [title, spread([results["proxy_agreement"]["labeler"] for results in runs], ".3f"),
-               spread([card["reward model"]["accuracy"] for card in cards], ".3f") if all(cards) else "-",
-               *(spread([row[key] for row in rows], form) for key, form in (
-                   ("win_rate_judge", ".3f"), ("labeler", ".2f"), ("kl", ".1f")))]
+        cards = [results["reward_models"]["proxy"]["movie, random"]["reward model"] for results in runs]
+        yield [title, spread([results["proxy_agreement"]["labeler"] for results in runs]),
+               spread([card["accuracy"] for card in cards]),
+               *cells([results["policies"][policy] for results in runs], ["win rate", "labeler", "KL, nats"])]
 
 
 def main(cfg):
     folder = Path(cfg.folder)
-    seeds = list(read(folder / "results.json", 7).values())
+    seeds = [{**seed, "config": seed["frontier"]["config"]} for seed in read(folder / "results.json", 7).values()]
     runs = [seed["frontier"] for seed in seeds]
     beyond = draw_frontier(runs, folder / "frontier.png")
     draw_over_optimisation(seeds, folder / "over_optimisation.png")
-    score_at = ["labeler there, at the end", "proxy there, at the end", "judge there, at the end"]
-    fill(template("study.md"), folder / "study.md", machine=f"{runs[0]['hardware']}, torch {runs[0]['torch']}, {runs[0]['date']}",
-         seeds=", ".join(str(results["config"]["seed"]) for results in runs),
-         beyond=f"Beyond the axis: {'; '.join(beyond)}." if beyond else "All policies are within the axis.",
-         frontier=table(["policy", "KL, nats", "win rate", *SCORERS, "length", "unique bigrams", "perplexity"],
-                        frontier_rows(runs)),
-         equal=table(["seed", "DPO policy", "its KL", "win rate, DPO", "win rate, PPO at that KL"], equal_kl(runs)),
-         turns=table(["reward model", "seed", "agrees with the labeler", "a turn", "KL there, at the end", *score_at,
-                      "win rate at the end"], turn_rows(seeds)),
-         fits=table(["reward model", "method", "seed", "a", "b", "peak at KL", "measured up to KL", "residual"],
-                    fit_rows(seeds)),
+    fill(template("study.md"), folder / "study.md", runs, beyond=beyond or "nothing",
+         frontier=table(["policy", *COLUMNS], frontier_rows(runs)),
+         equal=by_seed(runs, ["DPO policy", "its KL", "win rate, DPO", "win rate, PPO at that KL"], equal_kl),
+         turns=by_seed(seeds, ["reward model", "proxy agrees with labeler", "a turn", "KL", *SCORERS, "win rate at the end"],
+                       turn_rows),
+         fits=by_seed(seeds, ["reward model", "method", "a", "b", "peak at KL", "measured up to KL", "residual"],
+                      fit_rows, keys=2),
          labels=table(["labels", "reward model agrees with the labeler, fresh SFT samples", "with people, movie pairs",
                        "win rate of PPO", "its labeler score", "its KL"], label_rows(seeds)))
 

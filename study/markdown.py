@@ -2,7 +2,11 @@
 import re
 from pathlib import Path
 from statistics import mean
-from string import Template
+
+COLUMNS = {  # title: field of a policy's row in results.json, and how it is printed
+    "win rate": ("win_rate_judge", ".3f"), "at equal length": ("length_controlled", ".3f"), "proxy": ("proxy", ".2f"),
+    "labeler": ("labeler", ".2f"), "judge": ("judge", ".2f"), "KL, nats": ("kl", ".2f"), "length": ("length", ".1f"),
+    "EOS rate": ("eos_rate", ".3f"), "unique bigrams": ("unique_bigrams", ".3f"), "perplexity": ("perplexity", ".1f")}
 
 
 def interval(value, ends):
@@ -10,38 +14,43 @@ def interval(value, ends):
     return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
 
 
-def number(row, name, form=".3f"):
-    """A number of a row, with its interval if it has one; - where there is none."""
-    if f"{name}_interval" in row:
-        return interval(row[name], row[f"{name}_interval"])
-    return f"{row[name]:{form}}" if name in row else "-"
-
-
-def share(card):
-    """The accuracy of a report card, with its interval."""
+def accuracy(card):
+    """The accuracy in a row of a report card, with its interval."""
     return interval(card["accuracy"], card["interval"])
 
 
-def spread(values, form=".2f"):
+def spread(values, form=".3f"):
     """Mean over seeds and, if there are several, the lowest to the highest."""
     ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
     return f"{mean(values):{form}}{ends}"
 
 
+def cells(rows, titles=COLUMNS):
+    """The cells of a policy under these titles: of one row with its intervals, of several seeds' rows with the spread."""
+    found = []
+    for field, form in map(COLUMNS.get, titles):
+        if field not in rows[0]:
+            found.append("-")
+        elif len(rows) == 1 and f"{field}_interval" in rows[0]:
+            found.append(interval(rows[0][field], rows[0][f"{field}_interval"]))
+        else:
+            found.append(spread([row[field] for row in rows], form))
+    return found
+
+
 def table(titles, rows):
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows), ""]
+    """The lines of a Markdown table, as one text."""
+    return "\n".join([f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def by_seed(runs, titles, rows_of, keys=1):
-    """A table of the rows that rows_of(results) makes. Of several runs: rows whose first cells (as many as keys) agree
-    stand together, and the seed stands behind those cells."""
-    several, groups = len(runs) > 1, {}
-    for results in runs:
-        seed = [str(results["config"]["seed"])] if several else []
-        for row in rows_of(results):
-            groups.setdefault(tuple(row[:keys]), []).append([*row[:keys], *seed, *row[keys:]])
-    return table([*titles[:keys], *(["seed"] if several else []), *titles[keys:]], sum(groups.values(), []))
+    """A table of rows_of(results). Of several runs: rows with the same first cells, as many as keys, stand together, and
+    the seed stands behind them."""
+    if len(runs) == 1:
+        return table(titles, rows_of(runs[0]))
+    rows = [[*row[:keys], str(results["config"]["seed"]), *row[keys:]] for results in runs for row in rows_of(results)]
+    order = list(dict.fromkeys(tuple(row[:keys]) for row in rows))
+    return table([*titles[:keys], "seed", *titles[keys:]], sorted(rows, key=lambda row: order.index(tuple(row[:keys]))))
 
 
 def escape(text):
@@ -51,15 +60,14 @@ def escape(text):
 
 
 def template(name):
-    """The sections of a text of study/templates: each but the first begins with "## "."""
-    text = (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
-    return re.split(r"(?m)^(?=## )", text)
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
-def fill(sections, path, **parts):
-    """Write the sections to path, with their $parts filled in: words, or lists of lines. A section with an empty part is
-    left out."""
-    parts = {name: "\n".join(part) if isinstance(part, list) else str(part or "") for name, part in parts.items()}
-    kept = [section for section in sections if all(parts[name] for name in re.findall(r"\$(\w+)", section))]
-    Path(path).write_text(Template("".join(kept)).substitute(parts), encoding="utf-8")
+def fill(text, path, runs, **parts):
+    """Write a template's text to path with its {parts} filled in, among them {first}, the first run's results, and
+    {seeds}. A section, from one "## " to the next, with an empty part is left out."""
+    parts |= {"first": runs[0], "seeds": ", ".join(str(results["config"]["seed"]) for results in runs)}
+    kept = [section for section in re.split(r"(?m)^(?=## )", text)
+            if all(parts[name] for name in re.findall(r"\{(\w+)", section))]
+    Path(path).write_text("".join(kept).format(**parts), encoding="utf-8")
     print(path)

@@ -4,12 +4,10 @@
 
 What is recorded is raw: tokens, log-probabilities, values, scores, rounded. The page derives the rest.
 """
-import hashlib
 import json
 import re
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 
 import label
 import ppo
-from common import generator, set_up, write_atomic
+from common import set_up, write_atomic
 from data import encode_rankings, load_tokenizer
 from model import load_model, score_many, token_logprobs
 from sft import response_rows
@@ -61,7 +59,7 @@ def main(folder, out="study/walkthrough.json"):
     """Record the finished run in a folder."""
     folder = Path(folder)
     flags = {stage: json.loads((folder / stage / "config.json").read_text())["stage"]
-             for stage in ("sft", "samples", "label", "ppo")}
+             for stage in ("sft", "samples", "ppo")}
     log = [json.loads(line) for line in (folder / "ppo/log.jsonl").read_text(encoding="utf-8").splitlines()]
     log = [{name: line[name] for name in ("iteration", "score", "kl", "kl_coef")} for line in log]
     settings, enc = ppo.Config(**flags["ppo"]), load_tokenizer(folder / "sft")
@@ -90,10 +88,7 @@ def main(folder, out="study/walkthrough.json"):
         demo_ids, draw = torch.tensor([demo], device=device), label.SampleConfig(**flags["samples"])
         demo_logprobs = token_logprobs(sft(demo_ids), demo_ids)[0]
         drawn, after = (label.draw_responses(model, enc, [text], draw, autocast)[0][0] for model in (sft, policy))
-        name = hashlib.sha256(json.dumps([text, sorted(drawn)]).encode()).hexdigest()[:12]  # as in label.sample
-        noise = generator(flags["label"]["seed"], zlib.crc32(name.encode()))  # as in label.rank
-        temperature = json.loads((folder / "label/done.json").read_text())["temperature"]
-        ranked = [drawn[i] for i in label.noisy_order(score("labeler", drawn), temperature, noise)]
+        ranked = [drawn[i] for i in score("labeler", drawn).argsort(descending=True)]
         scores = {stage: rounded(score(stage, ranked)) for stage in ("labeler", "reward")}
         after = {"responses": after, "reward": rounded(score("reward", after))}
     found = {

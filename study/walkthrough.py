@@ -76,7 +76,7 @@ def alignment(found, d):
     columns = range(max(0, left - 1), P + n + 1)
     lines = {"token": (left - 1, ["pad", *tokens, "pad"]), "position": (left, range(len(tokens))),
              "**logits predict**": (P - 1, d["token"]), "**value**": (P - 1, d["value"]), "t": (P, d["t"]),
-             "mask": (P, [1] * n + [0]), "kl": (P, d["kl"]), "-kl_coef * kl": (P, [-r["kl_coef"] * x for x in d["kl"]]),
+             "kl": (P, d["kl"]), "-kl_coef * kl": (P, [-r["kl_coef"] * x for x in d["kl"]]),
              "score": (P + n - 1, [r["score"]]), "reward": (P, d["reward"])}  # first column, cells
     at = {name: {first + i: f(x, 2) if isinstance(x, float) else x for i, x in enumerate(cells)}
           for name, (first, cells) in lines.items()}
@@ -128,7 +128,7 @@ def page_text(found):
         sampler_difference=max(abs(x - y) for x, y in zip(r["sampler_logprobs"], r["old_logprobs"])),
         first_reward=f"-{r['kl_coef']:.6f} * {b(d['kl'][0])} = {f(d['reward'][0])}", last=n - 1,
         last_reward=f"-{r['kl_coef']:.6f} * {b(d['kl'][-1])} + {b(r['score'])} = {f(d['reward'][-1])}",
-        advantages_by_hand="\n\n".join(advantage_by_hand(d, t, flags) for t in reversed(range(n - 3, n))),
+        advantages_by_hand="\n\n".join(advantage_by_hand(d, t, flags) for t in reversed(range(n - 2, n))),
         mean=b(found["rollout"]["advantage_mean"]), steps=flags["epochs"] - 1, low=1 - flags["clip"],
         high=1 + flags["clip"], binding=d["larger"].count("clipped"),
         against=sum((ratio - 1) * A < 0 for ratio, A in zip(d["ratio"], d["A"])),

@@ -5,17 +5,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 import common
 import data
 import ppo
 import sampling
 from model import GPT, GPTConfig, ScalarModel
+from prepare.reviews import train_bpe
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
 
-END = 0  # end of text, and padding too, in the tests that need no text
+END = 0  # EOS, and padding too, in the tests that need no text
 SENTENCES = ["the film was good and the plot was good", "a bad film with a bad plot", "the actor was funny, and sad"]
+both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def close(dtype):
+    """Tolerance of a comparison in this precision, for pytest.approx."""
+    return {"abs": 1e-5} if dtype == torch.float32 else {"abs": 1e-12}
 
 
 def random_model(kind=GPT, seed=0, **config):
@@ -27,20 +33,16 @@ def random_model(kind=GPT, seed=0, **config):
             parameter.data.normal_(std=0.3)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    # End of text somewhat likelier, so that responses end at many lengths.
+    # EOS somewhat likelier, so that responses end at many lengths.
     model.trunk.norm.bias.data.add_(2 * model.trunk.token_embedding.weight.data[END])
     return model.eval()
 
 
 def pytest_terminal_summary(terminalreporter):
     """Say it loudly when tests did not run for want of a package or a browser: a skip is one letter among hundreds."""
-    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
-    for what, untried in [("transformers", "GPT-2's weights in and out"), ("selenium", "the page to rank in"),
-                          ("Chromium", "the page to rank in"), ("vaderSentiment", "VADER as a labeler")]:
-        if missed := sum(what in reason for reason in reasons):
-            terminalreporter.write_line(f"WARNING: {what} is not installed, so {missed} tests of {untried} did not run: "
-                                        "pip install -r tests/requirements.txt; Debian: apt-get install chromium "
-                                        "chromium-driver", red=True, bold=True)
+    for report in terminalreporter.stats.get("skipped", []):
+        if "not installed" in (reason := str(report.longrepr)) or "could not import" in reason:
+            terminalreporter.write_line(f"WARNING: {reason} (pip install -r tests/requirements.txt)", red=True)
 
 
 def ragged_mask(lengths, size):
@@ -51,13 +53,12 @@ def ragged_mask(lengths, size):
 def ppo_config(**changes):
     """PPO's configuration on a CPU in float32, for rollouts of a few short responses."""
     return ppo.Config(**{"device": "cpu", "dtype": "float32", "response_tokens": 8, "temperature": 0.7, "episodes": 8,
-                         "microbatch": 3, "no_end_score": float("nan"), **changes})
+                         "microbatch": 3, "missing_eos_score": float("nan"), **changes})
 
 
 def rollout_of(policy, ref, reward, value, prompts, cfg, seed=0, kl_coef=0.1):
-    """ppo.collect in float32 with end of text 0: (rollout, metrics)."""
-    autocast = common.set_up(cfg, quiet=True)[1]
-    return ppo.collect(policy, ref, reward, value, prompts, kl_coef, cfg, END, autocast,
+    """ppo.collect with EOS 0: (rollout, metrics)."""
+    return ppo.collect(policy, ref, reward, value, prompts, kl_coef, cfg, END, common.set_up(cfg)[1],
                        torch.Generator().manual_seed(seed))
 
 
@@ -69,7 +70,7 @@ def four_models():
 
 @pytest.fixture
 def autocast_off():
-    return common.set_up(ppo_config(), quiet=True)[1]
+    return common.set_up(ppo_config())[1]
 
 
 @pytest.fixture(scope="session")
@@ -79,15 +80,14 @@ def checkpoints(tmp_path_factory):
 
 def make_checkpoints(folder):
     """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
-    folder.mkdir(parents=True, exist_ok=True)
     vocab = folder / "vocab.tiktoken"
-    data.save_ranks(data.train_bpe(SENTENCES * 2, 270), vocab)
+    data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     size = data.load_tokenizer(vocab).n_vocab
     torch.manual_seed(0)
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):
         # Dropout in the stored configuration: PPO must switch it off.
         model = kind(GPTConfig(size, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
-        checkpoint.save_checkpoint(folder / name, model, ppo_config(), vocab)
+        common.save_checkpoint(folder / name, model, ppo_config(), vocab)
     prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
     data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
@@ -104,14 +104,14 @@ def log_of(folder):
 
 def script(monkeypatch, *rows):
     """Make the sampler draw these ids, one list per row; a row that has ended draws 9 until it leaves the batch."""
-    step, left = iter(range(100)), list(range(len(rows)))
+    step, left, keep = iter(range(100)), list(range(len(rows))), sampling.KVCache.keep
 
     def draw(*_):
         t = next(step)
         return torch.tensor([rows[i][t] if t < len(rows[i]) else 9 for i in left])
 
-    def keep(cache, kept, plain=sampling.KVCache.keep):
+    def watched(cache, kept):
         left[:] = [left[i] for i in kept.tolist()]
-        plain(cache, kept)
+        keep(cache, kept)
     monkeypatch.setattr(sampling, "draw", draw)
-    monkeypatch.setattr(sampling.KVCache, "keep", keep)
+    monkeypatch.setattr(sampling.KVCache, "keep", watched)

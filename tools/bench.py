@@ -1,333 +1,223 @@
-r"""Benchmarks: the speed of every stage beside the machine's limits. One JSON line per figure, a table at the end.
+"""Speed of every stage beside what the machine allows, and beside transformers and TRL on the same shapes.
 
-    python bench.py                                    all figures of the tiny size: float32, one thread
-    python bench.py --only ppo --value shared --dtype bfloat16
-    python bench.py --against transformers             and --against trl; neither is required: pip install trl==1.12.0
+    python -m tools.bench                             4 layers of width 256, vocabulary 2048, in float32
+    python -m tools.bench --dtype bfloat16 --peers    and the peers: pip install trl==1.12.0 (the last one with PPO)
 
-Clock: on a CPU with one thread it is the CPU time of this process, which a neighbour on the machine can hardly disturb;
-otherwise it is the time on the wall, and the machine must be idle. One warm-up, then --repeats timed runs: the median
-counts. A peer does the same work on the same shapes in the same process, after ours, with its own defaults.
-
-Floor: the operations that this code runs (see flop) at the speed of the best matrix product measured at the
-start; fraction: floor / median. Sampling on a GPU has a second floor, reading weights and cache at the speed of a copy.
+On a CPU one thread, and the CPU time of this process, which a neighbour on the machine can hardly disturb; on a GPU the
+time on the wall. One warm-up, then --repeats runs: the median. A peer does the same work in the same process with its
+own defaults. Floor: the operations that this code runs (see flop), at the speed of a matrix product.
 """
-import ctypes
-import dataclasses
-import gc
-import json
 import math
 import os
-import platform
-import re
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 
 import torch
-from torch import nn
 
 import ppo
-from budget import flop, sample_flop
-from common import adamw, check, check_positive, generator, optimizer_step, run, set_up
+from common import Log, adamw, generator, optimizer_step, run, set_up
 from dpo import Config as DPOConfig, measure, response_logprobs
-from model import GPT, GPTConfig, ScalarModel
+from model import GPT, GPTConfig, ScalarModel, row_logprobs
 from reward import ranking_loss, score_rankings
-from runs import Log
 from sampling import sample
-from sft import row_logprobs
 
 
 @dataclass
 class Config:
-    size: str = "tiny"       # tiny: 4 layers of width 256, vocabulary 2048; small: GPT-2 124M
-    only: str = ""           # of limits,train,sample,ppo,reward,dpo,dpo-ranked (empty: all of these), or scaling
-    against: str = ""        # a peer to run too: transformers (train, sample) or trl (ppo, reward, dpo, dpo-ranked)
-    value: str = "separate"  # value model of ppo: separate, or shared (the peer's is separate in any case)
-    gelu: str = "none"       # ours and the peer's: none is exact, as in our models; tanh is GPT-2's approximation
-    graph: bool = False      # our sampler on CUDA: with a step recorded as a CUDA graph
-    threads: int = 1         # CPU threads
+    only: str = "train,sample,ppo,reward,dpo,dpo-ranked"  # figures
+    peers: bool = False      # transformers (train, sample) and TRL (the others), too
+    value: str = "separate"  # value model of ppo: separate, or shared (TRL's is separate in any case)
     dtype: str = "float32"   # float32, bfloat16 (autocast; the weights stay float32)
     device: str = "auto"     # auto, cpu, cuda
     repeats: int = 5         # timed runs per figure, after one warm-up
-    out: str = ""            # append the JSON lines to this file; empty: only print them
     seed: int = 1            # weights, tokens
 
 
-SIZES = {"tiny": (2048, 128, 4, 4, 256), "small": (50257, 1024, 12, 12, 768)}  # the first fields of GPTConfig
-# train: rows, tokens; sample and ppo: rows, prompt tokens, response tokens
-SHAPES = {"tiny": {"train": (32, 128), "sample": (64, 16, 32), "ppo": (64, 16, 32)},
-          "small": {"train": (4, 256), "sample": (8, 64, 64), "ppo": (64, 16, 32)},
-          "small cuda": {"train": (32, 1024), "sample": (512, 64, 128), "ppo": (512, 64, 128)}}
-SCALES = {"batch": (16, 32, 64, 128, 256), "prompt": (4, 16, 32, 64, 96), "response": (8, 16, 32, 64, 96),
-          "width": (64, 128, 256, 512)}
-PAIRS, PROMPT, TEXT = 32, 16, 48  # reward and dpo: pairs behind a step, tokens of a prompt, tokens of a whole text
-RANKINGS, K = 8, 4  # dpo-ranked: rankings behind a step, each of so many responses (48 pairs)
-TEMPERATURE, LR = 0.7, 1e-5
-NEVER = -1  # an end id that cannot be drawn: every response has its full length
+MODEL = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256)
+TRAIN, SAMPLE = (32, 128), (64, 16, 32)  # rows, tokens; rows, tokens of a prompt, tokens of a response
+RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
+PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
+NEVER = -1  # an EOS that cannot be sampled: every response has its full length
+
+
+def flop(config, T, read, head=False, past=0):
+    """Operations of a forward pass on a row, two per multiply-add of the matrix products: T tokens after `past` cached
+    ones, `read` positions wanted. Per layer and token 6 C^2 for query, key and value, 4 C per key for attention, and 18
+    C^2 for projection and MLP, which the last layer computes at the wanted positions only, like the head."""
+    C = config.width
+    trunk = config.n_layer * T * (6 * C + 4 * (past + T)) * C + ((config.n_layer - 1) * T + read) * 18 * C * C
+    return trunk + (2 * read * C * config.padded_vocab if head else 0)
+
+
+def sample_flop(config, P, R):
+    """One row: a prompt of P tokens, then R - 1 single tokens; the last sampled token is never read."""
+    return flop(config, P, 1, True) + sum(flop(config, 1, 1, True, past) for past in range(P, P + R - 1))
 
 
 class Bench:
-    """Model size, clock, limits of the machine, and the records so far."""
+    """Device, clock, and the speed of a large matrix product, on which every floor rests."""
 
     def __init__(self, cfg):
-        self.cfg, self.random, self.records = cfg, generator(cfg.seed), {}
-        self.device, self.autocast = set_up(cfg, quiet=True)
-        self.cuda = self.device.startswith("cuda")
-        self.config = GPTConfig(*SIZES[cfg.size], gelu=cfg.gelu)
-        self.shapes = SHAPES.get(f"{cfg.size} cuda" if self.cuda else "", SHAPES[cfg.size])
-        self.clock_name = "process CPU time" if not self.cuda and cfg.threads == 1 else "wall time"
-        cpu = Path("/proc/cpuinfo")  # on Linux
-        name = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.is_file() else "")
-        self.processor = torch.cuda.get_device_name() if self.cuda else name.group(1) if name else platform.machine()
-        self.flops = self.bandwidth = None  # operations and bytes per second, set by limits()
+        self.cfg, self.random, n = cfg, generator(cfg.seed), 2048
+        self.device, self.autocast = set_up(cfg)
+        a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, cfg.dtype))
+        source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=self.device)
+        self.flops = 2 * n**3 / min(products := self.time(lambda: a @ b))
+        self.record("matrix product", products, 2e-9 * n**3, "GFLOP/s")
+        self.record("copy", self.time(lambda: target.copy_(source)), 2e-9 * 2**28, "GB/s")
 
     def clock(self):
         """Seconds from some start, after all work handed to the GPU is done."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.process_time() if self.clock_name == "process CPU time" else time.perf_counter()
+        return time.process_time() if self.device == "cpu" else torch.cuda.synchronize() or time.perf_counter()
 
     def tokens(self, *shape):
-        """Random ids, as lists; never the last two of the vocabulary, which the peers use as padding and end."""
-        return torch.randint(self.config.vocab_size - 2, shape, generator=self.random).tolist()
+        """Random ids, as lists; never the last two of the vocabulary, which the peers use as padding and EOS."""
+        return torch.randint(MODEL.vocab_size - 2, shape, generator=self.random).tolist()
 
-    def peak(self, reset=False):
-        """Peak memory in MB since it was reset: of tensors on a GPU, of the whole process on Linux, else None."""
-        if self.cuda:
-            return torch.cuda.reset_peak_memory_stats() if reset else torch.cuda.max_memory_allocated() / 2**20
-        if not os.access("/proc/self/clear_refs", os.W_OK):
-            return None
-        if reset:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory that was kept would count
-            return Path("/proc/self/clear_refs").write_text("5")  # the code for VmHWM
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 2**10
-
-    def time(self, work, repeats=0):
-        """Call work() once to warm up and then --repeats times: (seconds of each, peak memory in MB or None)."""
-        self.peak(reset=True)
-        seconds = []
-        for _ in range(1 + (repeats or self.cfg.repeats)):
-            start = self.clock()
+    def time(self, work):
+        """Call work() once to warm up and then --repeats times: seconds of each."""
+        ends = [self.clock()]
+        for _ in range(1 + self.cfg.repeats):
             work()
-            seconds.append(self.clock() - start)
-        return seconds[1:], self.peak()
+            ends.append(self.clock())
+        return [end - start for start, end in zip(ends[1:], ends[2:])]
 
-    def record(self, figure, what, measured, amount, unit, work=0, byte=0, **facts):
-        """Print one JSON line and keep it. measured: as from time(); amount: what the rate counts, in one run.
+    def time_step(self, model, loss_of):
+        """Seconds of training steps: forward and backward of loss_of(), clipping, fused AdamW."""
+        parameters, log = list(model.train().parameters()), Log("")  # a log only to add to: nothing is written
+        optimizer = adamw(parameters, LR, weight_decay=0.1)
 
-        work, byte: operations and memory traffic of one run, for the floor.
-        """
-        (seconds, memory), cfg = measured, self.cfg
-        median = statistics.median(seconds)
-        floor = max(work / self.flops, byte / self.bandwidth) if work else None
-        line = {"figure": figure, "what": what, "size": cfg.size, "value": None, "gelu": cfg.gelu, "graph": cfg.graph,
-                "device": self.device, "dtype": cfg.dtype, "threads": torch.get_num_threads(),
-                "clock": self.clock_name, "repeats": len(seconds), "seconds": median, "seconds_min": min(seconds),
-                "seconds_max": max(seconds), "rate": amount / median, "unit": unit, "flop": work or None,
-                "floor_seconds": floor, "fraction": floor and floor / median, "peak_memory_mb": memory, "ratio": None,
-                "torch": torch.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "processor": self.processor, **facts}
-        line = {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in line.items()}
-        self.records[figure] = line
-        print(json.dumps(line), flush=True)
-        if cfg.out:
-            with open(cfg.out, "a") as file:
-                print(json.dumps(line), file=file)
+        def step():
+            with self.autocast():
+                loss = loss_of()
+            loss.backward()
+            optimizer_step(optimizer, parameters, LR, 1.0, log)
+        return self.time(step)
 
-    def table(self):
-        """Print the records for people."""
-        row, cfg = "{:20} {:>20} {:>27} {:>8} {:>8} {:>7} {:>6}", self.cfg
-        print(f"\n{self.processor}: {cfg.size}, {cfg.dtype}, {cfg.threads} threads, gelu {cfg.gelu}, {self.clock_name}")
-        print(row.format("figure", "rate", "seconds (min to max)", "floor", "fraction", "MB", "ratio"))
-        forms = {"floor_seconds": ".3g", "fraction": ".1%", "peak_memory_mb": ",.0f", "ratio": ".2f"}
-        for name, line in self.records.items():
-            seconds = "{seconds:.4g} ({seconds_min:.4g} to {seconds_max:.4g})".format(**line)
-            rest = ("-" if line[key] is None else format(line[key], form) for key, form in forms.items())
-            print(row.format(name, f"{line['rate']:,.1f} {line['unit']}", seconds, *rest))
-        print("MB: peak memory; ratio: the peer's seconds / ours")
+    def record(self, figure, seconds, amount, unit, work=None):
+        """Print one figure. amount: what the rate counts; work: operations; both of one run."""
+        middle, spread = median(seconds), f"{min(seconds):.4g}-{max(seconds):.4g}"
+        floor = f", {work / self.flops / middle:.0%} of the floor's speed" if work else ""
+        print(f"{figure:20}{amount / middle:10,.1f} {unit:10} {middle:.4g} s ({spread}){floor}")
 
 
-def limits(bench):
-    """The speed of a large matrix product and of a copy; every floor rests on the best runs of these."""
-    size, times = (8192, 20) if bench.cuda else (2048, 1)  # a GPU needs more work than it takes to start it
-    a, b = torch.randn(2, size, size, device=bench.device).to(getattr(torch, bench.cfg.dtype))
-    source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=bench.device)
-    product = bench.time(lambda: [a @ b for _ in range(times)], 10)
-    copy = bench.time(lambda: [target.copy_(source) for _ in range(times)], 10)
-    work, byte = times * 2 * size**3, times * 2 * 2**28
-    bench.flops, bench.bandwidth = work / min(product[0]), byte / min(copy[0])
-    bench.record("matrix product", f"{size} x {size} x {size}", product, work / 1e9, "GFLOP/s")
-    bench.record("copy", "256 MB, read and written", copy, byte / 1e9, "GB/s")
+def train(bench, _):
+    """Next-token prediction where every token counts; transformers: with labels, and this project's optimizer."""
+    (B, T), device, model = TRAIN, bench.device, GPT(MODEL).to(bench.device)
+    rows = [(ids, 1) for ids in bench.tokens(B, T + 1)]
+    seconds = bench.time_step(model, lambda: -row_logprobs(model, rows, 0, device, bench.autocast).sum() / (B * T))
+    bench.record("train", seconds, B * T, "tokens/s", 3 * B * flop(MODEL, T, T, True))
+    if bench.cfg.peers:
+        model, ids = peer_model(bench), torch.tensor(bench.tokens(B, T), device=device)
+        seconds = bench.time_step(model, lambda: model(input_ids=ids, labels=ids).loss)
+        bench.record("train transformers", seconds, B * T, "tokens/s")
 
 
-def stepper(model, loss_of):
-    """One training step as a function: forward and backward of loss_of(), clipping, fused AdamW."""
-    parameters = list(model.train().parameters())
-    optimizer, log = adamw(parameters, LR, weight_decay=0.1), Log("")  # only to add to: nothing is written
-
-    def step():
-        loss_of().backward()
-        optimizer_step(optimizer, parameters, LR, 1.0, log)
-    return step
-
-
-def train(bench):
-    """Next-token prediction where every token counts."""
-    B, T = bench.shapes["train"]
-    model, rows = GPT(bench.config).to(bench.device), [(ids, 1) for ids in bench.tokens(B, T + 1)]
-    step = stepper(model, lambda: -row_logprobs(model, rows, 0, bench.device, bench.autocast).sum() / (B * T))
-    bench.record("train", f"one step on {B} x {T} tokens", bench.time(step), B * T, "tokens/s",
-                 3 * B * flop(bench.config, T, T, True))
+@torch.no_grad()
+def sampling(bench, _):
+    """Responses of full length to prompts of equal length; transformers: generate with its cache."""
+    (B, P, R), model, random = SAMPLE, GPT(MODEL).to(bench.device).eval(), torch.Generator(bench.device).manual_seed(1)
+    tokens = torch.tensor(bench.tokens(B, P), device=bench.device)
+    with bench.autocast():
+        seconds = bench.time(lambda: sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random))
+        bench.record("sample", seconds, B * R, "tokens/s", B * sample_flop(MODEL, P, R))
+        if bench.cfg.peers:
+            model, how = peer_model(bench).eval(), {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
+            model.generation_config.eos_token_id = None  # every response has its full length
+            seconds = bench.time(lambda: model.generate(tokens, max_new_tokens=R, **how))
+            bench.record("sample transformers", seconds, B * R, "tokens/s")
 
 
-def sampling(bench):
-    """Responses of full length to prompts of equal length."""
-    B, P, R = bench.shapes["sample"]
-    config, model = bench.config, GPT(bench.config).to(bench.device).eval()
-    tokens, random = torch.tensor(bench.tokens(B, P), device=bench.device), torch.Generator(bench.device).manual_seed(1)
-
-    def draw():
-        with bench.autocast():
-            sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random, graph=bench.cfg.graph)
-    # Numbers that must be read: at each step all weights, and keys and values of the tokens so far.
-    read = R * sum(p.numel() for p in model.parameters()) + B * sum(range(P, P + R)) * 2 * config.n_layer * config.width
-    byte = read * (2 if bench.cfg.dtype == "bfloat16" else 4) if bench.cuda else 0
-    bench.record("sample", f"{B} rows, {P} + {R} tokens", bench.time(draw), B * R, "tokens/s",
-                 B * sample_flop(config, P, R), byte)
-
-
-def time_ppo(bench, config, B, P, R):
-    """Iterations on B prompts of P tokens with responses of R: ({part: seconds of each}, seconds of each, MB, work).
-
-    work: {part: operations}. The parts are rollout (sampling), scoring (the rest of collect) and update.
-    """
-    shared = bench.cfg.value == "shared"
-    cfg = ppo.Config(episodes=B, epochs=4, minibatches=4, microbatch=max(64, B // 4), response_tokens=R,
-                     temperature=TEMPERATURE, value=bench.cfg.value, graph=bench.cfg.graph)
-    policy, ref, reward = (kind(config).to(bench.device).eval() for kind in (GPT, GPT, ScalarModel))
+def ppo_iteration(bench, _):
+    """An iteration of PPO: sampling, scoring, 4 epochs of 4 minibatches."""
+    (B, P, R), device, shared, log = SAMPLE, bench.device, bench.cfg.value == "shared", Log("")
+    cfg = ppo.Config(episodes=B, minibatches=4, microbatch=B, response_tokens=R, temperature=TEMPERATURE)
+    policy, ref, reward = (kind(MODEL).to(device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
-    value = (nn.Linear(config.width, 1) if shared else ScalarModel(config).eval()).to(bench.device)
-    optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0, eps=1e-5)
-    random, prompts = torch.Generator(bench.device).manual_seed(1), bench.tokens(B, P)
-    spans = {"rollout": [], "scoring": [], "update": []}  # seconds of every iteration
-    untimed = ppo.sample_prompts
-
-    def timed_sample(*args, **how):
-        start = bench.clock()
-        drawn = untimed(*args, **how)
-        spans["rollout"].append(bench.clock() - start)
-        return drawn
+    value = (torch.nn.Linear(MODEL.width, 1) if shared else ScalarModel(MODEL).eval()).to(device)
+    optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0)
+    prompts, random = bench.tokens(B, P), torch.Generator(device).manual_seed(1)
 
     def iteration():
-        start = bench.clock()
         rollout, _ = ppo.collect(policy, ref, reward, value, prompts, cfg.kl_coef, cfg, NEVER, bench.autocast, random)
-        collected = bench.clock()
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
-        spans["scoring"].append(collected - start - spans["rollout"][-1])
-        spans["update"].append(bench.clock() - collected)
+    forward, values = flop(MODEL, P + R - 1, R, True), 0 if shared else flop(MODEL, P + R - 1, R)
+    collect = sample_flop(MODEL, P, R) + 2 * forward + values + flop(MODEL, P + R, 1)
+    bench.record("ppo", bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
+    if bench.cfg.peers:
+        models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
+        seconds = trl_steps(bench, "PPO", B, {"input_ids": bench.tokens(B, P)}, models, num_mini_batches=4,
+                            num_ppo_epochs=4, response_length=R, temperature=TEMPERATURE, stop_token="eos",
+                            total_episodes=B * (bench.cfg.repeats + 1), num_sample_generations=0,
+                            local_rollout_forward_batch_size=B)
+        bench.record("ppo trl", seconds, B, "episodes/s")
 
+
+def ranked(bench, figure):
+    """A training step of the reward model, or of DPO, where the reference's log-probabilities are known. In rankings of
+    more than two a response is in several pairs, and computed once; TRL takes pairs and computes it again."""
+    (n, K), device, is_dpo = RANKINGS[figure], bench.device, figure != "reward"
+    pairs, rankings = n * math.comb(K, 2), bench.tokens(n, K, TEXT)
+    model, parted = (GPT if is_dpo else ScalarModel)(MODEL).to(device), [[(ids, PROMPT) for ids in x] for x in rankings]
+
+    def logprobs():
+        return response_logprobs(model, parted, 0, device, bench.autocast)
+    if is_dpo:
+        known, work = [x.detach() for x in logprobs()], flop(MODEL, TEXT - 1, TEXT - PROMPT, True)
+        seconds = bench.time_step(model, lambda: measure(logprobs(), known, DPOConfig())["loss"])
+    else:
+        work = flop(MODEL, TEXT, 1)
+        seconds = bench.time_step(model, lambda: ranking_loss(*score_rankings(model, rankings, device)))
+    bench.record(figure, seconds, pairs, "pairs/s", 3 * n * K * work)
+    if bench.cfg.peers:
+        data = {side: ["".join(f" t{i}" for i in ids) for ids in bench.tokens(pairs * (bench.cfg.repeats + 1), size)]
+                for side, size in (("prompt", PROMPT), ("chosen", TEXT - PROMPT - 1), ("rejected", TEXT - PROMPT - 1))}
+        seconds = trl_steps(bench, "DPO" if is_dpo else "Reward", pairs, data, {},  # it adds an EOS
+                            **({"precompute_ref_log_probs": True} if is_dpo else {}))
+        bench.record(f"{figure} trl", seconds, pairs, "pairs/s")
+
+
+def peer_model(bench, scalar=False):
+    """The same model in transformers, with the language-model head or a scalar one."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+    end = MODEL.vocab_size - 1
+    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(GPT2Config(
+        end + 1, MODEL.block_size, MODEL.width, MODEL.n_layer, MODEL.n_head, activation_function="gelu", num_labels=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=end - 1, eos_token_id=end)).to(bench.device)
+
+
+def trl_steps(bench, name, rows, data, models, **how):
+    """Seconds of the steps of TRL's PPOTrainer, RewardTrainer or DPOTrainer, each from the end of the one before."""
+    bf16 = bench.cfg.dtype == "bfloat16"  # which TRL 1.12's PPO ignores, but not this variable:
+    os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    import datasets, tokenizers, transformers, trl.experimental.ppo  # noqa: E401
+    module, end, ends = trl.experimental.ppo if name == "PPO" else trl, MODEL.vocab_size - 1, []
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(end + 1)}, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            ends.append(bench.clock())
     with tempfile.TemporaryDirectory() as folder:
-        log, ppo.sample_prompts = Log(folder), timed_sample
-        try:
-            seconds, memory = bench.time(iteration)
-        finally:
-            ppo.sample_prompts = untimed
-    lm, score = flop(config, P + R - 1, R, True), flop(config, P + R, 1)
-    values = 0 if shared else flop(config, P + R - 1, R)
-    work = {"rollout": B * sample_flop(config, P, R), "scoring": B * (2 * lm + values + score),
-            "update": cfg.epochs * 3 * B * (lm + values)}
-    return {part: times[1:] for part, times in spans.items()}, seconds, memory, work
-
-
-def ppo_iteration(bench):
-    """One iteration and its parts."""
-    B, P, R = bench.shapes["ppo"]
-    spans, seconds, memory, work = time_ppo(bench, bench.config, B, P, R)
-    for part, what in {"rollout": f"sampling, {B} rows, {P} + {R} tokens",
-                       "scoring": "log-probabilities of policy and reference, rewards, values",
-                       "update": "4 epochs of 4 minibatches"}.items():
-        amount, unit = (B * R, "tokens/s") if part == "rollout" else (B, "episodes/s")
-        bench.record(f"ppo.{part}", what, (spans[part], memory), amount, unit, work[part], value=bench.cfg.value)
-    bench.record("ppo", "one iteration", (seconds, memory), B, "episodes/s", sum(work.values()), value=bench.cfg.value)
-
-
-def scaling(bench):
-    """Seconds per episode of PPO against batch, prompt length, response length and width, one changed at a time."""
-    for name, sizes in SCALES.items():
-        for size in sizes:
-            base = dict(zip(("batch", "prompt", "response"), bench.shapes["ppo"]), width=bench.config.width)
-            B, P, R, width = {**base, name: size}.values()
-            config = dataclasses.replace(bench.config, width=width, block_size=max(bench.config.block_size, P + R))
-            _, seconds, memory, work = time_ppo(bench, config, B, P, R)
-            bench.record(f"{name} {size}", f"one iteration, {B} rows, {P} + {R} tokens, width {width}",
-                         (seconds, memory), B, "episodes/s", sum(work.values()), value=bench.cfg.value)
-
-
-def reward_step(bench):
-    """A training step of the reward model."""
-    model, rankings = ScalarModel(bench.config).to(bench.device), bench.tokens(PAIRS, 2, TEXT)
-
-    def loss():
-        with bench.autocast():
-            scores, mask = score_rankings(model, rankings, bench.device)
-        return ranking_loss(scores, mask)
-    bench.record("reward", f"one step on {PAIRS} pairs of {TEXT} tokens", bench.time(stepper(model, loss)), PAIRS,
-                 "pairs/s", 3 * 2 * PAIRS * flop(bench.config, TEXT, 1))
-
-
-def dpo_step(bench, figure="dpo", rankings=None, K=2):
-    """A training step of DPO; the reference's log-probabilities are known, as in dpo.py."""
-    rankings = rankings or PAIRS
-    model, pairs = GPT(bench.config).to(bench.device), rankings * math.comb(K, 2)
-    texts = [[(ids, PROMPT) for ids in ranking] for ranking in bench.tokens(rankings, K, TEXT)]
-    with torch.no_grad():
-        ref_logprobs = response_logprobs(model, texts, 0, bench.device, bench.autocast)
-
-    def loss():
-        logprobs = response_logprobs(model, texts, 0, bench.device, bench.autocast)
-        return measure(logprobs, ref_logprobs, DPOConfig())["loss"]
-    bench.record(figure, f"one step on {pairs} pairs of {rankings} rankings of {K}, {PROMPT} + {TEXT - PROMPT} tokens",
-                 bench.time(stepper(model, loss)), pairs, "pairs/s",
-                 3 * rankings * K * flop(bench.config, TEXT - 1, TEXT - PROMPT, True))
-
-
-def dpo_ranked(bench):
-    """The same on rankings, whose responses are in several pairs each: a peer that takes pairs computes them again."""
-    dpo_step(bench, "dpo-ranked", RANKINGS, K)
-
-
-FIGURES = {"limits": limits, "train": train, "sample": sampling, "ppo": ppo_iteration, "reward": reward_step,
-           "dpo": dpo_step, "dpo-ranked": dpo_ranked, "scaling": scaling}
+        args = getattr(module, f"{name}Config")(
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=bench.cfg.repeats + 1, bf16=bf16, **how,
+            gradient_accumulation_steps=1, gradient_checkpointing=False, learning_rate=LR, disable_tqdm=True,
+            use_cpu=bench.device == "cpu", report_to=[], save_strategy="no", logging_strategy="no")
+        getattr(module, f"{name}Trainer")(
+            args=args, model=peer_model(bench, name == "Reward"), callbacks=[Watch()], **models,
+            processing_class=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, eos_token=f"t{end}", pad_token=f"t{end - 1}", padding_side="left"),
+            train_dataset=datasets.Dataset.from_dict(data)).train()
+    return [end - start for start, end in zip(ends, ends[1:])]
 
 
 def main(cfg):
-    check_positive(cfg, "threads", "repeats")
-    for name, allowed in {"size": ["tiny", "small"], "against": ["", "transformers", "trl"], "gelu": ["none", "tanh"],
-                          "value": ["separate", "shared"], "dtype": ["float32", "bfloat16"]}.items():
-        given = getattr(cfg, name)
-        check(given in allowed, f"--{name} is {given!r}: write {' or '.join(filter(None, allowed))}")
-    chosen = cfg.only.split(",") if cfg.only else [name for name in FIGURES if name != "scaling"]  # which takes minutes
-    for name in chosen:
-        check(name in FIGURES, f"--only {name!r}: the figures are {', '.join(FIGURES)}")
-    check(Path(cfg.out).parent.is_dir(), f"--out {cfg.out}: its folder does not exist")
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(1)
     bench = Bench(cfg)
-    peers = {}
-    if cfg.against:
-        from bench_peers import PEERS, load_peer  # only this needs them
-        load_peer(cfg)
-        peers = PEERS[cfg.against]
-    for name in dict.fromkeys(["limits", *chosen]):  # every floor needs the limits
-        FIGURES[name](bench)
-        if name in peers:
-            ours, measured = bench.records[name], peers[name](bench, name)
-            bench.record(f"{name} {cfg.against}", ours["what"], measured, ours["rate"] * ours["seconds"], ours["unit"],
-                         ratio=statistics.median(measured[0]) / ours["seconds"],
-                         value="separate" if name == "ppo" else None)
-    bench.table()
+    for name in cfg.only.split(","):
+        {"train": train, "sample": sampling, "ppo": ppo_iteration, **dict.fromkeys(RANKINGS, ranked)}[name](bench, name)
 
 
 if __name__ == "__main__":

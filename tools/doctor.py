@@ -244,7 +244,7 @@ def ppo_learning(record):
     first = max(1, sum(line["episodes"] <= 512 for line in lines))
     last, later = (range(len(lines) - len(lines) // part, len(lines)) for part in (4, 2))
     half_way = len(lines) >= 0.5 * flags["iterations"]  # slow is not broken
-    values, asks_for_eos = flags["value_coef"], not math.isnan(flags["missing_eos_score"])
+    asks_for_eos, values = not math.isnan(flags["missing_eos_score"]), flags["value_coef"] and flags["value"] != "none"
     for name, is_broken in {
             "flat score": lambda early, late: late - early < 0.2 and half_way,
             "KL stays at 0": lambda early, late: late < 0.05 and half_way,

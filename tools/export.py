@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common import check, open_folder, run, write_atomic, write_json
 from data import END, REPLY, TURN, load_tokenizer, save_ranks
 from model import load_model
-from prepare.pretrained import byte_letters, names
+from prepare.pretrained import names
 
 # tiktoken's \b after a letter, spelled out: the two regular-expression libraries differ in what belongs to a word.
 BORDER = r"(?![\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{200C}\x{200D}])"
@@ -71,12 +71,16 @@ def merges(ranks):
 
 def exported_tokenizer(enc, special):
     """tokenizer.json of the tokenizers library: EOS, then the ids of enc.encode_ordinary (but for a literal EOS)."""
-    letters, ranks, pattern = byte_letters(), enc._mergeable_ranks, enc._pat_str.replace(r"\b", BORDER)
+    ranks, pattern = enc._mergeable_ranks, enc._pat_str.replace(r"\b", BORDER)
+    # GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on.
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = dict(zip(plain + others, map(chr, [*plain, *range(256, 256 + len(others))])))
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    begin, one, two = ({kind: {"id": name, "type_id": 0}} for kind, name in (
-        ("SpecialToken", END), ("Sequence", "A"), ("Sequence", "B")))
+    begin, one, two = ({kind: {"id": name, "type_id": 0}} for kind, name in zip(
+        ("SpecialToken", "Sequence", "Sequence"), (END, "A", "B")))
     return {
         "version": "1.0", "decoder": byte_level,
         "added_tokens": [{"id": len(ranks) + i, "content": text, "special": True, "single_word": False, "lstrip": False,

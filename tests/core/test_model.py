@@ -1,5 +1,6 @@
-"""The architecture against an independent one, the sampler against the full pass, padding that changes nothing."""
+"""The architecture against an independent one, padding that changes nothing, log-probabilities, checkpoints."""
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -8,15 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import model as model_module
-import sampling
 from common import UserError
-from conftest import END, random_model, script
+from conftest import END, both_precisions, close, random_model
 from data import pad_prompts
-from model import GPT, GPTConfig, ScalarModel, attention, entropy, load_trunk, score_many, token_logprobs
-from sampling import KVCache, draw, sample, sample_many
+from model import (GPT, Ensemble, GPTConfig, ScalarModel, attention, entropy, load_reward, load_trunk, row_logprobs,
+                   score_many, token_logprobs)
+from sampling import sample
 
-PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with end of text in the middle
+PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
 
 
 # ---- the architecture ------------------------------------------------------------------------------------------------
@@ -24,9 +26,7 @@ PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and 
 
 def gpt2_by_hand(weights, tokens, n_layer, n_head, exact):
     """GPT-2 for one unpadded text, position by position and head by head: logits (T, V). Written from the papers.
-
-    exact: the activation is x times the normal distribution function, and not GPT-2's approximation of it.
-    """
+    exact: the activation is x times the normal distribution function, and not GPT-2's approximation of it."""
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
         return x * weights[name + ".weight"] + weights[name + ".bias"]
@@ -67,6 +67,45 @@ def test_architecture_is_gpt2(gelu):
         assert torch.allclose(model(tokens, pad)[row, skip:], expected, rtol=0, atol=1e-10)
 
 
+def random_attention(dtype):
+    """q, k, v (B, H, T, D) and a padding bias (B, 1, T, T), causal, in which every query sees at least itself."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 7, 8).to(dtype)
+    key, pad = torch.arange(7), torch.tensor([0, 3])[:, None, None]
+    may = (key <= key[:, None]) & (key >= pad) | (key == key[:, None])
+    return q, k, v, torch.zeros(may.shape).masked_fill(~may, -math.inf)[:, None]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_equals_the_library(dtype, tolerance):
+    """Attention written out against PyTorch's: the scale, the mask, a single query, and the softmax's precision."""
+    q, k, v, bias = random_attention(dtype)
+    exact = [x.double() for x in (q, k, v)]
+    for got, expected in [
+            (attention(q, k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)),
+            (attention(q, k, v, bias), F.scaled_dot_product_attention(*exact, bias.double())),
+            (attention(q[:, :, -1:], k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)[:, :, -1:])]:
+        assert got.dtype == dtype and torch.allclose(got.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_padded_attention_through_the_fused_kernel(dtype, tolerance, monkeypatch):
+    """The kernel that a GPU takes with another mask, scale or dtype of the bias than the lines that a CPU takes."""
+    q, k, v, bias = random_attention(dtype)
+    written_out, plain = attention(q, k, v, bias), F.scaled_dot_product_attention
+    seen = []
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")  # for the choice of the path only: the numbers stay on the CPU
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **how: seen.append(how) or plain(
+        q.as_subclass(torch.Tensor), *rest, **how))
+    fused = attention(q.as_subclass(Elsewhere), k, v, bias)
+    assert seen == [{"is_causal": False}] and fused.dtype == written_out.dtype == dtype
+    assert torch.allclose(fused.float(), written_out.float(), rtol=0, atol=tolerance)
+    device = attention(*torch.empty(3, 2, 2, 5, 4, device="meta"), None).device
+    assert device.type == "meta"  # no mask is made on the CPU for a model that is elsewhere
+
+
 def test_initial_loss_and_weights():
     """An initialisation that does not begin near the uniform distribution, or whose residual layers are too large."""
     torch.manual_seed(0)
@@ -86,7 +125,7 @@ def test_scalar_head_initialisation_and_normalisation(checkpoints):
     fresh, language = load_trunk(checkpoints.sft), model_module.load_model(checkpoints.sft)
     assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
     torch.manual_seed(0)
-    head = model_module.scalar_head(GPTConfig(width=4095, n_head=1))
+    head = ScalarModel(GPTConfig(vocab_size=1, block_size=1, n_layer=0, width=4095, n_head=1)).head
     assert head.weight.std().item() == pytest.approx(1 / 64, rel=0.1)
     model, tokens = random_model(ScalarModel), torch.tensor([PROMPTS[0]])
     before, last = model(tokens), torch.tensor([4])
@@ -96,10 +135,36 @@ def test_scalar_head_initialisation_and_normalisation(checkpoints):
     assert torch.allclose(model.score(tokens, None, last), 2 * before[:, -1] - 3)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_reading_some_positions_equals_reading_all(padded):
+    """A last block that leaves out a position which others attend to, in the result or in any gradient."""
+    (tokens, pad), model = pad_prompts(PROMPTS, END), random_model(n_layer=3).double()
+    pad = pad if padded else None
+    some = (torch.arange(4), torch.tensor([4, 4, 3, 4]))
+    for at in (np.s_[:, 2:], np.s_[:, -1], some):
+        gradients = []
+        for hidden in (model.trunk(tokens, pad)[at], model.trunk(tokens, pad, at=at)):
+            gradients.append([*torch.autograd.grad(hidden.sin().sum(), list(model.parameters())), hidden])
+        for plain, fast in zip(*gradients):
+            assert torch.allclose(plain, fast, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recomputing_activations_changes_nothing(dropout):
+    """Activation checkpointing that draws another dropout in the second pass, or that loses a gradient."""
+    (tokens, pad), model = pad_prompts(PROMPTS, END), random_model(dropout=dropout).train()
+    gradients = []
+    for model.trunk.recompute in (False, True):
+        torch.manual_seed(0)
+        hidden = model.trunk(tokens, pad, at=np.s_[:, 2:])
+        gradients.append([hidden, *torch.autograd.grad(hidden.sin().sum(), list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 # ---- padding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", range(10))
+@pytest.mark.parametrize("padding", [0, 1, 4, 9])
 def test_left_padding_changes_nothing(padding):
     """Positions counted from the padded row's start, or attention that sees the padding: all outputs move."""
     model, scorer, prompt = random_model(), random_model(ScalarModel), PROMPTS[0]
@@ -124,7 +189,7 @@ def test_padding_ids_do_not_matter():
 
 
 def test_right_padding_leaves_the_score():
-    """A score read from padding, or at "the last token that is not end of text": both texts end with end of text."""
+    """A score read from padding, or at "the last token that is not EOS": these texts end with EOS."""
     scorer, texts = random_model(ScalarModel), [[END, 3, END], [END, 4, 5, 6, 7, END], [END, END]]
     expected = torch.stack([scorer(torch.tensor([text]))[0, -1] for text in texts])
     for extra in (0, 1, 7):
@@ -144,21 +209,31 @@ def test_response_logits_predict_the_response():
 
 
 def test_too_long_is_refused():
-    """An index error deep in an embedding, or positions that silently wrap, for a text beyond the block size."""
-    model = random_model(block_size=8)
-    with pytest.raises(UserError, match="9 tokens do not fit in block size 8"):
-        model(torch.zeros(1, 9, dtype=torch.long))
-    prompt = torch.zeros(1, 5, dtype=torch.long)
+    """A sampler that stops one token short of the block size, or an index error deep in an embedding."""
+    model, prompt = random_model(block_size=8), torch.zeros(1, 5, dtype=torch.long)
     assert sample(model, prompt, None, 4, end=-1)[0].shape == (1, 4)  # the last sampled token is never read again
-    assert sample(model, prompt, None, 4, end=-1, graph=True)[0].shape == (1, 4)
     with pytest.raises(UserError, match="do not fit"):
         sample(model, prompt, None, 5, end=-1)
+
+
+@pytest.mark.parametrize("how", ["mean", "min"])
+def test_an_ensemble_is_the_mean_or_the_least(checkpoints, how):
+    """The maximum, which is what is to be avoided; members' scores in another order than the texts; a comma misread."""
+    members, texts = [random_model(ScalarModel, seed) for seed in (1, 2, 3)], [[1, 2, 3], [4], [5, 6, 7, 8]]
+    each = torch.stack([score_many(member, texts) for member in members])
+    joined = score_many(Ensemble(members, how), texts)
+    assert torch.allclose(joined, each.mean(0) if how == "mean" else each.min(0).values, atol=1e-5)
+    assert isinstance(load_reward(checkpoints.reward), ScalarModel)
+    several = load_reward(f"{checkpoints.reward},{checkpoints.reward}", ensemble=how)
+    assert len(several.models) == 2 and several.how == how and not several.training
+    with pytest.raises(UserError, match="--ensemble is 'max'"):
+        load_reward(checkpoints.reward, ensemble="max")
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both_precisions
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 def test_token_logprobs(dtype, temperature):
     """A missing shift, a temperature that multiplies, or a float64 input rounded to float32."""
@@ -169,15 +244,9 @@ def test_token_logprobs(dtype, temperature):
     for b in range(2):
         for t in range(4):
             powers = [math.exp(x / temperature) for x in logits[b, t].tolist()]
-            expected = math.log(powers[tokens[b, t + 1]] / sum(powers))
-            assert got[b, t].item() == pytest.approx(expected, abs=1e-12 if dtype == torch.float64 else 1e-5)
+            assert got[b, t].item() == pytest.approx(math.log(powers[tokens[b, t + 1]] / sum(powers)), **close(dtype))
     assert torch.equal(token_logprobs(logits[:, :-1], tokens, temperature), got)  # the last logits predict nothing
-
-
-def test_token_logprobs_of_bf16_logits_are_float32():
-    """A softmax in bfloat16, which loses the KL that PPO is about."""
-    logits = torch.randn(1, 3, 50).bfloat16()
-    assert token_logprobs(logits, torch.tensor([[1, 2, 3]])).dtype == torch.float32
+    assert token_logprobs(logits.bfloat16(), tokens).dtype == torch.float32  # a softmax in bf16 would lose the KL
 
 
 def test_entropy():
@@ -189,274 +258,42 @@ def test_entropy():
     assert entropy(torch.zeros(2, 8)).tolist() == pytest.approx([math.log(8)] * 2)
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_cached_sampling_equals_the_full_forward(temperature):
-    """A cache that shifts positions or loses a key: the sampler's log-probabilities are those of one full pass."""
-    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
-    responses, lengths, logprobs = sample(model, tokens, pad, 20, END, temperature,
-                                          random=torch.Generator().manual_seed(0))
-    assert len(set(lengths.tolist())) >= 3  # some rows end early
-    P = tokens.size(1)
-    texts = torch.cat([tokens, responses], dim=1)
-    full = token_logprobs(model(texts, pad), texts, temperature)
-    for row, length in enumerate(lengths.tolist()):
-        assert torch.allclose(full[row, P - 1:P - 1 + length], logprobs[row, :length], rtol=0, atol=5e-6)
-
-
-@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
-def test_cache_takes_tokens_in_any_portions(pad):
-    """A causal mask that starts at the wrong place when several tokens follow those already in the cache."""
-    model, tokens = random_model(), torch.tensor([[END, 3, 4, 5, 6, 7], [END, END, END, 8, 9, 1]])
-    cache = KVCache(6)
-    parts = [model.trunk(part, pad, cache) for part in tokens.split([2, 3, 1], dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
-    """A row that gets a neighbour's cache, padding, luck or place in the result when another row leaves the batch."""
-    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
-    pad = pad if padded else None
-
-    def drawn():
-        return sample(model, tokens, pad, 20, END, 0.7, random=torch.Generator().manual_seed(0))
-    sizes, keep = [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
-    leaving = drawn()
-    assert len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
-    alone = [sample(model, tokens[i:i + 1], None if pad is None else pad[i:i + 1], 20, END, 0)[0] for i in range(4)]
-    together = sample(model, tokens[:4], None if pad is None else pad[:4], 20, END, 0)
-    assert all(torch.equal(together[0][i, :together[1][i]], row[0, :together[1][i]]) for i, row in enumerate(alone))
-    monkeypatch.setattr(sampling, "LEAVE", -1.0)  # nobody ever leaves
-    staying = drawn()
-    assert torch.equal(leaving[0], staying[0]) and torch.equal(leaving[1], staying[1])
-    for row, length in enumerate(staying[1].tolist()):
-        assert torch.allclose(leaving[2][row, :length], staying[2][row, :length], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_a_cache_of_fixed_shapes_draws_the_same(padded):
-    """The path of CUDA graphs, whose attention reads memory that is not filled yet: it must not reach a result."""
-    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
-    plain, fixed = (sample(model, tokens, pad if padded else None, 20, END, 0.7, graph=graph,
-                           random=torch.Generator().manual_seed(0)) for graph in (False, True))
-    assert torch.equal(plain[0], fixed[0]) and torch.equal(plain[1], fixed[1])
-    for row, length in enumerate(plain[1].tolist()):
-        assert torch.allclose(plain[2][row, :length], fixed[2][row, :length], rtol=0, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("bf16", [True, False])
-def test_a_recorded_step_draws_the_same(monkeypatch, padded, bf16):
-    """A CUDA graph that keeps reading the first token, a cache that no longer grows, or a recording never used."""
-    model, (tokens, pad) = random_model().cuda(), pad_prompts(PROMPTS * 16, END)
-    used, record = [], sampling.record
-    monkeypatch.setattr(sampling, "record", lambda step, *rest: used.append((step, record(step, *rest))) or used[-1][1])
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16):
-        plain, recorded = (sample(model, tokens.cuda(), pad.cuda() if padded else None, 20, END, 0.7, graph=graph,
-                                  random=torch.Generator("cuda").manual_seed(0)) for graph in (False, True))
-    assert len(used) == 1 and used[0][0] is not used[0][1]
-    R = min(plain[0].size(1), recorded[0].size(1))
-    same = (plain[0][:, :R] == recorded[0][:, :R]).cumprod(1).bool()  # other kernels: a draw may differ, then all after
-    assert same.float().mean() > 0.9
-    kept = same & (torch.arange(R, device="cuda") < plain[1][:, None])
-    assert torch.allclose(plain[2][:, :R][kept], recorded[2][:, :R][kept], rtol=0, atol=0.1 if bf16 else 1e-4)
-
-
-@pytest.mark.parametrize("look", [1, 3, 8])
-def test_how_often_the_sampler_looks_changes_nothing(monkeypatch, look):
-    """A row that has ended and waits to leave the batch: what it draws meanwhile must not reach the result."""
-    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
-    monkeypatch.setattr(sampling, "LOOK", {"cpu": look})
-    responses, lengths, _ = sample(model, tokens, pad, 20, END, 0.7, random=torch.Generator().manual_seed(0))
-    monkeypatch.undo()
-    expected = sample(model, tokens, pad, 20, END, 0.7, random=torch.Generator().manual_seed(0))
-    assert torch.equal(responses, expected[0]) and torch.equal(lengths, expected[1])
-
-
-@pytest.mark.parametrize("padded", [True, False])
-def test_reading_some_positions_equals_reading_all(padded):
-    """A last block that leaves out a position which others attend to, in the result or in any gradient."""
-    (tokens, pad), model = pad_prompts(PROMPTS, END), random_model(n_layer=3).double()
-    pad = pad if padded else None
-    some = (torch.arange(4), torch.tensor([4, 4, 3, 4]))
-    for at in (np.s_[:, 2:], np.s_[:, -1], some):
-        gradients = []
-        for hidden in (model.trunk(tokens, pad)[at], model.trunk(tokens, pad, at=at)):
-            gradients.append([*torch.autograd.grad(hidden.sin().sum(), list(model.parameters())), hidden])
-        for plain, fast in zip(*gradients):
-            assert torch.allclose(plain, fast, rtol=0, atol=1e-12)
-
-
-def test_draws_at_the_edges():
-    """Luck of 0, or just below 1, that draws a token of probability 0 at an end of the vocabulary, or none at all."""
-    probs = torch.tensor([[0, 0.25, 0.0, 0.75, 0, 0]]).expand(2, 6)
-    for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.99)):
-        assert draw(probs, top_k, top_p, torch.tensor([[0.0], [1 - 2**-24]])).tolist() == [1, 3]
-
-
-def test_attention_stays_on_its_device():
-    """A mask made on the CPU for a model that is elsewhere."""
-    q = torch.empty(2, 2, 5, 4, device="meta")
-    assert attention(q, q, q, None).device.type == "meta"
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_recomputing_activations_changes_nothing(dropout):
-    """Activation checkpointing that draws another dropout in the second pass, or that loses a gradient."""
-    (tokens, pad), model = pad_prompts(PROMPTS, END), random_model(dropout=dropout).train()
-    gradients = []
-    for model.trunk.recompute in (False, True):
-        torch.manual_seed(0)
-        hidden = model.trunk(tokens, pad, at=np.s_[:, 2:])
-        gradients.append([hidden, *torch.autograd.grad(hidden.sin().sum(), list(model.parameters()))])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_equals_the_library(dtype, tolerance):
-    """Attention written out against PyTorch's: the scale, the mask, a single query, and the softmax's precision."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 7, 8).to(dtype)
-    bias = torch.zeros(2, 1, 7, 7).masked_fill(torch.rand(2, 1, 7, 7) < 0.5, -math.inf)
-    bias.diagonal(dim1=2, dim2=3).zero_()
-    exact = [x.double() for x in (q, k, v)]
-    for got, expected in [
-            (attention(q, k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)),
-            (attention(q, k, v, bias), F.scaled_dot_product_attention(*exact, bias.double())),
-            (attention(q[:, :, -1:], k, v, None), F.scaled_dot_product_attention(*exact, is_causal=True)[:, :, -1:])]:
-        assert got.dtype == dtype and torch.allclose(got.double(), expected, rtol=0, atol=tolerance)
-
-
-def test_rows_end_where_they_end(monkeypatch):
-    """A row that goes on after its end, an immediate end of 0 tokens, a loop that runs on when all have ended."""
-    script(monkeypatch, [END], [4, END], [5, 6, 7, END], [8, 8, 8])
-    tokens, pad = pad_prompts(PROMPTS, END)
-    responses, lengths, logprobs = sample(random_model(), tokens, pad, 4, END)
-    assert lengths.tolist() == [1, 2, 4, 4]
-    assert responses.tolist() == [[END] * 4, [4, END, END, END], [5, 6, 7, END], [8, 8, 8, 9]]
-    assert logprobs.shape == (4, 4)
-    script(monkeypatch, [4, END], [END])
-    assert sample(random_model(), tokens[:2], pad[:2], 20, END)[0].shape == (2, 2)
-
-
-def test_sample_many_keeps_order_and_equals_one_at_a_time():
-    """Responses that return in the order of length, or that depend on which prompts share a batch."""
-    model = random_model()
-    together = sample_many(model, PROMPTS, 10, END, batch_size=3, temperature=0)
-    alone = [sample_many(model, [prompt], 10, END, temperature=0)[0] for prompt in PROMPTS]
-    assert together == alone
-    assert sample_many(model, [], 10, END) == []
-    drawn = sample_many(model, PROMPTS * 8, 10, END, random=torch.Generator().manual_seed(0))
-    assert all(END not in ids[:-1] and (ids[-1] == END or len(ids) == 10) for ids in drawn)
-
-
-def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
-    """A prompt of 5 tokens that pays, at every step, for the padding of one of 500."""
-    seen, plain = [], sampling.sample
-
-    def watched(model, tokens, pad, *args, **how):
-        seen.append(tokens.numel() - (0 if pad is None else int(pad.sum())))
-        assert pad is None or tokens.size(1) - int(pad.max()) >= tokens.size(1) // 2
-        return plain(model, tokens, pad, *args, **how)
-    monkeypatch.setattr(sampling, "sample", watched)
-    prompts = [[1 + i % 9] * n for i, n in enumerate([1, 20, 2, 18, 1, 22, 2, 19])]
-    responses, lengths, logprobs = sampling.sample_prompts(random_model(), prompts, 6, END, batch_size=4)
-    assert sum(seen) == sum(map(len, prompts)) and len(seen) == 2
-    # Log-probabilities belong to their responses, whatever the order of sampling.
-    model = random_model()
-    for prompt, response, n, logprob in zip(prompts, responses, lengths, logprobs):
-        text = torch.tensor([prompt + response[:n].tolist()])
-        expected = token_logprobs(model(text), text)[0, len(prompt) - 1:]
-        assert torch.allclose(logprob[:n], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens, sizes", [(10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)])
-def test_a_sampling_batch_has_so_many_tokens_at_most(monkeypatch, tokens, sizes):
-    """A cache that grows with the longest prompt until the memory is full: 25 short prompts, then 15 long ones."""
-    seen, plain = [], sampling.sample
-
-    def watched(model, tokens, *args, **how):
-        seen.append(len(tokens))
-        return plain(model, tokens, *args, **how)
-    monkeypatch.setattr(sampling, "sample", watched)
-    monkeypatch.setattr(sampling, "TOKENS", tokens)
-    sampling.sample_prompts(random_model(), [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
-    assert seen == sizes
-
-
-@pytest.mark.parametrize("top_k, top_p, expected", [
-    (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
-    (1, 1.0, [1.0, 0, 0, 0]),
-    (3, 1.0, [4 / 9, 3 / 9, 2 / 9, 0]),
-    (9, 1.0, [0.4, 0.3, 0.2, 0.1]),       # more than there are
-    (0, 0.35, [1.0, 0, 0, 0]),            # the first reaches the share alone
-    (0, 0.6, [4 / 7, 3 / 7, 0, 0]),       # the one that crosses the share is kept
-    (0, 0.85, [4 / 9, 3 / 9, 2 / 9, 0]),
-    (3, 0.72, [4 / 7, 3 / 7, 0, 0]),      # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
-])
-def test_top_k_and_top_p(top_k, top_p, expected):
-    """Truncation that keeps one token too many or too few, or that is applied in the wrong order."""
-    order = [2, 0, 3, 1]  # ids are not sorted by probability
-    probs = torch.empty(4)
-    probs[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    luck = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
-    drawn = draw(probs.expand(20_000, 4), top_k, top_p, luck)
-    shares = torch.bincount(drawn, minlength=4)[order] / 20_000
-    assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
-    assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
-
-
-def test_sampling_follows_the_temperature():
-    """A sampler that draws at temperature 1 while it reports log-probabilities at another."""
-    model, B = random_model(), 20_000
-    prompt = torch.tensor([PROMPTS[0]])
-    random = torch.Generator().manual_seed(0)
-    drawn = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=random)[0]
-    expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
-    assert torch.allclose(torch.bincount(drawn[:, 0], minlength=11) / B, expected, atol=0.015)
-
-
-def test_temperature_zero_is_greedy():
-    """A division by zero, or a random choice, at temperature 0."""
-    model, prompt = random_model(), torch.tensor([PROMPTS[0]])
-    first = sample(model, prompt, None, 1, END, temperature=0)[0].item()
-    assert first == model(prompt)[0, -1].argmax()
+def test_row_logprobs_float64(autocast_off):
+    """Rows with prompts of unequal length: the prompt counted, EOS not counted, or one row's sum given to another."""
+    model = random_model().double()
+    rows = [([END, 3, 4, 5, 6, 7, END], 4), ([END, 8, END], 1), ([END, 2, 2, END], 3)]
+    got = row_logprobs(model, rows, END, "cpu", autocast_off)
+    for (ids, first), total in zip(rows, got.tolist()):
+        each = [model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]].item() for t in range(first, len(ids))]
+        assert total == pytest.approx(sum(each), abs=1e-10)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_load_model_refuses_the_wrong_kind(checkpoints, tmp_path):
-    """A reward model used as a policy, an empty folder, or a damaged file, each with a traceback."""
-    with pytest.raises(UserError, match="this is a reward checkpoint, expected lm"):
+def test_a_loaded_model_is_the_saved_one(checkpoints, tmp_path):
+    """Weights that are not restored, dropout that stays on in a model that only scores, or a model of another kind."""
+    model, tokens = model_module.load_model(checkpoints.sft, dropout=0.5), torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model(tokens), model_module.load_model(checkpoints.sft)(tokens))
+    with pytest.raises(UserError, match="kind reward, expected lm"):
         model_module.load_model(checkpoints.reward)
     with pytest.raises(UserError, match="model.pt is missing"):
         model_module.load_model(tmp_path)
-    (tmp_path / "model.pt").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        model_module.load_model(tmp_path)
 
 
-def test_loading_runs_no_code(checkpoints, tmp_path):
-    """A checkpoint from a stranger that runs a program when it is loaded."""
+def test_damage_is_noticed_and_no_code_is_run(checkpoints, tmp_path):
+    """One flipped bit that torch.load would read, or a checkpoint from a stranger that runs a program when loaded."""
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
-    shutil.copytree(checkpoints.sft, tmp_path / "evil")
-    torch.save({"weight": Evil()}, tmp_path / "evil" / "model.pt")
+    path = Path(shutil.copytree(checkpoints.sft, tmp_path / "evil")) / "model.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     with pytest.raises(UserError, match="evil/model.pt: damaged"):
         model_module.load_model(tmp_path / "evil")
+    common.save(path, {"weights": Evil()})
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        model_module.load_model(tmp_path / "evil")
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_loaded_model_is_the_saved_one(checkpoints):
-    """Weights that are not restored, or dropout that stays on in a model that only scores."""
-    model = model_module.load_model(checkpoints.sft, dropout=0.5)
-    tokens = torch.tensor([[1, 2, 3]])
-    assert torch.equal(model(tokens), model(tokens))
-    assert torch.equal(model(tokens), model_module.load_model(checkpoints.sft)(tokens))

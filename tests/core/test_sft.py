@@ -1,6 +1,7 @@
 """Supervised training: which tokens count, and that batching, padding and microbatches change nothing."""
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,143 +11,39 @@ import model as model_module
 import sft
 from common import UserError
 from conftest import END, SENTENCES, log_of, random_model
-from model import load_model, token_logprobs
+from model import load_model, row_logprobs, token_logprobs
 
 # (ids, how many of them are given): demonstrations with prompts of unequal length, and packed text.
 ROWS = [([END, 3, 4, 5, 6, 7, END], 4), ([END, 8, END], 1), ([END, 9, 1, 2, 3, 4, END], 2), ([END, 2, 2, END], 3),
         ([END, 5, 7, 7, 7, 7], 2)]
 PACKED = [([END, 3, 4, END, 5], 1), ([5, 6, 7, END, 8], 1), ([8, 9, END, 1, 2], 1)]
+TEXTS = [{"text": sentence} for sentence in SENTENCES * 4]
+DEMOS = [{"prompt": "the film", "completion": f" was {word}"} for word in "good bad so good bad so".split()]
 
 
 def loss_by_hand(model, rows):
     """Minus the log-probability of every counted token, one token after the other, and their number."""
-    total, count = 0.0, 0
-    for ids, first in rows:
-        for t in range(first, len(ids)):
-            total -= model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]].item()
-            count += 1
-    return total, count
+    logprobs = [model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]].item()
+                for ids, first in rows for t in range(first, len(ids))]
+    return -sum(logprobs), len(logprobs)
 
 
 @pytest.mark.parametrize("rows, count", [(ROWS, 3 + 2 + 5 + 1 + 4), (PACKED, 12)])
 def test_which_tokens_count(rows, count, autocast_off):
-    """Prompt tokens that count, an end of text that does not, padding that does, a shift by one."""
+    """Prompt tokens that count, an EOS that does not, padding that does, a shift by one."""
     model = random_model()
     expected, expected_count = loss_by_hand(model, rows)
     assert expected_count == count
-    assert -sft.row_logprobs(model, rows, END, "cpu", autocast_off).sum().item() == pytest.approx(expected, rel=1e-5)
+    assert -row_logprobs(model, rows, END, "cpu", autocast_off).sum().item() == pytest.approx(expected, rel=1e-5)
     assert sft.held_out_loss(model, rows, END, "cpu", autocast_off) == pytest.approx(expected / count, rel=1e-5)
 
 
 def test_padded_rows_do_not_count(autocast_off):
     """A loss that depends on the longest row of the batch."""
     model, long = random_model(), ([END] + [3] * 12 + [4] * 12, 13)
-    alone, added, together = (-sft.row_logprobs(model, rows, END, "cpu", autocast_off).sum().item()
+    alone, added, together = (row_logprobs(model, rows, END, "cpu", autocast_off).sum().item()
                               for rows in (ROWS, [long], ROWS + [long]))
     assert together == pytest.approx(alone + added, rel=1e-5)
-
-
-@pytest.mark.parametrize("microbatch", [1, 3])
-def test_microbatches_change_no_gradient(microbatch, autocast_off):
-    """A mean per microbatch in place of one per batch: short rows would weigh more."""
-    def gradients(size):
-        model = random_model()
-        for i in range(0, len(ROWS), size):
-            (-sft.row_logprobs(model, ROWS[i:i + size], END, "cpu", autocast_off).sum() / 15).backward()
-        return [p.grad for p in model.parameters()]
-    for a, b in zip(gradients(5), gradients(microbatch)):
-        assert torch.allclose(a, b, rtol=0, atol=1e-6)
-
-
-def test_packed_rows_are_the_documents(checkpoints, tmp_path):
-    """Documents without a border, tokens lost between two rows, or a first token that no row predicts."""
-    texts = [f"{sentence} {i}" for i in range(5) for sentence in SENTENCES]
-    data.write_jsonl(tmp_path / "texts", [{"text": text} for text in texts])
-    enc = data.load_tokenizer(checkpoints.vocab)
-    rows = [ids for ids, first in sft.packed_rows(enc, tmp_path / "texts", 16, 1) if first == 1]
-    assert all(len(ids) == 17 for ids in rows)
-    assert all(first[-1] == second[0] for first, second in zip(rows, rows[1:]))  # given once, predicted once
-    stream = rows[0][:1] + [token for ids in rows for token in ids[1:]]
-    found = enc.decode(stream).split(data.END)
-    assert found[0] == "" and len(found) >= 15  # begins with end of text
-    assert set(found[1:-1]) <= set(texts) and len(set(found[1:-1])) == len(found[1:-1])
-    assert found[1:-1] != texts[:len(found) - 2]  # shuffled
-    with pytest.raises(UserError, match="do not fill one row of --pack 5000"):
-        sft.packed_rows(enc, tmp_path / "texts", 5000, 1)
-
-
-def test_response_rows(checkpoints, tmp_path):
-    """A response without its end of text, or a row that is longer than the model's block."""
-    data.write_jsonl(tmp_path / "demos", [{"prompt": "the film", "completion": " was good"},
-                                          {"prompt": "the film " * 20, "completion": " was good" * 20}])
-    enc = data.load_tokenizer(checkpoints.vocab)
-    (ids, first), (long_ids, long_first) = sft.response_rows(enc, tmp_path / "demos", 32)
-    assert enc.decode(ids[:first]) == data.END + "the film" and enc.decode(ids[first:]) == " was good" + data.END
-    assert len(long_ids) == 32 and long_first == 16 and long_ids[-1] != enc.eot_token
-
-
-def trained(checkpoints, folder, rows, **changes):
-    """sft.main on these rows as training and test set: the lines of its log."""
-    folder.mkdir(exist_ok=True)
-    data.write_jsonl(folder / "rows.jsonl", rows)
-    sft.main(sft.Config(**{"out": str(folder), "train": str(folder / "rows.jsonl"), "test": str(folder / "rows.jsonl"),
-                           "vocab": str(checkpoints.vocab), "n_layer": 1, "n_head": 2, "width": 16, "block_size": 32,
-                           "pack": 16, "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu",
-                           "dtype": "float32", **changes}))
-    return log_of(folder)
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-def test_recompute_reaches_the_model(checkpoints, tmp_path, monkeypatch, fresh):
-    """A flag that one of the two ways to get a model forgets."""
-    calls = []
-    monkeypatch.setattr(model_module, "checkpoint", lambda block, *args, **_: calls.append(block) or block(*args))
-    how = {"model": "" if fresh else checkpoints.sft, "epochs": 1.0}
-    trained(checkpoints, tmp_path / "a", TEXTS, **how)
-    assert not calls
-    trained(checkpoints, tmp_path / "b", TEXTS, **how, recompute=True)
-    assert calls
-
-
-TEXTS = [{"text": sentence} for sentence in SENTENCES * 4]
-DEMOS = [{"prompt": "the film", "completion": f" was {word}"} for word in "good bad so good bad so".split()]
-
-
-def test_base_and_sft_learn(checkpoints, tmp_path):
-    """Training that does not lower the held-out loss, from nothing or from a checkpoint."""
-    base = trained(checkpoints, tmp_path / "base", TEXTS, epochs=20, lr=1e-2)
-    assert base[0]["test_loss"] > base[-1]["test_loss"] and base[-1]["test_loss"] < 2
-    tuned = trained(checkpoints, tmp_path / "sft", DEMOS, model=str(tmp_path / "base"), epochs=30, lr=1e-2)
-    # Three continuations that are equally likely, each of three tokens or so: log 3 in all is the least there is.
-    enc = data.load_tokenizer(checkpoints.vocab)
-    tokens = sum(len(enc.encode_ordinary(row["completion"])) + 1 for row in DEMOS) / len(DEMOS)
-    assert math.log(3) / tokens - 0.01 < tuned[-1]["test_loss"] < math.log(3) / tokens + 0.2
-
-
-def test_microbatches_change_no_run(checkpoints, tmp_path):
-    """The same for a whole run: weights and logged losses, rows of unequal length."""
-    rows = [{"prompt": "the film"[:n], "completion": " was good and bad"[:5 * n]} for n in range(1, 4)] * 4
-    runs = [trained(checkpoints, tmp_path / str(size), rows, model=checkpoints.sft, microbatch=size, lr=1e-3, epochs=2)
-            for size in (1, 3, 5)]
-    for size, lines in zip((3, 5), runs[1:]):
-        for ours, first in zip(lines, runs[0]):
-            assert ours["test_loss"] == pytest.approx(first["test_loss"], abs=1e-4)
-            assert ours["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
-    for a, b in zip(load_model(tmp_path / "1").parameters(), load_model(tmp_path / "5").parameters()):
-        assert torch.allclose(a, b, rtol=0, atol=1e-4)
-
-
-def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
-    """The last weights saved in place of the best, or a held-out loss that is not that of the saved weights."""
-    other = tmp_path / "other.jsonl"
-    data.write_jsonl(other, [{"prompt": "the plot", "completion": " z y x w"}] * 4)
-    lines = trained(checkpoints, tmp_path / "out", DEMOS, test=str(other), model=checkpoints.sft, epochs=20, lr=3e-2)
-    best = min(line["test_loss"] for line in lines)
-    assert best < lines[-1]["test_loss"]  # the training set says nothing about the test set, and overfitting sets in
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    enc, model = data.load_tokenizer(tmp_path / "out"), load_model(tmp_path / "out")
-    total, count = loss_by_hand(model, sft.response_rows(enc, other, 32))
-    assert saved["test_loss"] == pytest.approx(best, abs=1e-5) == pytest.approx(total / count, abs=1e-4)
 
 
 def test_held_out_loss_is_without_dropout(autocast_off):
@@ -157,30 +54,103 @@ def test_held_out_loss_is_without_dropout(autocast_off):
     assert losses.pop() == pytest.approx(loss_by_hand(model.eval(), ROWS)[0] / 15, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"lr": 0.0}, "--lr is 0"), ({"lr": -1.0}, "--lr is -1"), ({"lr": math.nan}, "--lr is nan"),
-    ({"lr": math.inf}, "--lr is inf"),
-    ({"batch_size": 0}, "--batch-size"), ({"microbatch": 0}, "--microbatch"), ({"evals": 0}, "--evals"),
-    ({"model": "nowhere"}, "nowhere"), ({"vocab": "nowhere"}, "nowhere"), ({"test": "nowhere"}, "no such file"),
-    ({"pack": 64}, "block size 32"), ({"width": 15}, "width"), ({"n_head": 0}, "n-head"), ({"pack": 0}, "--pack"),
-    ({"dropout": 1.5}, "--dropout"),
-])
-def test_bad_flags(checkpoints, tmp_path, flags, message):
-    """A traceback, or a run that cannot learn, where one line would do."""
-    with pytest.raises(UserError, match=message):
-        trained(checkpoints, tmp_path, TEXTS, **flags)
+def test_packed_rows_are_the_documents(checkpoints, tmp_path):
+    """Documents without a border, tokens lost between two rows, or a first token that no row predicts."""
+    texts = [f"{sentence} {i}" for i in range(5) for sentence in SENTENCES]
+    data.write_jsonl(tmp_path / "texts", [{"text": text} for text in texts])
+    enc = data.load_tokenizer(checkpoints.vocab)
+    rows = [ids for ids, first in sft.packed_rows(enc, tmp_path / "texts", 16, 1) if first == 1]
+    assert all(len(ids) == 17 for ids in rows)
+    assert all(first[-1] == second[0] for first, second in zip(rows, rows[1:]))  # given once, predicted once
+    found = enc.decode(rows[0][:1] + [token for ids in rows for token in ids[1:]]).split(data.END)
+    assert found[0] == "" and len(found) >= 15  # begins with EOS
+    assert set(found[1:-1]) <= set(texts) and len(set(found[1:-1])) == len(found[1:-1])
+    assert found[1:-1] != texts[:len(found) - 2]  # shuffled
+    with pytest.raises(UserError, match="do not fill one row of --pack 5000"):
+        sft.packed_rows(enc, tmp_path / "texts", 5000, 1)
 
 
-def test_rows_of_another_kind(checkpoints, tmp_path):
-    """A test file of another kind than the training file, as a traceback."""
-    data.write_jsonl(tmp_path / "demos.jsonl", DEMOS)
-    with pytest.raises(UserError, match="demos.jsonl:1: text: missing"):
-        trained(checkpoints, tmp_path / "out", TEXTS, test=str(tmp_path / "demos.jsonl"))
+def test_response_rows(checkpoints, tmp_path):
+    """A response without its EOS, or a row that is longer than the model's block."""
+    data.write_jsonl(tmp_path / "demos", [{"prompt": "the film", "completion": " was good"},
+                                          {"prompt": "the film " * 20, "completion": " was good" * 20}])
+    enc, counts = data.load_tokenizer(checkpoints.vocab), Counter()
+    (ids, first), (long_ids, long_first) = sft.response_rows(enc, tmp_path / "demos", 32, counts)
+    assert enc.decode(ids[:first]) == data.END + "the film" and enc.decode(ids[first:]) == " was good" + data.END
+    assert len(long_ids) == 32 and long_first == 16 and long_ids[-1] != enc.eot_token
+    assert counts["prompts truncated"] == counts["responses truncated"] == 1
+
+
+def trained(checkpoints, folder, rows, **changes):
+    """sft.main on these rows as training and validation set: the lines of its log."""
+    folder.mkdir(exist_ok=True)
+    data.write_jsonl(folder / "rows.jsonl", rows)
+    sft.main(sft.Config(**{"out": str(folder), "train": str(folder / "rows.jsonl"), "valid": str(folder / "rows.jsonl"),
+                           "vocab": str(checkpoints.vocab), "n_layer": 1, "n_head": 2, "width": 16, "block_size": 32,
+                           "pack": 16, "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu",
+                           "dtype": "float32", **changes}))
+    return log_of(folder)
+
+
+def test_base_and_sft_learn(checkpoints, tmp_path):
+    """Training that does not lower the held-out loss, from nothing or from a checkpoint."""
+    base = trained(checkpoints, tmp_path / "base", TEXTS, epochs=20, lr=1e-2)
+    assert base[0]["valid_loss"] > base[-1]["valid_loss"] and base[-1]["valid_loss"] < 2
+    tuned = trained(checkpoints, tmp_path / "sft", DEMOS, model=str(tmp_path / "base"), epochs=30, lr=1e-2)
+    # Three continuations that are equally likely, each of three tokens or so: log 3 in all is the least there is.
+    enc = data.load_tokenizer(checkpoints.vocab)
+    tokens = sum(len(enc.encode_ordinary(row["completion"])) + 1 for row in DEMOS) / len(DEMOS)
+    assert math.log(3) / tokens - 0.01 < tuned[-1]["valid_loss"] < math.log(3) / tokens + 0.2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_recompute_reaches_the_model(checkpoints, tmp_path, monkeypatch, fresh):
+    """A flag that one of the two ways to get a model forgets."""
+    calls = []
+    monkeypatch.setattr(model_module, "checkpoint", lambda block, *args, **_: calls.append(block) or block(*args))
+    trained(checkpoints, tmp_path, TEXTS, model="" if fresh else checkpoints.sft, max_steps=1, recompute=True)
+    assert calls
+
+
+def test_microbatches_change_no_run(checkpoints, tmp_path):
+    """A mean per microbatch in place of one per batch, in which short rows would weigh more."""
+    rows = [{"prompt": "the film"[:n], "completion": " was good and bad"[:5 * n]} for n in range(1, 4)] * 4
+    runs = [trained(checkpoints, tmp_path / str(size), rows, model=checkpoints.sft, microbatch=size, lr=1e-3, epochs=2)
+            for size in (1, 3, 5)]
+    for lines in runs[1:]:
+        for ours, first in zip(lines, runs[0], strict=True):
+            assert ours["valid_loss"] == pytest.approx(first["valid_loss"], abs=1e-4)
+            assert ours["loss"] == pytest.approx(first["loss"], abs=1e-4)
+            assert ours["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+    for a, b in zip(load_model(tmp_path / "1").parameters(), load_model(tmp_path / "5").parameters()):
+        assert torch.allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
+    """The last weights saved in place of the best, or a held-out loss that is not that of the saved weights."""
+    other = tmp_path / "other.jsonl"
+    data.write_jsonl(other, [{"prompt": "the plot", "completion": " z y x w"}] * 4)
+    lines = trained(checkpoints, tmp_path / "out", DEMOS, valid=str(other), model=checkpoints.sft, epochs=20, lr=3e-2)
+    best = min(line["valid_loss"] for line in lines)
+    assert best < lines[-1]["valid_loss"]  # the training set says nothing about the other, and it overfits
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    enc, model = data.load_tokenizer(tmp_path / "out"), load_model(tmp_path / "out")
+    total, count = loss_by_hand(model, sft.response_rows(enc, other, 32, Counter()))
+    assert saved["valid_loss"] == pytest.approx(best, abs=1e-5) == pytest.approx(total / count, abs=1e-4)
 
 
 def test_nan_stops_before_the_step(checkpoints, tmp_path, monkeypatch):
     """A checkpoint of NaN, or NaN as the best loss."""
-    monkeypatch.setattr(sft, "token_logprobs", lambda *args: token_logprobs(*args) * math.nan)
-    with pytest.raises(UserError, match="not finite"):
+    monkeypatch.setattr(model_module, "token_logprobs", lambda *args: token_logprobs(*args) * math.nan)
+    with pytest.raises(UserError, match="not finite") as stop:
         trained(checkpoints, tmp_path, TEXTS)
-    assert not (tmp_path / "model.pt").exists()
+    assert stop.value.code == 1 and not (tmp_path / "model.pt").exists()
+    assert "not finite" in log_of(tmp_path)[-1]["stopped"]
+
+
+@pytest.mark.parametrize("flags, message", [({"lr": math.nan}, "--lr is nan"), ({"evals": 0}, "--evals"),
+                                            ({"pack": 64}, "block size 32"), ({"width": 15}, "--width")])
+def test_bad_flags(checkpoints, tmp_path, flags, message):
+    """A traceback, or a run that cannot learn, where one line would do."""
+    with pytest.raises(UserError, match=message):
+        trained(checkpoints, tmp_path, TEXTS, **flags)

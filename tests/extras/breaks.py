@@ -1,9 +1,8 @@
-"""Classic bugs of PPO put into small runs on purpose: does the doctor see them?
+"""Classic bugs put into small runs on purpose: does the doctor see them?
 
-    python tests/breaks.py > docs/faults.md      the bug, what the doctor says, which test catches what no log shows
+    python tests/extras/breaks.py > results/faults.md     the bug, what the doctor says, which test sees what no log shows
 
-Each is a patch of one function, for a run of a few seconds on small models, whose healthy runs learn. test_doctor.py
-holds the doctor to what is expected of it.
+Each is a patch of one function or of a flag, for a run of seconds on small models, whose healthy runs learn.
 """
 import contextlib
 import copy
@@ -18,24 +17,25 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import checkpoint  # noqa: E402
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 import data  # noqa: E402
-import doctor  # noqa: E402
 import dpo  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from conftest import SENTENCES  # noqa: E402
-from examine import examine  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from prepare.reviews import train_bpe  # noqa: E402
 from sampling import sample_many  # noqa: E402
+from tools import doctor  # noqa: E402
+
+MODULES = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft}
 
 
-def steer(model, enc, ended):
-    """Make a random model write letters and spaces, and end of text with a logit of its own."""
+def steer(model, enc):
+    """Make a random model write letters and spaces, and EOS as often as a response of some ten tokens needs."""
     rows = {enc.decode_single_token_bytes(i): i for i in range(enc.n_vocab - 1)}
     plain = [i for text, i in rows.items() if text.isalpha() and text.islower() or text == b" "]
     direction = torch.nn.functional.normalize(torch.randn(model.config.width), dim=0)
@@ -43,7 +43,7 @@ def steer(model, enc, ended):
         model.trunk.norm.bias.add_(6 * direction)
         model.trunk.token_embedding.weight.sub_(2 * direction)
         model.trunk.token_embedding.weight[plain] += 2 * direction
-        model.trunk.token_embedding.weight[enc.eot_token] += (2 + ended) * direction
+        model.trunk.token_embedding.weight[enc.eot_token] += 2.1 * direction
 
 
 def vowels(text):
@@ -52,41 +52,40 @@ def vowels(text):
 
 
 def world(folder):
-    """A whole small set-up: an SFT model, rankings of its samples (vowels are good), a reward model learned from
-    them, demonstrations and prompts: {stage: its configuration}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab, prompts = folder / "vocab.tiktoken", folder / "prompts.jsonl"
-    data.save_ranks(data.train_bpe(SENTENCES * 2, 270), vocab)
+    """{stage: its configuration} of a whole small set-up: an SFT model, rankings of its samples (vowels are good), a
+    reward model trained on them, demonstrations and prompts."""
+    vocab, prompts, start, rows = (folder / name for name in ("vocab.tiktoken", "prompts.jsonl", "sft", "rankings.jsonl"))
+    data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     enc = data.load_tokenizer(vocab)
     torch.manual_seed(1)
     policy = GPT(GPTConfig(enc.n_vocab, block_size=64, n_layer=1, n_head=2, width=32))
     for parameter in policy.parameters():
         parameter.data.mul_(4)
-    steer(policy, enc, 0.1)
+    steer(policy, enc)
+    common.save_checkpoint(start, policy, ppo.Config(), vocab)
     texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 9)] * 24
     data.write_jsonl(prompts, [{"prompt": text} for text in texts])
     ids = [data.encode_prompt(enc, text, 32) for text in texts for _ in range(4)]
     drawn = sample_many(policy, ids, 12, enc.eot_token, random=torch.Generator().manual_seed(1))
     drawn = [enc.decode(response[:-1] if response[-1] == enc.eot_token else response) for response in drawn]
-    rankings = []
-    for i, text in enumerate(texts):
-        usable = {x for x in drawn[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
-        rankings.append({"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))})
-    data.write_jsonl(folder / "rankings.jsonl", [row for row in rankings if len(row["responses"]) > 1])
-    checkpoint.save_checkpoint(folder / "sft", policy, ppo.Config(), vocab)
-    demos = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in rankings if row["responses"]]
-    data.write_jsonl(folder / "demos.jsonl", demos[:40])
-    data.write_jsonl(folder / "held_out.jsonl", demos[40:80])
+    ranked = [{x for x in drawn[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
+              for i in range(len(texts))]
+    ranked = [{"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))}
+              for text, usable in zip(texts, ranked)]
+    data.write_jsonl(rows, [row for row in ranked if len(row["responses"]) > 1])
+    demos = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in ranked if row["responses"]]
+    for name, part in {"demos": demos[:40], "held_out": demos[40:80]}.items():
+        data.write_jsonl(folder / f"{name}.jsonl", part)
     small = {"device": "cpu", "dtype": "float32"}
-    start, rows = str(folder / "sft"), str(folder / "rankings.jsonl")
-    answers = {"sft": start, "prompts": str(prompts), "response_tokens": 12, "temperature": 1.0, **small}
-    configs = {"reward": reward.Config(out=str(folder / "reward"), model=start, train=rows, pairs="", epochs=2, lr=3e-3,
-                                          dropout=0.0, samples=256, log_every=10, **answers),
-               "ppo": ppo.Config(reward=str(folder / "reward"), iterations=12, episodes=96, microbatch=96, lr=1e-3,
-                                 kl_horizon=300.0, no_end_score=float("nan"), snapshots=1, **answers),
-               "dpo": dpo.Config(model=start, train=rows, epochs=2, **small),
-               "sft": sft.Config(model=start, train=str(folder / "demos.jsonl"), test=str(folder / "held_out.jsonl"),
-                                 epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
+    sampled = {"sft": str(start), "prompts": str(prompts), "response_tokens": 12, "temperature": 1.0, **small}
+    configs = {
+        "reward": reward.Config(out=str(folder / "reward"), model=str(start), train=str(rows), pairs="", epochs=2, lr=3e-3,
+                                dropout=0.0, samples=256, log_every=10, **sampled),
+        "ppo": ppo.Config(reward=str(folder / "reward"), iterations=12, episodes=96, microbatch=96, lr=1e-3, snapshots=1,
+                          kl_horizon=300.0, missing_eos_score=float("nan"), **sampled),
+        "dpo": dpo.Config(model=str(start), train=str(rows), epochs=2, **small),
+        "sft": sft.Config(model=str(start), train=str(folder / "demos.jsonl"), valid=str(folder / "held_out.jsonl"),
+                          epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
     with contextlib.redirect_stdout(io.StringIO()):
         reward.main(configs["reward"])
     return configs
@@ -94,9 +93,9 @@ def world(folder):
 
 @dataclass
 class Break:
-    """A bug, as a patch or as changed flags of a run, and what the doctor says of it."""
+    """A bug, as a patch or as changed flags of a run, and what the doctor says of it first."""
     bug: str
-    expected: str                               # symptom that the doctor must name
+    expected: str
     patch: dict = field(default_factory=dict)   # {name in the stage's module: what takes its place}
     flags: dict = field(default_factory=dict)
     stage: str = "ppo"
@@ -130,7 +129,6 @@ def too_kind(*args):
 
 
 def shuffled(path):
-    """Rankings whose responses stand in no order."""
     rows, order = read_rankings(path), random.Random(1)
     for row in rows:
         order.shuffle(row["responses"])
@@ -169,10 +167,10 @@ BREAKS = [
     Break("left padding attended to and counted in the positions", "sampler differs", {"forward": unpadded}),
     Break("logits not divided by the temperature", "sampler differs",
           {"token_logprobs": lambda logits, tokens, _=1.0: token_logprobs(logits, tokens)}, {"temperature": 0.7}),
-    Break("padding after the end of text counted (mask of ones)", "sampler differs",
+    Break("padding after EOS counted (mask of ones)", "sampler differs",
           {"length_mask": lambda lengths, size: torch.ones(len(lengths), size)}),
     Break("dropout left on", "first ratio", {"load_model": in_training_mode}),
-    Break("responses drawn with stale weights", "negative KL", {"sample_prompts": at_the_first_weights}),
+    Break("responses sampled with stale weights", "negative KL", {"sample_prompts": at_the_first_weights}),
     Break("KL penalty with the wrong sign", "rewards do not add up",
           {"shape_rewards": lambda scores, own, ref, mask, coef: shape_rewards(scores, own, ref, mask, -coef)}),
     Break("score on every token", "rewards do not add up",
@@ -193,18 +191,33 @@ BREAKS = [
     Break("rankings in no order", "near chance", {"read_rankings": shuffled}, {"test_share": 0.3}, stage="reward"),
     Break("ranking loss reversed", "near chance", {"ranking_loss": lambda scores, mask: ranking_loss(-scores, mask)},
           stage="reward"),
-    Break("reward model trained far too long", "learned by heart", flags={"epochs": 15}, stage="reward"),
+    Break("reward model trained far too long", "memorised", flags={"epochs": 15}, stage="reward"),
     Break("DPO with chosen and rejected swapped", "near chance",
           {"dpo_loss": lambda a, b, ref_a, ref_b, *rest: dpo_loss(b, a, ref_b, ref_a, *rest)}, stage="dpo"),
     Break("DPO against another model than its start", "margins not 0 at first",
           {"response_logprobs": of_another_model}, stage="dpo"),
     Break("DPO with a beta 10 times too small", "chosen falls", flags={"beta": 0.01, "lr": 3e-3}, stage="dpo"),
-    Break("SFT on few demonstrations for long", "over-fitted", flags={"epochs": 60.0}, stage="sft"),
+    Break("SFT on few demonstrations for long", "overfit", flags={"epochs": 60.0}, stage="sft"),
 ]
 
 
-# What no log shows: a text of ppo.py, what takes its place, and the test in test_ppo.py that fails then.
-UNSEEN = {
+def run(cfg, broken):
+    """Findings of the doctor after a run with the bug: {symptom: what was seen}."""
+    module = MODULES[broken.stage]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for name, substitute in broken.patch.items():
+            made = substitute() if substitute in (at_the_first_weights, one_for_all) else substitute  # fresh ones
+            stack.enter_context(mock.patch.object(module, name, made))
+        try:
+            module.main(replace(cfg, **broken.flags))
+        except common.UserError as error:  # a guard, which writes the reason into the log
+            assert error.code == 1, error
+    record, = doctor.records(cfg.out)
+    return {name: seen for name, seen, _ in doctor.examine(record)}
+
+
+UNSEEN = {  # what no log shows: a text of ppo.py, what takes its place, and the test in test_ppo.py that fails then
     "score read in the last column, padding or not": (
         "P + lengths[rows] - 1)", "0 * lengths[rows] + tokens.size(1) - 1)",
         "test_rollout_against_one_response_at_a_time"),
@@ -214,11 +227,11 @@ UNSEEN = {
     "returns from whitened advantages": (
         "returns=returns)", "returns=(whiten(advantages, mask) + rollout['values']) * mask)",
         "test_whitened_rewards_are_masked_again"),
-    "a value past the end of text": (
+    "a value past the EOS": (
         "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
         "next_advantage, next_value = torch.zeros_like(rewards[:, 0]), values[:, -1]",
         "test_gae_with_lambda_one_is_monte_carlo"),
-    "mask without the end of text": (
+    "mask without the EOS": (
         "mask = length_mask(lengths, responses.size(1))", "mask = length_mask(lengths - 1, responses.size(1))",
         "test_rollout_against_one_response_at_a_time"),
     "whitening over the padding": (
@@ -228,50 +241,24 @@ UNSEEN = {
 }
 
 
-def run(cfg, broken):
-    """Findings of the doctor after a run with the bug: {symptom: what was seen}."""
-    module = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft}[broken.stage]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        for name, substitute in broken.patch.items():
-            made = substitute() if substitute in (at_the_first_weights, one_for_all) else substitute  # fresh ones
-            stack.enter_context(mock.patch.object(module, name, made))
-        try:
-            module.main(replace(cfg, **broken.flags))
-        except common.UserError as error:  # a guard, which writes the reason into the log
-            assert error.code == common.GUARD, error
-    record, = doctor.records(cfg.out)
-    return {name: seen for name, seen, _ in examine(record)}
-
-
 def fails(test, old, new):
-    """Whether the test fails on a copy of the project whose ppo.py has the new text in place of the old one."""
-    source = (ROOT / "ppo.py").read_text()
-    assert source.count(old) == 1, f"ppo.py has not, or not once: {old}"
+    """Whether the test fails where ppo.py has the new text in place of the old one."""
     with tempfile.TemporaryDirectory() as copied:
-        for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
-            target = Path(copied) / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
-            target.write_text(path.read_text())
-        (Path(copied) / "ppo.py").write_text(source.replace(old, new))
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                               f"tests/test_ppo.py::{test}"], cwd=copied, capture_output=True, text=True)
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        return done.returncode == 1
-
-
-HEAD = """# Bugs put into small runs on purpose
-
-Written by `python tests/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small models,
-whose healthy runs have no findings. What the doctor says is what `python doctor.py` prints of that run; the words are
-explained in [metrics.md](metrics.md).
-
-| bug | stage | the doctor says |
-|---|---|---|"""
+        (Path(copied) / "ppo.py").write_text((ROOT / "ppo.py").read_text().replace(old, new))
+        command = f"import sys, pytest; sys.path[:0] = {[copied, str(ROOT)]}; sys.exit(pytest.main(sys.argv[1:]))"
+        return subprocess.run([sys.executable, "-c", command, "-q", "-x", "-p", "no:cacheprovider", "-o", "pythonpath=",
+                               f"{ROOT}/tests/core/test_ppo.py::{test}"], capture_output=True).returncode == 1
 
 
 if __name__ == "__main__":
-    print(HEAD)
+    print("""# Bugs put into small runs on purpose
+
+Written by `python tests/extras/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small
+models, whose healthy runs have no findings. What the doctor says is what `python -m tools.doctor` prints of that run; the
+words are explained in [metrics.md](../docs/metrics.md).
+
+| bug | stage | the doctor says |
+|---|---|---|""")
     with tempfile.TemporaryDirectory() as folder:
         configs = world(Path(folder))
         healthy = [Break(f"none, seed {seed}", "", stage=stage, flags={"seed": seed})
@@ -279,10 +266,6 @@ if __name__ == "__main__":
         for number, broken in enumerate([*healthy, *BREAKS]):
             found = run(replace(configs[broken.stage], out=f"{folder}/run{number}"), broken)
             print(f"| {broken.bug} | {broken.stage} | {', '.join(found) or 'healthy'} |", flush=True)
-    print("""
-What a log can't show, and the test of `tests/test_ppo.py` that fails with it:
-
-| bug | test |
-|---|---|""")
+    print("\nWhat a log can't show, and the test of `tests/core/test_ppo.py` that fails with it:\n\n| bug | test |\n|---|---|")
     for bug, (old, new, test) in UNSEEN.items():
         print(f"| {bug} | {f'`{test}`' if fails(test, old, new) else 'none fails'} |", flush=True)

@@ -1,20 +1,19 @@
-"""Agreement of labelers against hand calculations: pairs, tau-b, position, cycles, Bradley-Terry, slope per
-doubling."""
+"""Agreement of labelers against hand calculations: pairs, tau-b, position, cycles, Bradley-Terry, per doubling."""
 import json
 import math
 
 import pytest
 import torch
 
-import agreement
-from agreement import compare, cycles, noise, per_doubling, position_bias, ratio, signs, tau_b
 from common import UserError, generator
 from data import write_jsonl
+from label import noisy_order
+from labeling import agreement
+from labeling.agreement import compare, cycles, describe, noise, per_doubling, share, signs, tau_b
 
 
 def answer(labeler, number, order, texts="abcd", **more):
-    return {"id": f"s{number}", "prompt": f"P{number}", "labeler": labeler, "shown": list(texts), "order": order,
-            **more}
+    return {"id": f"s{number}", "prompt": f"P{number}", "labeler": labeler, "shown": list(texts), "order": order} | more
 
 
 def test_tau_b_and_agreement_by_hand():
@@ -34,33 +33,35 @@ def test_tau_b_and_agreement_by_hand():
 
 
 def test_position_bias_by_hand_and_without_bias():
-    """Ranked as shown, the earlier wins all six pairs; of "4 1=2 3" it wins two of five."""
-    rows = [answer("x", 0, "1 2 3 4"), answer("x", 1, "4 1=2 3"), answer("x", 2, "")]
-    assert position_bias(rows, 100, generator(1))["share"] == pytest.approx((6 + 2) / (6 + 5), abs=1e-4)
-    always = [answer("x", i, "1 2", "ab") for i in range(20)]
-    assert position_bias(always, 100, generator(1)) == {"share": 1.0, "pairs": 20, "interval": [1.0, 1.0]}
+    """The wrong place credited: ranked as shown, the earlier wins all six pairs; of "4 1=2 3" it wins two of five."""
+    def earlier(rows, resamples=100):
+        return describe(rows, resamples, generator(1))["earlier_shown_wins"]
+    rows = [answer("x", 0, "1 2 3 4"), answer("x", 1, "4 1=2 3"), answer("x", 2, ""),
+            answer("x", 3, "4 3 2 1", preferences=[])]  # of a machine, which is asked in both orders
+    assert earlier(rows)["share"] == pytest.approx((6 + 2) / (6 + 5), abs=1e-4)
+    assert earlier([answer("x", 0, "1 2 3 4", "dcba")])["share"] == 1 and earlier([answer("x", 0, "")]) is None
     random = generator(7)
     orders = [" ".join(str(1 + i) for i in torch.randperm(4, generator=random).tolist()) for _ in range(2000)]
-    found = position_bias([answer("x", i, order) for i, order in enumerate(orders)], 200, generator(1))
+    found = earlier([answer("x", i, order) for i, order in enumerate(orders)], 200)
     spread = math.sqrt(2 * (2 * 4 + 5) / (9 * 4 * 3)) / 2 / math.sqrt(2000)  # of tau over random orders (Kendall 1938)
     assert abs(found["share"] - 0.5) < 3 * spread
     assert found["interval"][1] - found["interval"][0] == pytest.approx(2 * 1.96 * spread, rel=0.2)
-    assert position_bias([], 10, generator(1)) is None
 
 
-def test_interval_of_a_ratio_covers():
-    """Of 200 samples of 30 flips of a fair coin, the 95 % interval misses 0.5 in about ten."""
+def test_interval_of_a_share_covers():
+    """An interval that is too narrow: of 200 samples of 30 flips of a fair coin, 95 % misses 0.5 in about ten."""
     random, missed = generator(3), 0
     for _ in range(200):
-        hits = (torch.rand(30, generator=random) < 0.5).int().tolist()
-        low, high = ratio(hits, [1] * 30, 300, random)["interval"]
+        flips = torch.rand(30, generator=random)
+        low, high = share([[1 if flip < 0.5 else -1, 0] for flip in flips.tolist()], 300, random)["interval"]
         missed += not low <= 0.5 <= high
     assert 2 <= missed <= 24
 
 
 def test_cycles_among_three_by_hand():
+    """A consistent labeler called cyclic: only a above b, b above c, c above a is, judged pair by pair, untied."""
     pairs = [answer("x", 0, order, texts) for texts, order in (("ab", "1 2"), ("bc", "1 2"), ("ca", "1 2"))]
-    assert cycles(pairs) == (1, 1)  # a above b, b above c, c above a
+    assert cycles(pairs) == (1, 1)
     assert cycles([*pairs[:2], answer("x", 0, "2 1", "ca")]) == (0, 1)
     assert cycles([*pairs[:2], answer("x", 0, "1=2", "ca")]) == (0, 0)  # a tie decides nothing
     assert cycles([answer("x", 0, "1 2 3", "abc")]) == (0, 0)  # a ranking can't hold one
@@ -70,52 +71,51 @@ def test_cycles_among_three_by_hand():
 
 def test_bradley_terry_finds_the_noise_that_made_the_rankings():
     """Rankings drawn with temperature 0.5 from known scores: the fit finds 0.5, and a coin finds none."""
-    from label import noisy_order
     random, scores, rows = generator(1), {}, []
     for number in range(1500):
         drawn = torch.randn(4, generator=random)
         scores |= {(f"P{number}", text): value for text, value in zip("abcd", drawn.tolist())}
-        order = " ".join(str(1 + i) for i in noisy_order(drawn, 0.5, random))
-        rows.append(answer("x", number, order))
+        rows.append(answer("x", number, " ".join(str(1 + i) for i in noisy_order(drawn, 0.5, random))))
     found = noise(rows, scores)
     assert found["temperature"] == pytest.approx(0.5, rel=0.06) and -0.45 < found["log_likelihood"] < -0.3
     coin = noise([answer("x", n, "1 2 3 4") for n in range(1500)], scores)
-    assert coin["temperature"] > 5 and coin["log_likelihood"] == pytest.approx(-math.log(2), abs=0.01)
+    assert coin["log_likelihood"] == pytest.approx(-math.log(2), abs=0.01) and coin["temperature"] > 5
     assert noise([answer("x", 0, "")], scores) == {}
 
 
 def test_slope_per_doubling_by_hand():
+    """A slope per ranking, or a standard error with the wrong degrees of freedom."""
     assert per_doubling([100, 200, 400], [0.60, 0.62, 0.64]) == (pytest.approx(0.02), pytest.approx(0, abs=1e-9))
     slope, error = per_doubling([1, 2, 4, 8], [0, 1, 1, 2])  # residuals -0.1, 0.3, -0.3, 0.1
     assert slope == pytest.approx(0.6) and error == pytest.approx(math.sqrt(0.2 / 2 / 5))
 
 
-def test_report_of_three_labelers(tmp_path, capsys):
-    """ann answers three samples, bob and a reward model (cy) some of them; every figure of the table by hand."""
+def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, capsys):
+    """A figure of the report in the wrong row; a name that breaks the table; a reward model read upside down."""
     write_jsonl(tmp_path / "ann.jsonl", [answer("ann", 0, "1 2 3 4", seconds=4.0),
                                          answer("ann", 1, "1=2 3=4", seconds=8.0), answer("ann", 2, "", seconds=1.0)])
     write_jsonl(tmp_path / "bob.jsonl", [answer("bob", 0, "2 1 3 4", acceptable=False), answer("bob", 1, "1=2=3=4")])
     ranking = {"id": "s0", "prompt": "P0", "labeler": "out/cy|<b>", "responses": list("dcba")}
     write_jsonl(tmp_path / "cy.jsonl", [ranking])
+    monkeypatch.setattr(agreement, "score_samples", lambda folder, samples, device, autocast: {
+        (row["prompt"], text): -ord(text) for row in samples for text in row["responses"]})
     files = ",".join(str(tmp_path / f"{name}.jsonl") for name in ("ann", "bob", "cy"))
-    agreement.report(agreement.ReportConfig(files=files, out=str(tmp_path / "out"), device="cpu", dtype="float32"))
+    agreement.main(agreement.Config(files, "out/reward", str(tmp_path / "out"), device="cpu", dtype="float32"))
     facts = json.loads((tmp_path / "out/report.json").read_text())
     ann, bob, cy = facts["labelers"].values()
     assert (ann["answers"], ann["skipped"], ann["all_equal"], ann["seconds"]) == (3, 1, 0, 4.0)
     assert ann["ties"] == pytest.approx(2 / 12, abs=1e-4) and ann["earlier_shown_wins"]["share"] == 1
     assert (bob["all_equal"], bob["none_acceptable"], bob["seconds"]) == (1, 1, None)
-    assert cy["earlier_shown_wins"] is None
-    of = {(row["one"], row["two"]): row for row in facts["agreement"]}
-    assert of["ann", "bob"]["agree"]["share"] == pytest.approx(5 / 6, abs=1e-4) and of["ann", "bob"]["samples"] == 2
-    assert of["ann", "bob"]["tau"] == pytest.approx(4 / 6, abs=1e-4)  # of s0; bob ties all of s1
-    assert of["ann", "cy|<b>"]["agree"]["share"] == 0 and of["ann", "cy|<b>"]["tau"] == -1
+    of = {(row["one"], row["two"][:2]): (row["samples"], row["agree"]["share"], row["tau"]) for row in facts["agreement"]}
+    expected = {("ann", "bo"): (2, 5 / 6, 4 / 6), ("ann", "cy"): (1, 0, -1), ("bob", "cy"): (1, 1 / 6, -4 / 6),
+                ("ann", "re"): (2, 1, (1 + 4 / math.sqrt(24)) / 2), ("bob", "re"): (2, 5 / 6, 4 / 6),
+                ("cy|<b>", "re"): (1, 0, -1)}  # bob ties all of s1: it has no tau
+    assert of == {names: pytest.approx(row, abs=1e-4) for names, row in expected.items()}
+    assert [row["temperature"] is None for row in facts["noise"]] == [False, False, True]
     text = (tmp_path / "out/report.md").read_text()
-    assert "| ann | 3 | 1 | 0 | 0 | 0.167 | 4.0 | 1.000 (1.000 to 1.000) | - |" in text
-    assert text.strip() in capsys.readouterr().out
-    assert "<b>" not in text and all(line.count("|") in (0, 7, 10) for line in text.splitlines())
+    assert "| ann | 3 | 1 | 0 | 0 | 0.1667 | 4.0 | 1.000 (1.000 to 1.000) of 10 | 0 of 0 |" in text
+    assert text in capsys.readouterr().out and "<b>" not in text
+    assert all(line.count("|") in (0, 5, 6, 10) for line in text.splitlines())
     write_jsonl(tmp_path / "ann2.jsonl", [answer("ann", 0, "4 3 2 1")])
-    for bad, message in [("", "name files"), (f"{files},{tmp_path}/ann2.jsonl", "two different answers"),
-                         ("nowhere", "no such file")]:
-        with pytest.raises(UserError, match=message):
-            agreement.report(agreement.ReportConfig(files=bad, out=str(tmp_path / "new")))
-        assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="ann has two different answers"):
+        agreement.main(agreement.Config(f"{files},{tmp_path}/ann2.jsonl", out=str(tmp_path / "new")))

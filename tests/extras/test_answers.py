@@ -1,210 +1,213 @@
-"""Answers of several labelers: the format, and what merge accepts, refuses and says; and the blind test of two
-policies."""
+"""People who rank: the format of answers, the terminal, what merge accepts and refuses, the blind test."""
 import json
+import os
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-import answers
-import blind
-from answers import MergeConfig, levels_of, merge, parse_order, ranking_of, write_order
 from common import UserError
 from data import read_rankings, write_jsonl
+from labeling import blind, merge, terminal
+from labeling.answers import levels_of, parse_order, ranking_of, read_answers, write_order
+from labeling.terminal import shown_to
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = [{"id": f"s{i}", "prompt": f"Prompt {i}", "responses": [f" {word} {i}" for word in "abc"]} for i in range(4)]
 
 
 def given(labeler, sample, order, **more):
-    """One answer to a sample whose responses were shown as they stand there."""
+    """One answer to a sample whose responses were shown in the order in which they are stored."""
     return {"id": sample["id"], "prompt": sample["prompt"], "labeler": labeler, "shown": sample["responses"],
             "order": order, "seconds": 1.5, **more}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Three labelers: ann and bob as pages save them, and a machine's rankings."""
-    write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
-    write_jsonl(tmp_path / "ann.jsonl", [given("ann", SAMPLES[0], "3 1=2"), given("ann", SAMPLES[1], "")])
-    write_jsonl(tmp_path / "bob.jsonl", [given("bob", SAMPLES[0], "1 2 3", acceptable=False),
-                                         given("bob", SAMPLES[2], "1=2=3")])
-    write_jsonl(tmp_path / "model.jsonl", [{**SAMPLES[3], "labeler": "out/tiny/labeler"}])
-    return tmp_path
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def merged(folder, *names):
-    """merge of these files: rows of answers.jsonl and rankings.jsonl."""
-    merge(MergeConfig(files=",".join(str(folder / name) for name in names), samples=str(folder / "samples.jsonl"),
-                      out=str(folder / "out")))
-    return [[json.loads(line) for line in (folder / "out" / name).read_text().splitlines()]
-            for name in ("answers.jsonl", "rankings.jsonl")]
-
-
-def test_an_answer_as_levels_and_as_a_ranking():
-    answer = given("ann", SAMPLES[0], "3=1 2")
-    assert levels_of(answer) == [[" a 0", " c 0"], [" b 0"]]
-    ranking = ranking_of(answer)
-    assert ranking == {"id": "s0", "prompt": "Prompt 0", "responses": [" a 0", " b 0"], "ties": [[" a 0", " c 0"]],
-                       "labeler": "ann"}
-    assert levels_of(ranking) == levels_of(answer)  # a ranking loses nothing of the order
-    assert levels_of(given("ann", SAMPLES[0], "")) == [] and ranking_of(given("ann", SAMPLES[0], "")) is None
-    assert ranking_of(given("ann", SAMPLES[0], "1=2=3")) is None
+def test_orders_that_a_person_may_type():
+    """A typed order that is misread, or a typing error that is taken for an order."""
+    assert parse_order("3142", 4) == parse_order("3 1 4 2", 4) == parse_order(" 3,1, 4,2 ", 4) == [[3], [1], [4], [2]]
+    assert parse_order("3=1 4 2", 4) == parse_order("3 = 1, 42", 4) == [[3, 1], [4], [2]]
+    for wrong in "", "314", "31422", "3141", "3145", "0123", "=3142", "3142=", "3==142", "3-1-4-2", "abc", "³142":
+        with pytest.raises(ValueError):
+            parse_order(wrong, 4)
     for order in "3 1=2", "1=2=3", "2 1 3":
         assert write_order(parse_order(order, 3)) == order
 
 
-def test_three_labelers_merge_and_can_be_trained_on(folder, capsys):
-    rows, rankings = merged(folder, "ann.jsonl", "bob.jsonl", "model.jsonl")
+def test_an_answer_as_levels_and_as_a_ranking():
+    """Tied responses that become a pair to train on, or a ranking that loses part of the order."""
+    answer = given("ann", SAMPLES[0], "3=1 2")
+    assert levels_of(answer) == [[" a 0", " c 0"], [" b 0"]]
+    assert ranking_of(answer) == {"id": "s0", "prompt": "Prompt 0", "responses": [" a 0", " b 0"],
+                                  "ties": [[" a 0", " c 0"]], "labeler": "ann"}
+    assert levels_of(ranking_of(answer)) == levels_of(answer)
+    assert ranking_of(given("ann", SAMPLES[0], "")) is None and ranking_of(given("ann", SAMPLES[0], "1=2=3")) is None
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranked(tmp_path, monkeypatch):
+    """A function: a session of "me" with these keys, then quit; rows of answers.jsonl and rankings.jsonl."""
+    def session(*keys, samples=SAMPLES, labeler="me"):
+        left = iter(keys)
+        monkeypatch.setattr("builtins.input", lambda question: next(left, "q"))
+        write_jsonl(tmp_path / "samples.jsonl", samples)
+        terminal.main(terminal.Config(labeler, str(tmp_path / "samples.jsonl"), out=str(tmp_path / "out")))
+        return rows_of(tmp_path / "out/answers.jsonl"), rows_of(tmp_path / "out/rankings.jsonl")
+    return session
+
+
+def test_order_ties_skip_undo_and_typing_errors(ranked, capsys):
+    """An undo that removes the wrong answer or can't reach the last session; a skip or a typing error that is stored."""
+    rows, rankings = ranked("u", "s", "u", "12", "312!", "99", "u", "3=1 2", "s", "?", "1=2=3")
+    assert [(row["id"], row["order"]) for row in rows] == [("s0", "1=3 2"), ("s1", ""), ("s2", "1=2=3")]
+    one, two, three = shown_to("me", SAMPLES[0])
+    assert [(row["responses"], row["ties"]) for row in rankings] == [([one, two], [[one, three]])]
+    out = capsys.readouterr().out
+    assert "nothing to undo" in out and "each of 1 to 3" in out and "3 answered, 1 of them with a preference" in out
+    rows, _ = ranked("u", "u", "321!", "s")
+    assert [(row["order"], row.get("acceptable")) for row in rows] == [("1=3 2", None), ("3 2 1", False), ("", None)]
+    assert "2 of 4" in capsys.readouterr().out and rows[1]["seconds"] >= 0
+
+
+def test_one_key_decides_between_two(ranked):
+    """A pair, whose answer is one key, asked like a ranking."""
+    pairs = [{**row, "responses": row["responses"][:2]} for row in SAMPLES]
+    rows, rankings = ranked("2", "1 !", "=", "3", "s!", samples=pairs)
+    assert [row["order"] for row in rows] == ["2 1", "1 2", "1=2", ""] and len(rankings) == 2
+    assert [row.get("acceptable") for row in rows] == [None, False, None, None]
+
+
+def test_labelers_see_different_orders_and_do_not_overwrite_each_other(ranked, tmp_path):
+    """Position bias that looks like agreement; one labeler's evening lost to another's, or to a reward model's."""
+    assert any(shown_to("ann", row) != shown_to("bob", row) for row in SAMPLES)
+    ranked("123", labeler="ann")
+    with pytest.raises(UserError, match="another labeler's"):
+        ranked("123", labeler="bob")
+    (tmp_path / "out/answers.jsonl").unlink()  # as a reward model leaves its folder
+    with pytest.raises(UserError, match="another labeler's"):
+        ranked("123", labeler="ann")
+
+
+def test_nasty_text_side_by_side_where_there_is_room(monkeypatch, capsys):
+    """Columns that run into each other, a line wider than the terminal, or a response that acts on it."""
+    for columns, beside in [(160, True), (60, False)]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        terminal.show("1 of 2", "The film", ["\x1b[2J" + " good" * 20, " \u202ebad" * 30, " x"])
+        lines = capsys.readouterr().out.splitlines()
+        assert all(len(line) < columns and line.isprintable() for line in lines)
+        assert any("1  ..." in line and "3  ..." in line for line in lines) == beside
+        assert sum("\\x1b" in line for line in lines) == 1 and " ".join(lines).count("good") == 20
+
+
+def test_kill_and_resume_at_a_real_terminal(tmp_path):
+    """An answer lost to kill -9, or asked for again; a command to train that does not exist."""
+    pty = pytest.importorskip("pty")
+    write_jsonl(tmp_path / "my samples.jsonl", SAMPLES)
+    command = [sys.executable, "-m", "labeling.terminal", "me", "--samples", str(tmp_path / "my samples.jsonl"),
+               "--out", str(tmp_path / "label me")]
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, command)
+    for key in ("312", "12", "123", ""):  # each once the question is there, as a person types
+        seen, end = b"", time.time() + 60
+        while not seen.endswith(b"> ") and time.time() < end and select.select([fd], [], [], 60)[0]:
+            seen += os.read(fd, 65536)
+        os.write(fd, key.encode() + b"\n" * bool(key))
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    os.close(fd)
+    made = subprocess.run(command, input="s\n213\n", text=True, capture_output=True, timeout=60, cwd=ROOT)
+    assert made.returncode == 0 and "3 of 4" in made.stdout and "4 answered, 3 of them" in made.stdout
+    assert f"reward.py --train '{tmp_path}/label me/rankings.jsonl' --epochs 426 --out '{tmp_path}/reward me'" in made.stdout
+    assert len(read_rankings(tmp_path / "label me/rankings.jsonl")) == 3
+
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """A function that merges these files of ann's, bob's and a reward model's: rows of answers.jsonl and rankings.jsonl."""
+    write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
+    write_jsonl(tmp_path / "ann.jsonl", [given("ann", SAMPLES[0], "3 1=2"), given("ann", SAMPLES[1], "")])
+    write_jsonl(tmp_path / "bob.jsonl", [given("bob", SAMPLES[0], "1 2 3"), given("bob", SAMPLES[2], "1=2=3")])
+    write_jsonl(tmp_path / "model.jsonl", [{**SAMPLES[3], "labeler": "out/tiny/labeler"}])
+
+    def files(*names):
+        merge.main(merge.Config(",".join(str(tmp_path / name) for name in names), str(tmp_path / "samples.jsonl"),
+                                str(tmp_path / "out")))
+        return rows_of(tmp_path / "out/answers.jsonl"), rows_of(tmp_path / "out/rankings.jsonl")
+    return files
+
+
+def test_three_labelers_merge_and_duplicates_count_once(merged, tmp_path):
+    """Answers lost or counted twice, or rankings that can't be trained on."""
+    turned = {**given("bob", SAMPLES[0], "3 2 1"), "shown": SAMPLES[0]["responses"][::-1]}  # the same, shown otherwise
+    write_jsonl(tmp_path / "again.jsonl", [given("ann", SAMPLES[0], "3 2=1"), given("ann", SAMPLES[3], "1 2 3"), turned])
+    rows, rankings = merged("ann.jsonl", "bob.jsonl", "model.jsonl", "again.jsonl")
     assert [(row["labeler"], row["id"]) for row in rows] == [
-        ("ann", "s0"), ("ann", "s1"), ("bob", "s0"), ("bob", "s2"), ("out/tiny/labeler", "s3")]
-    assert [(row["labeler"], row["responses"]) for row in rankings] == [
-        ("ann", [" c 0", " a 0"]), ("bob", [" a 0", " b 0", " c 0"]), ("out/tiny/labeler", [" a 3", " b 3", " c 3"])]
-    assert len(read_rankings(folder / "out/rankings.jsonl")) == 3
-    out = capsys.readouterr().out
-    assert "ann: 2 answers\n" in out and "5 answers, 3 rankings\n" in out
-    assert "--epochs 426 --out" in out  # 80 steps of three rankings
-    assert merged(folder, "out/answers.jsonl")[1] == rankings  # what was merged can be merged
-
-
-def test_an_answer_that_is_there_twice_counts_once(folder, capsys):
-    write_jsonl(folder / "again.jsonl", [given("ann", SAMPLES[0], "3 2=1"), given("ann", SAMPLES[3], "1 2 3")])
-    shown = {**given("bob", SAMPLES[0], "3 2 1"), "shown": SAMPLES[0]["responses"][::-1]}  # the same, shown otherwise
-    write_jsonl(folder / "turned.jsonl", [shown])
-    rows, _ = merged(folder, "ann.jsonl", "bob.jsonl", "again.jsonl", "turned.jsonl")
-    assert len(rows) == 5
-    out = capsys.readouterr().out
-    assert out.count("again.jsonl: 1 answers that are there already") == 1 and "turned.jsonl: 1 answers" in out
-
-
-def test_a_cut_last_line_is_left_out_with_a_line(folder, capsys):
-    path = folder / "ann.jsonl"
-    path.write_bytes(path.read_bytes()[:-30])
-    rows, _ = merged(folder, "ann.jsonl", "bob.jsonl")
-    assert [row["labeler"] for row in rows] == ["ann", "bob", "bob"]
-    assert capsys.readouterr().out.count("the last line was cut short and is left out") == 1
-
-
-def test_a_line_that_is_cut_within_a_letter(folder, capsys):
-    """é is two bytes: half of it is no UTF-8, and a labeler who was stopped there could not go on."""
-    path = folder / "ann.jsonl"
-    path.write_bytes(path.read_bytes() + '{"id": "s3", "prompt": "é'.encode()[:-1])
-    assert len(merged(folder, "ann.jsonl")[0]) == 2 and "cut short" in capsys.readouterr().out
-
-
-def test_merge_does_not_drop_what_its_folder_holds(folder):
-    """bob's file merged into ann's folder, and ann's answers gone."""
-    merged(folder, "ann.jsonl")
-    with pytest.raises(UserError, match="holds 2 answers that are in none of the files"):
-        merged(folder, "bob.jsonl")
-    assert len(merged(folder, "out/answers.jsonl", "bob.jsonl")[0]) == 4
+        ("ann", "s0"), ("ann", "s1"), ("bob", "s0"), ("bob", "s2"), ("out/tiny/labeler", "s3"), ("ann", "s3")]
+    assert [row["responses"] for row in rankings] == [
+        [" c 0", " a 0"], [" a 0", " b 0", " c 0"], [" a 3", " b 3", " c 3"], [" a 3", " b 3", " c 3"]]
+    assert len(read_rankings(tmp_path / "out/rankings.jsonl")) == 4
+    assert merged("out/answers.jsonl")[1] == rankings  # what was merged can be merged
+    with pytest.raises(UserError, match="holds 3 answers that are in none of the files"):
+        merged("bob.jsonl", "model.jsonl")
 
 
 @pytest.mark.parametrize("row, message", [
-    ({**given("cy", SAMPLES[0], "1 2 3"), "preferences": [[1, 4, 0.5]]}, "preferences: expected"),
-    ({**given("cy", SAMPLES[0], "1 2 3"), "preferences": ["x"]}, "preferences: expected"),
-    (given("ann", SAMPLES[0], "1 2 3"), r"id: 'ann' has answered 's0' otherwise in .*ann\.jsonl"),
+    (given("ann", SAMPLES[0], "1 2 3"), r"id: 'ann' has a different answer to 's0' in .*ann\.jsonl"),
     ({**given("cy", SAMPLES[0], "1 2 3"), "id": "new"}, r"id: 'new' is not in .*samples\.jsonl"),
-    ({**given("cy", SAMPLES[0], "1 2 3"), "prompt": "Other"}, "id: 's0' has other texts in"),
-    ({**given("cy", SAMPLES[0], "1 2 3"), "shown": [" a 0", " b 0", " x"]}, "id: 's0' has other texts in"),
-    ({**given("cy", SAMPLES[0], "1 2"), "shown": [" a 0", " b 0"]}, "id: 's0' has other texts in"),
-    (given("cy", SAMPLES[0], "1 2"), "order: each of 1 to 3"),
-    (given("cy", SAMPLES[0], 123), "order: missing, or no text"),
-    ({**given("cy", SAMPLES[0], "1 2 3"), "seconds": "5"}, "seconds: expected a number"),
-    ({**given("cy", SAMPLES[0], "1 2 3"), "labeler": " "}, "labeler: empty"),
-    ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3", " b 3"], "ties": [" c 3"]},
-     "ties: expected"),
-    ({"id": "s3", "prompt": "Prompt 3", "labeler": "m", "responses": [" a 3"]}, "responses: 1 of them"),
-    ({"id": "s3"}, "prompt: missing"), ([], "expected an object with id, .*found list")])
-def test_what_does_not_fit_is_refused_by_its_line(folder, row, message):
-    (folder / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(given("cy", SAMPLES[1], "1 2 3")) + "\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl:1: " + message):
-        merged(folder, "ann.jsonl", "bob.jsonl", "bad.jsonl")
-    assert not (folder / "out").exists()
-
-
-def test_merge_at_the_command_line(folder):
-    (folder / "bad.jsonl").write_text('{"id": "s0", "pro\n' + json.dumps(given("cy", SAMPLES[1], "1 2 3")) + "\n")
-    for names, line in [(["bad.jsonl"], "bad.jsonl:1: not JSON"), ([], "name the files to merge"),
-                        (["nowhere.jsonl"], "nowhere.jsonl: no such file")]:
-        command = [sys.executable, ROOT / "label.py", "merge", *(folder / name for name in names),
-                   "--samples", folder / "samples.jsonl", "--out", folder / "out"]
-        made = subprocess.run(command, text=True, capture_output=True, timeout=60)
-        assert made.returncode == 2 and made.stderr.startswith("error: ") and line in made.stderr
-        assert made.stderr.count("\n") == 1 and not (folder / "out").exists()
-
-
-def test_another_stages_folder_is_left_alone(folder):
-    (folder / "out").mkdir()
-    (folder / "out/done.json").write_text("{}")
-    with pytest.raises(UserError, match="another stage's work"):
-        merged(folder, "ann.jsonl")
+    ({**given("cy", SAMPLES[0], "1 2 3"), "shown": [" a 0", " b 0", " x"]}, "id: 's0' .* with other texts"),
+    (given("cy", SAMPLES[0], "1 2"), "each of 1 to 3"), ({**SAMPLES[0], "labeler": " "}, "empty"), ({"id": "s3"}, "expected"),
+    ([], "expected an object")])
+def test_what_does_not_fit_is_refused_by_its_line(merged, tmp_path, row, message):
+    """Answers to other texts, or two answers of one labeler, merged without a word."""
+    write_jsonl(tmp_path / "bad.jsonl", [row, given("cy", SAMPLES[1], "1 2 3")])
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: .*" + message):
+        merged("ann.jsonl", "bob.jsonl", "bad.jsonl")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the blind test --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def evaluation(tmp_path):
-    """A finished evaluation of two policies: the judge prefers ppo in three of four prompts that can be asked about."""
-    rows = [{"prompt": f"P{i}", "sft": f" sft {i}", "ppo": f" ppo {i}", "dpo": " d",
-             "judge": {"sft": 0.0, "ppo": margin, "dpo": 1.0}}
-            for i, margin in enumerate([1.0, 2.0, -1.0, 0.5])]
-    rows.append({**rows[0], "prompt": "equal", "ppo": " sft 0"})
-    write_jsonl(tmp_path / "samples.jsonl", rows)
-    return tmp_path
-
-
-def answered(evaluation, preferred, name="ann.jsonl"):
-    """A file in which ann prefers these policies, in the order of the samples; "" skips and = ties."""
-    rows = []
-    for sample, policy in zip(answers.read_samples(evaluation / "ask-sft-ppo/samples.jsonl"), preferred):
-        best = next((i for i, text in enumerate(sample["responses"]) if policy and text.startswith(" " + policy)), None)
-        order = {"": "", "=": "1=2"}.get(policy) if best is None else f"{best + 1} {2 - best}"
-        rows.append(given("ann", sample, order))
-    write_jsonl(evaluation / name, rows)
-    return evaluation / name
-
-
-def test_blind_result_by_hand(evaluation, capsys):
-    """The wrong policy credited; ties or skips counted as losses; agreement with the judge on ties."""
-    blind.main(blind.Config(ask="page", out=str(evaluation)))
-    assert "1 prompts are left out" in capsys.readouterr().out and (evaluation / "ask-sft-ppo/page.html").is_file()
-    pairs = blind.read_pairs(blind.Config(out=str(evaluation)))
-    order = [pairs[row["id"]]["margin"] for row in answers.read_samples(evaluation / "ask-sft-ppo/samples.jsonl")]
-    choice = {1.0: "ppo", 2.0: "=", -1.0: "ppo", 0.5: ""}
-    path = answered(evaluation, [choice[margin] for margin in order])
-    blind.main(blind.Config(ask=str(path), out=str(evaluation)))
-    row = json.loads((evaluation / "ask-sft-ppo/result-ann.json").read_text())
+def test_blind_result_by_hand(tmp_path, monkeypatch, capsys):
+    """The wrong policy credited; ties or skips counted as losses; agreement with the judge on ties; names that show."""
+    choice = {1.0: "ppo", 2.0: "=", -1.0: "ppo", 0.5: ""}  # by the judge's margin: what ann prefers
+    rows = [{"prompt": f"P{i}", "sft": f" dull {i}", "ppo": f" fine {i}", "judge": {"sft": 0.0, "ppo": margin}}
+            for i, margin in enumerate(choice)]
+    write_jsonl(tmp_path / "samples.jsonl", [*rows, {**rows[0], "prompt": "equal", "ppo": " dull 0"}])
+    cfg = blind.Config("page", str(tmp_path))
+    blind.main(cfg)
+    assert "labeling.blind answers-NAME.jsonl --evaluate" in capsys.readouterr().out
+    pairs, answers = blind.read_pairs(cfg), []
+    assert len(pairs) == 4
+    for sample in rows_of(tmp_path / "blind-sft-ppo/samples.jsonl"):
+        better = "1 2" if "fine" in sample["responses"][0] else "2 1"
+        answers.append(given("ann", sample, {"ppo": better, "=": "1=2", "": ""}[choice[pairs[sample["id"]]["margin"]]]))
+    write_jsonl(tmp_path / "ann.jsonl", answers)
+    blind.main(blind.Config(str(tmp_path / "ann.jsonl"), str(tmp_path)))
+    row = json.loads((tmp_path / "blind-sft-ppo/result-ann.json").read_text())
     assert row["win_rate"] == pytest.approx((1 + 0.5 + 1) / 3, abs=1e-4) and row["answers"] == 3
     assert (row["ties"], row["skipped"], row["judged"], row["judge_agrees"]) == (1, 1, 2, 0.5)
     assert row["judge_win_rate"] == pytest.approx(2 / 3, abs=1e-4)
-    low, high = row["interval"]
-    assert 0.5 <= low < row["win_rate"] < high <= 1
-
-
-def test_blind_at_the_terminal_shows_no_names(evaluation, monkeypatch, capsys):
+    assert 0.5 <= row["interval"][0] < row["win_rate"] < row["interval"][1] <= 1
     keys = iter(["1", "2", "q"])
     monkeypatch.setattr("builtins.input", lambda question: next(keys))
-    rows = [{"prompt": f"P{i}", "sft": f" dull {i}", "ppo": f" fine {i}", "judge": {"sft": 0, "ppo": 1}}
-            for i in range(3)]
-    write_jsonl(evaluation / "samples.jsonl", rows)
-    blind.main(blind.Config(ask="ann", out=str(evaluation)))
-    out = capsys.readouterr().out
-    assert "ann prefers ppo to sft: " in out and "2 answers" in out
-    asked = out.split("1 of 3")[1].split("ann prefers")[0]
-    assert "dull" in asked and "ppo" not in asked and "sft" not in asked
-    shown = [row["shown"] for row in answers.read_answers(evaluation / "ask-sft-ppo/ann/answers.jsonl")]
-    assert len(shown) == 2
-
-
-@pytest.mark.parametrize("flags, message", [
-    ({"between": "sft,gpt"}, "expected two of sft, ppo, dpo"), ({"between": "sft"}, "expected two"),
-    ({"between": "sft,sft"}, "expected two"), ({"ask": "a/b"}, "no such file"), ({"ask": ".."}, "no such file"),
-    ({"ask": "answers-x.jsonl"}, "no such file"),
-    ({"count": 0}, "--count"), ({"out": "no"}, "no such file")])
-def test_blind_errors(evaluation, flags, message):
-    with pytest.raises(UserError, match=message):
-        blind.main(blind.Config(**{"ask": "ann", "out": str(evaluation), **flags}))
-    assert not (evaluation / "ask-sft-ppo").exists()
+    blind.main(blind.Config("bob", str(tmp_path)))
+    asked, found = capsys.readouterr().out.split("1 of 4")[1].split("bob prefers ppo to sft: ")
+    assert "dull" in asked and "ppo" not in asked and "sft" not in asked and "2 answers" in found
+    assert len(read_answers(tmp_path / "blind-sft-ppo/bob")) == 2
+    with pytest.raises(UserError, match="expected two of"):
+        blind.main(blind.Config("ann", str(tmp_path), between="sft,gpt"))

@@ -1,0 +1,121 @@
+"""Samples and rankings by a reward model: seeds, what is sampled again, order, noise, calibration."""
+import json
+import math
+
+import pytest
+import torch
+
+import label
+from common import UserError, generator, save_checkpoint
+from data import load_tokenizer, read_rankings, save_ranks, write_jsonl
+from label import RankConfig, SampleConfig
+from model import GPT, GPTConfig, ScalarModel, load_model, score_many
+
+PROMPTS = ["The film", "A plot", "Rarely", "This is", "One of", "My dog"]
+SAMPLES = [{"id": prompt[:3], "prompt": prompt, "responses": [f" {prompt} {c}." for c in "abcd"]} for prompt in PROMPTS]
+RATINGS = {"the film is good": 2.0, "the plot is bad": -1.0, "a very good dog": 0.5, "bad bad film": -3.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model of readable letters that draws EOS now and then, a reward model, prompts, samples, ratings."""
+    folder = tmp_path_factory.mktemp("label")
+    save_ranks({bytes([byte]): byte for byte in range(256)}, folder / "vocab.tiktoken")
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=257, block_size=48, n_layer=1, n_head=2, width=16)
+    lm, reward, logits = GPT(shape), ScalarModel(shape), torch.full((257,), -20.0)
+    logits[[ord(c) for c in " abcdefgh"] + [256]] = 0.0  # the same for every prefix: the final norm ignores its input
+    with torch.no_grad():
+        lm.trunk.norm.weight.zero_()
+        lm.trunk.norm.bias.copy_(torch.eye(16)[0])
+        lm.trunk.token_embedding.weight[:257, 0] = logits
+    for name, model in ("lm", lm), ("reward", reward):
+        save_checkpoint(folder / name, model, RankConfig(), folder / "vocab.tiktoken")
+    write_jsonl(folder / "samples.jsonl", SAMPLES)
+    write_jsonl(folder / "ratings.jsonl", [
+        {"prompt": "", "responses": list(RATINGS), "means": list(RATINGS.values()), "domain": "movie"},
+        {"prompt": "", "responses": ["not a film", "the news"], "means": [4.0, -4.0], "domain": "nyt"}])
+    (folder / "summary.json").write_text('{"temperature": 0.5, "agreement": {"movie": {"random": [0.9, 0.8]}}}')
+    return folder
+
+
+def made(step, folder, out, **flags):
+    """label.sample or label.rank, whose flags that are texts name files in the folder: rows written, and done.json."""
+    Config, flags = (SampleConfig, {"model": "lm", "prompts": "samples.jsonl", "response_tokens": 30} | flags) if (
+        step is label.sample) else (RankConfig, {"labeler": "reward", "samples": "samples.jsonl"} | flags)
+    flags = {name: str(folder / x) if isinstance(x, str) else x for name, x in flags.items()}
+    step(Config(**flags, out=str(out), device="cpu"))
+    path, = out.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()], json.loads((out / "done.json").read_text())
+
+
+def score(folder, rows):
+    """The reward model's score of each response of some rows."""
+    model, enc = load_model(folder / "reward", kind="reward"), load_tokenizer(folder)
+    return score_many(model, [[256, *enc.encode_ordinary(row["prompt"] + text), 256] for row in rows
+                              for text in row["responses"]])
+
+
+def test_samples_depend_on_the_seed_alone(folder, tmp_path):
+    """A global generator behind the draws; responses to one prompt that are not different texts."""
+    first, again = (made(label.sample, folder, tmp_path / name)[0] for name in "ab")
+    assert first == again != made(label.sample, folder, tmp_path / "c", seed=2)[0]
+    assert [row["prompt"] for row in first] == PROMPTS and len({row["id"] for row in first}) == len(first)
+    assert all(2 <= len(set(row["responses"])) == len(row["responses"]) <= 4 for row in first)
+
+
+def test_truncated_empty_and_duplicate_responses_are_sampled_again_and_counted(folder, tmp_path):
+    """reward.py would read an EOS behind a truncated response. With two tokens at most, single letters can be kept."""
+    rows, done = made(label.sample, folder, tmp_path / "a", response_tokens=2)
+    assert all(len(text) == 1 and text != " " for row in rows for text in row["responses"])
+    assert done["truncated"] > done["empty"] > 0 and done["kept"] > 0
+    assert done["prompts"] + done["prompts_dropped"] == 6 and done["prompts_below_K"] > 0
+    rows, _ = made(label.sample, folder, tmp_path / "b", response_tokens=2, keep_truncated=True, prompts_limit=2)
+    assert 2 in {len(text) for row in rows for text in row["responses"]} and len(rows) == 2
+
+
+def test_a_ranking_is_the_order_of_the_scores_but_for_calibrated_noise(folder, tmp_path):
+    """Rankings worst first; noise that depends on the place in the file, or is calibrated on other domains' ratings."""
+    rows, _ = made(label.rank, folder, tmp_path / "plain", noise=0.0)
+    assert all(scores.tolist() == sorted(scores.tolist(), reverse=True) for scores in score(folder, rows).split(4))
+    assert [(row["id"], sorted(row["responses"])) for row in rows] == [(row["id"], row["responses"]) for row in SAMPLES]
+    assert len(read_rankings(tmp_path / "plain/rankings.jsonl")) == 6
+    noisy, done = made(label.rank, folder, tmp_path / "a", noise=5.0, calibrate="ratings.jsonl")
+    write_jsonl(folder / "half.jsonl", SAMPLES[3:])
+    half, _ = made(label.rank, folder, tmp_path / "b", noise=5.0, calibrate="ratings.jsonl", samples="half.jsonl")
+    assert half == noisy[3:] and noisy != rows
+    scores = score(folder, [{"prompt": "", "responses": list(RATINGS)}])
+    expected = 5 * 0.5 * scores.std() / torch.tensor(list(RATINGS.values())).std()
+    assert done["temperature"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_noisy_pairs_are_bradley_terry():
+    """Noise of another distribution, whose pairs are not sigmoid(difference / temperature)."""
+    scores, temperature, random, draws = torch.tensor([1.0, 0.4, -0.3]), 0.7, generator(1), 10_000
+    orders = torch.tensor([label.noisy_order(scores, temperature, random) for _ in range(draws)])
+    place = orders.argsort(1)  # (draws, 3)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        expected = torch.sigmoid((scores[i] - scores[j]) / temperature).item()
+        share = (place[:, i] < place[:, j]).double().mean().item()
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / draws)
+    assert label.noisy_order(scores, 0.0, random) == [0, 1, 2]
+
+
+def test_calibration_and_agreement_in_closed_form():
+    """A temperature in the wrong unit; the share of pairs that noise keeps in order."""
+    means = torch.tensor([-1.0, 0.0, 1.0, 4.0])
+    assert label.calibrated_temperature(3 * means + 7, means, 0.5) == pytest.approx(1.5)
+    assert label.order_kept(torch.tensor([0.0]), 1.0) == pytest.approx((0.5, 0.5))
+    assert label.order_kept(torch.tensor([math.log(3)]), 1.0) == pytest.approx((0.75, 0.75**2 + 0.25**2))
+    assert label.order_kept(torch.tensor([math.log(3)]), 1.0, flip=1.0)[0] == pytest.approx(0.25)
+    assert label.order_kept(torch.tensor([-math.log(3)]), 0.0) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("step, flags, message", [
+    (label.sample, {"K": 1}, "--K must be 2"), (label.sample, {"model": "reward"}, "expected lm"),
+    (label.rank, {"noise": math.nan}, "--noise"), (label.rank, {"labeler": "lm"}, "expected reward")])
+def test_errors_write_nothing(folder, tmp_path, step, flags, message):
+    """A folder that looks like a run after flags that make no sense."""
+    with pytest.raises(UserError, match=message):
+        made(step, folder, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()

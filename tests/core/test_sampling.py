@@ -1,0 +1,154 @@
+"""The sampler against the full pass: cache, rows that end, batches by length, top-k and top-p, temperature."""
+import pytest
+import torch
+
+import sampling
+from conftest import END, random_model, script
+from data import pad_prompts
+from model import token_logprobs
+from sampling import KVCache, draw, sample, sample_many, sample_prompts
+
+PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
+ragged_or_not = pytest.mark.parametrize("padded", [True, False])
+
+
+def drawn(padded=True, temperature=0.7):
+    """(model, tokens, pad, what sample returns) for 64 prompts."""
+    model, (tokens, pad) = random_model(), pad_prompts(PROMPTS * 16, END)
+    pad = pad if padded else None
+    return model, tokens, pad, sample(model, tokens, pad, 20, END, temperature, random=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_cached_sampling_equals_the_full_forward(temperature):
+    """A cache that shifts positions or loses a key: the sampler's log-probabilities are those of one full pass."""
+    model, tokens, pad, (responses, lengths, logprobs) = drawn(temperature=temperature)
+    assert len(set(lengths.tolist())) >= 3  # some rows end early
+    P, texts = tokens.size(1), torch.cat([tokens, responses], dim=1)
+    full = token_logprobs(model(texts, pad), texts, temperature)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.allclose(full[row, P - 1:P - 1 + length], logprobs[row, :length], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
+def test_cache_takes_tokens_in_any_portions(pad):
+    """A causal mask that starts at the wrong place when several tokens follow those already in the cache."""
+    model, tokens = random_model(), torch.tensor([[END, 3, 4, 5, 6, 7], [END, END, END, 8, 9, 1]])
+    cache = KVCache(6)
+    parts = [model.trunk(part, pad, cache) for part in tokens.split([2, 3, 1], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
+
+
+@ragged_or_not
+def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
+    """A row that gets a neighbour's cache, padding, uniform number or place when another row leaves the batch."""
+    sizes, keep = [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
+    model, tokens, pad, leaving = drawn(padded)
+    assert len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
+    alone = [sample(model, tokens[i:i + 1], pad[i:i + 1] if padded else None, 20, END, 0)[0] for i in range(4)]
+    together = sample(model, tokens[:4], pad[:4] if padded else None, 20, END, 0)
+    assert all(torch.equal(together[0][i, :together[1][i]], row[0, :together[1][i]]) for i, row in enumerate(alone))
+    monkeypatch.setattr(sampling, "LEAVE", -1.0)  # nobody ever leaves
+    staying = drawn(padded)[3]
+    assert torch.equal(leaving[0], staying[0]) and torch.equal(leaving[1], staying[1])
+    for row, length in enumerate(staying[1].tolist()):
+        assert torch.allclose(leaving[2][row, :length], staying[2][row, :length], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("look", [3, 8])
+def test_how_often_the_sampler_looks_changes_nothing(monkeypatch, look):
+    """A row that has ended and waits to leave the batch: what it draws meanwhile must not reach the result."""
+    expected = drawn()[3]
+    monkeypatch.setattr(sampling, "LOOK", {"cpu": look})
+    responses, lengths, _ = drawn()[3]
+    assert torch.equal(responses, expected[0]) and torch.equal(lengths, expected[1])
+
+
+def test_rows_end_where_they_end(monkeypatch):
+    """A row that continues after its EOS, an immediate EOS of 0 tokens, a loop that runs on when all have ended."""
+    script(monkeypatch, [END], [4, END], [5, 6, 7, END], [8, 8, 8])
+    tokens, pad = pad_prompts(PROMPTS, END)
+    responses, lengths, logprobs = sample(random_model(), tokens, pad, 4, END)
+    assert lengths.tolist() == [1, 2, 4, 4] and logprobs.shape == (4, 4)
+    assert responses.tolist() == [[END] * 4, [4, END, END, END], [5, 6, 7, END], [8, 8, 8, 9]]
+    script(monkeypatch, [4, END], [END])
+    assert sample(random_model(), tokens[:2], pad[:2], 20, END)[0].shape == (2, 2)
+
+
+def test_sample_many_keeps_order_and_equals_one_at_a_time():
+    """Responses that return in the order of length, or that depend on which prompts share a batch."""
+    model = random_model()
+    together = sample_many(model, PROMPTS, 10, END, batch_size=3, temperature=0)
+    assert together == [sample_many(model, [prompt], 10, END, temperature=0)[0] for prompt in PROMPTS]
+    assert sample_many(model, [], 10, END) == []
+    texts = sample_many(model, PROMPTS * 8, 10, END, random=torch.Generator().manual_seed(0))
+    assert all(END not in ids[:-1] and (ids[-1] == END or len(ids) == 10) for ids in texts)
+
+
+def watched(monkeypatch):
+    """Real tokens and rows of each batch that is sampled from now on, in a list that grows."""
+    seen, plain = [], sampling.sample
+
+    def watching(model, tokens, pad, *args, **how):
+        seen.append((tokens.numel() - (0 if pad is None else int(pad.sum())), len(tokens)))
+        return plain(model, tokens, pad, *args, **how)
+    monkeypatch.setattr(sampling, "sample", watching)
+    return seen
+
+
+def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
+    """A prompt of 5 tokens that pays for the padding of one of 500; log-probabilities of another response."""
+    seen, model, sizes = watched(monkeypatch), random_model(), [1, 20, 2, 18, 1, 22, 2, 19]
+    prompts = [[1 + i % 9] * n for i, n in enumerate(sizes)]
+    responses, lengths, logprobs = sample_prompts(model, prompts, 6, END, batch_size=4)
+    assert [tokens for tokens, _ in seen] == [1 + 2 + 1 + 2, 20 + 18 + 22 + 19]
+    for prompt, response, n, logprob in zip(prompts, responses, lengths, logprobs):
+        text = torch.tensor([prompt + response[:n].tolist()])
+        assert torch.allclose(logprob[:n], token_logprobs(model(text), text)[0, len(prompt) - 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, sizes", [(10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)])
+def test_a_sampling_batch_has_so_many_tokens_at_most(monkeypatch, tokens, sizes):
+    """A cache that grows with the longest prompt until the memory is full: 25 short prompts, then 15 long ones."""
+    seen = watched(monkeypatch)
+    monkeypatch.setattr(sampling, "TOKENS", tokens)
+    sample_prompts(random_model(), [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
+    assert [rows for _, rows in seen] == sizes
+
+
+@pytest.mark.parametrize("top_k, top_p, expected", [
+    (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
+    (1, 1.0, [1.0, 0, 0, 0]),
+    (3, 1.0, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (9, 1.0, [0.4, 0.3, 0.2, 0.1]),       # more than there are
+    (0, 0.35, [1.0, 0, 0, 0]),            # the first reaches the share alone
+    (0, 0.6, [4 / 7, 3 / 7, 0, 0]),       # the one that crosses the share is kept
+    (0, 0.85, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (3, 0.72, [4 / 7, 3 / 7, 0, 0]),      # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
+])
+def test_top_k_and_top_p(top_k, top_p, expected):
+    """Truncation that keeps one token too many or too few, or that is applied in the wrong order."""
+    order, probs = [2, 0, 3, 1], torch.empty(4)  # ids are not sorted by probability
+    probs[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(draw(probs.expand(20_000, 4), top_k, top_p, uniform), minlength=4)[order] / 20_000
+    assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
+    assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.99)])
+def test_draws_at_the_edges(top_k, top_p):
+    """A uniform number of 0, or just below 1, that draws a token of probability 0 at an end of the vocabulary."""
+    probs = torch.tensor([[0, 0.25, 0.0, 0.75, 0, 0]]).expand(2, 6)
+    assert draw(probs, top_k, top_p, torch.tensor([[0.0], [1 - 2**-24]])).tolist() == [1, 3]
+
+
+def test_sampling_follows_the_temperature():
+    """A sampler that draws at temperature 1 while it reports another, or divides by zero at temperature 0."""
+    model, B, prompt = random_model(), 20_000, torch.tensor([PROMPTS[0]])
+    random = torch.Generator().manual_seed(0)
+    tokens = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=random)[0]
+    expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
+    assert torch.allclose(torch.bincount(tokens[:, 0], minlength=11) / B, expected, atol=0.015)
+    assert sample(model, prompt, None, 1, END, temperature=0)[0].item() == expected.argmax()
