@@ -240,7 +240,8 @@ class Stage:
         self.cfg, self.folder, self.began, self.changed = cfg, Path(folder or cfg.out), time.time(), ""
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
-            for path in map(Path, filter(None, getattr(cfg, name).split(","))):
+            value = getattr(cfg, name)
+            for path in map(Path, filter(None, [value] if Path(value).exists() else value.split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("model.*"))

@@ -143,12 +143,16 @@ def batches(lengths, size, *seed):
 
 
 def split_by_prompt(rows, test_share, seed):
-    """Two lists of rankings, to train on and held out: a prompt is in one of them only."""
-    prompts = sorted({row["prompt"] for row in rows})
-    check(len(prompts) > 1, "--train: rankings of one prompt only: nothing can be held out (name it: --test)")
-    order = torch.randperm(len(prompts), generator=generator(seed)).tolist()
-    held = {prompts[i] for i in order[:max(1, round(test_share * len(prompts)))]}
-    return [row for row in rows if row["prompt"] not in held], [row for row in rows if row["prompt"] in held]
+    """Two lists of rankings, to train on and held out: a prompt is in one of them only (if there are several)."""
+    keys = [row["prompt"] for row in rows]
+    if len(set(keys)) == 1:
+        print("all rankings share one prompt: the held-out ones have it, too")
+        keys = list(range(len(rows)))
+    names = sorted(set(keys))
+    check(len(names) > 1, "--train: one ranking only: nothing can be held out (--test names a file that is)")
+    order = torch.randperm(len(names), generator=generator(seed)).tolist()
+    held = {names[i] for i in order[:max(1, round(test_share * len(names)))]}
+    return [[row for key, row in zip(keys, rows) if (key in held) == chosen] for chosen in (False, True)]
 
 
 # ---- pair accuracy -------------------------------------------------------------------------------------------------

@@ -198,8 +198,8 @@ def summarise(measured, base, cfg):
 
 
 def best_of_n(pool, base, n, missing_eos_score):
-    """From a pool of n responses of the SFT model to each prompt (row by row): the responses that the proxy finds best, a
-    curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy.
+    """From a pool of n responses of the SFT model to each prompt (row by row): the responses that the proxy finds best,
+    a curve of best-of-1, 2, 4, ... n in expectation, and how often the others agree with the proxy.
 
     It chooses by what PPO maximises: without the rule for a missing EOS, best-of-n prefers responses without one.
     """

@@ -112,6 +112,8 @@ def sample(cfg):
     stage = Stage(cfg, "model", "prompts")
     prompts = list(dict.fromkeys(row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})))
     prompts = prompts[:cfg.prompts_limit or len(prompts)]
+    if spaces := sum(prompt.endswith(" ") for prompt in prompts):
+        print(f"{spaces:,} of {len(prompts):,} prompts end in a space (does it belong to the response?)")
     model, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
     stage.open()
     kept, counts = draw_responses(model, enc, prompts, cfg, autocast)

@@ -216,16 +216,16 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     rollout.update(advantages=whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns=returns)
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
-    error, spread = returns - rollout["values"], returns - masked_mean(returns, mask)
+    error, variance = returns - rollout["values"], masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    explained = {"explained_variance": 1 - masked_mean(error ** 2, mask) / variance} if variance > 1e-8 else {}
     return rollout, {
         "score": scores.mean(), "score_std": scores.std(), "rewards": rewards.sum(1).mean(),
         "kl": log_ratio.sum(1).mean(),                                          # k1: unbiased, can be negative
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "eos_rate": ended.float().mean(), "unique_responses": len(torch.unique(responses, dim=0)) / len(responses),
-        "repetition": repetition(responses[order], mask),
-        "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask),
-        "explained_variance": 1 - masked_mean(error ** 2, mask) / masked_mean(spread ** 2, mask).clamp(min=1e-8)}
+        "repetition": repetition(responses[order], mask), **explained,
+        "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask)}
 
 
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):

@@ -34,6 +34,8 @@ class Config:
 @torch.no_grad()
 def respond(text, cfg, policy, reward, enc, random, autocast):
     """Print cfg.count responses to one prompt; with a reward model the best comes first."""
+    if text.endswith(" "):
+        print("the prompt ends in a space: does that belong to the response?", file=sys.stderr)
     prompt = encode_prompt(enc, text, prompt_limit(policy.config.block_size, cfg.response_tokens))
     with autocast():
         responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,

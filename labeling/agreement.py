@@ -2,11 +2,10 @@
 
     python -m labeling.agreement FILE FILE ... --rewards out/tiny/reward,out/tiny/labeler
 
-FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after labeling.merge. Prints tables, writes
-them to report.md and the numbers to report.json. Two labelers agree on a pair of responses if both put the same one
-first; pairs that either ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over the samples in
-which neither ties all. Bradley-Terry (1952): how noisy a labeler looks around a reward model, whose errors count as the
-labeler's noise: P(i above j) = sigmoid((score_i - score_j) / temperature). Intervals: 95 %, bootstrap over samples.
+FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after labeling.merge. Writes report.md, which
+it prints, and report.json. Two labelers agree on a pair of responses if both put the same one first; pairs that either
+ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over the samples in which neither ties all.
+Bradley-Terry (1952): how noisy a labeler looks around a reward model, whose errors count as the labeler's noise.
 """
 import itertools
 import json
@@ -39,8 +38,7 @@ class Config:
 
 
 def signs(levels, texts=None):
-    """{(a, b): 1, 0 or -1} for the pairs of a sample's texts, sorted or in a given order: 1 if a is above b, 0 for a
-    tie."""
+    """{(a, b): 1, 0 or -1} for the pairs of a sample's texts, sorted or as given: 1 if a is above b, 0 for a tie."""
     place = {text: number for number, level in enumerate(levels) for text in level}
     return {(a, b): (place[a] < place[b]) - (place[a] > place[b])
             for a, b in itertools.combinations(texts or sorted(place), 2)}
@@ -54,8 +52,8 @@ def tau_b(one, two):
 
 
 def share(rows, resamples, random):
-    """{"share" of the 1s among the 1s and -1s, "interval": bootstrap over the rows, "pairs"} of rows of signs; None if
-    all signs are 0."""
+    """{"share" of 1 among the 1s and -1s in rows of signs, "interval": 95 %, bootstrap over the rows, "pairs"}; None if
+    there are neither."""
     counted = [(row.count(1), row.count(1) + row.count(-1)) for row in rows if any(row)]
     if not counted:
         return None
@@ -120,8 +118,8 @@ def score_samples(folder, samples, device, autocast):
 
 
 def fit_temperature(margins):
-    """Maximum-likelihood t of P(better above worse) = sigmoid(margin / t), 100 at most; margins (N,). The log-likelihood
-    is concave in 1 / t: bisect for where its slope, the sum of m * sigmoid(-m / t), is 0."""
+    """Maximum-likelihood t of P(better above worse) = sigmoid(margin / t), margins (N,); 100 at most. The likelihood's
+    logarithm is concave in 1 / t: bisect for where its slope, the sum of m * sigmoid(-m / t), is 0."""
     low, high = 0.01, 100.0  # of 1 / t
     for _ in range(30):
         middle = math.sqrt(low * high)
@@ -144,18 +142,18 @@ def noise(answers, scores):
 
 
 def learned(folder):
-    """What a reward model was trained on, and its accuracies: {"train": file, "rankings": how many, without those held
-    out, "held-out rankings" and, where its report card has them, "people"}."""
+    """{"train": file, "rankings": how many a reward model was trained on, and its accuracies: "held-out rankings",
+    "people" where its report card has them}."""
     stage = json.loads((Path(folder) / "config.json").read_text())["stage"]
     card = json.loads((Path(folder) / "report_card.json").read_text())
     rows = [row for path in stage["train"].split(",") for row in read_rankings(path)]
     if not stage["test"]:
         seed = stage["seed"] if stage["split_seed"] == -1 else stage["split_seed"]
         rows, _ = split_by_prompt(rows, stage["test_share"], seed)
+    found = {"train": stage["train"], "rankings": min(len(rows), stage["limit"] or len(rows)),
+             "held-out rankings": card["held-out rankings"]["accuracy"]}
     people = card.get("human comparisons", {}).get("movie, random")
-    return {"train": stage["train"], "rankings": min(len(rows), stage["limit"] or len(rows)),
-            "held-out rankings": card["held-out rankings"]["accuracy"],
-            **({"people": people["reward model"]["accuracy"]} if people else {})}
+    return found | ({"people": people["reward model"]["accuracy"]} if people else {})
 
 
 def per_doubling(sizes, values):
@@ -168,52 +166,47 @@ def per_doubling(sizes, values):
 
 
 def how_many(folders):
-    """Of {name: folder} of reward models, those that learned from more and fewer of the same rankings, and what a
-    doubling brings; {} if there are fewer than three."""
+    """Of three or more reward models {name: folder}, those that learned from more and fewer of the same rankings
+    ("sizes"), and what a doubling brings ("per_doubling")."""
     found = {name: learned(folder) for name, folder in folders.items() if len(folders) > 2}
     train = statistics.mode(row["train"] for row in found.values()) if found else ""
     sizes = {name: row for name, row in found.items() if row["train"] == train}
-    if len({row["rankings"] for row in sizes.values()}) < 3:
-        return {"sizes": {}, "per_doubling": {}}
+    points = {measure: [(row["rankings"], row[measure]) for row in sizes.values() if measure in row]
+              for measure in ("held-out rankings", "people")}
     return {"sizes": sizes, "per_doubling": {
-        measure: per_doubling(*zip(*((row["rankings"], row[measure]) for row in sizes.values())))
-        for measure in ("held-out rankings", "people") if all(measure in row for row in sizes.values())}}
+        measure: per_doubling(*zip(*rows)) for measure, rows in points.items() if len(dict(rows)) > 2}}
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def table(rows):
-    """Lines of a Markdown table of dicts with the same keys; texts in it may be anything."""
+def table(title, rows, *notes):
+    """A section of report.md: a table of dicts with the same keys, whose texts may be anything."""
     def cell(value):
         if isinstance(value, dict):
             return "{share:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) of {pairs}".format(**value)
         value = "-" if value is None else "{} of {}".format(*value) if isinstance(value, tuple) else str(value)
         return value.replace("|", "&#124;").replace("<", "&lt;")
 
-    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0]),
-             *([cell(value) for value in row.values()] for row in rows)]
-    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    lines = [[name.replace("_", " ") for name in row] for row in rows[:1]] + [["---"] * len(row) for row in rows[:1]]
+    lines = [f"| {' | '.join(map(cell, line))} |" for line in [*lines, *map(dict.values, rows)]]
+    return "\n".join([f"## {title}\n", *lines, "", *notes, ""])
 
 
-def report_lines(facts):
+def report(facts):
     """report.md from the numbers."""
-    lines = ["# Labelers", *table([{"labeler": name, **row} for name, row in facts["labelers"].items()]),
-             "Ties: share of the pairs. Seconds: median. Earlier shown wins: 0.5 if the order does not matter.",
-             "Cycles: a above b, b above c, c above a, of the triples whose pairs were judged one by one."]
-    if facts["agreement"]:
-        lines += ["", "## Agreement", *table(facts["agreement"]),
-                  "A reward model agrees better with rankings that it has learned from than with new ones."]
-    if facts["noise"]:
-        lines += ["", "## Noise around a reward model (Bradley-Terry)", *table(facts["noise"]),
-                  "Temperature in the reward model's scores; log-likelihood per pair (a coin: -0.693)."]
-    if facts["sizes"]:
-        sizes = sorted(facts["sizes"].items(), key=lambda item: item[1]["rankings"])
-        lines += ["", "## How many rankings", *table([{"reward model": name, **row} for name, row in sizes]),
-                  *(f"Per doubling, {name}: {100 * slope:+.1f} points (standard error of the fit {100 * error:.1f})."
-                    for name, (slope, error) in facts["per_doubling"].items()),
-                  "Stiennon et al. 2020 found about +1.1 points per doubling on human comparisons of summaries."]
-    return lines
+    sizes = sorted(facts["sizes"].items(), key=lambda item: item[1]["rankings"])
+    return "\n".join([
+        table("Labelers", [{"labeler": name, **row} for name, row in facts["labelers"].items()],
+              "Ties: share of the pairs. Seconds: median. Earlier shown wins: 0.5 if the order does not matter.",
+              "Cycles: a above b, b above c, c above a, of the triples whose pairs were judged one by one."),
+        table("Agreement", facts["agreement"],
+              "A reward model agrees better with rankings that it has learned from than with new ones."),
+        table("Noise around a reward model (Bradley-Terry)", facts["noise"],
+              "Temperature: in the reward model's scores. Log-likelihood: per pair (a coin: -0.693)."),
+        table("How many rankings", [{"reward model": name, **row} for name, row in sizes],
+              *(f"Per doubling, {name}: {100 * slope:+.1f} points (standard error of the fit {100 * error:.1f})."
+                for name, (slope, error) in facts["per_doubling"].items()))])
 
 
 def main(cfg):
@@ -239,7 +232,7 @@ def main(cfg):
                            if (found := noise(rows.values(), score))]
     facts["agreement"] = [{"one": one, "two": two, **compare(everyone[one], everyone[two], cfg.bootstrap, random)}
                           for one, two in itertools.combinations(everyone, 2) if one in by_labeler]
-    folder, text = open_folder(cfg.out), visible("\n".join(report_lines(facts))) + "\n"
+    folder, text = open_folder(cfg.out), visible(report(facts))
     write_json(folder / "report.json", facts)
     write_atomic(folder / "report.md", text)
     print(f"{text}\nreport: {folder / 'report.md'}")

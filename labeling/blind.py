@@ -4,8 +4,8 @@
     python -m labeling.blind page                    writes a page to open, or to send to others
     python -m labeling.blind answers-ann.jsonl ...   what they saved in it
 
-Result: how often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and
-how often the judge of that evaluation agrees. It is printed, and written to result-NAME.json.
+How often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and how often
+the judge of that evaluation agrees, is printed, and written to result-NAME.json.
 """
 import hashlib
 import json
@@ -77,15 +77,13 @@ def main(cfg):
             "labeling.blind", "answers-NAME.jsonl", "--evaluate", cfg.evaluate, "--between", cfg.between])
     answers = (collect(cfg.labeler.split(","), folder / "samples.jsonl").values() if cfg.labeler.endswith(".jsonl")
                else terminal.rank(samples[:cfg.count], cfg.labeler, folder / cfg.labeler))
-    for labeler in dict.fromkeys(answer["labeler"] for answer in answers):
-        own = [answer for answer in answers if answer["labeler"] == labeler and answer["id"] in pairs]
-        if any(map(levels_of, own)):
-            row = result(pairs, own, cfg)
-            print("{} prefers {other} to {one}: {win_rate:.3f} ({interval[0]:.3f} to {interval[1]:.3f}), {answers} "
-                  "answers, {ties} of them ties, {skipped} skipped\nthe judge, on the same prompts: {judge_win_rate:.3f};"
-                  " it agrees on {judge_agrees} of the {judged} pairs that neither ties".format(
-                      visible(labeler), one=names[0], other=names[1], **row))
-            write_json(folder / f"result-{re.sub('[^A-Za-z0-9_.-]', '_', labeler)}.json", {"between": names, **row})
+    for labeler in dict.fromkeys(answer["labeler"] for answer in answers if levels_of(answer)):
+        row = result(pairs, [answer for answer in answers if answer["labeler"] == labeler], cfg)
+        print("{} prefers {other} to {one}: {win_rate:.3f} ({interval[0]:.3f} to {interval[1]:.3f}), {answers} answers, "
+              "{ties} of them ties, {skipped} skipped\nthe judge, on the same prompts: {judge_win_rate:.3f}; it agrees on "
+              "{judge_agrees} of {judged} pairs that neither ties".format(
+                  visible(labeler), one=names[0], other=names[1], **row))
+        write_json(folder / f"result-{re.sub('[^A-Za-z0-9_.-]', '_', labeler)}.json", {"between": names, **row})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
     python -m labeling.rlaif rank --labeler http://localhost:8080/v1 --model NAME     (--dry-run calls nothing)
     python -m labeling.rlaif rank --labeler vader  (pip install vaderSentiment==3.3.2)
 
-The method of Lee et al. 2023 (arXiv:2309.00267): a preamble with the rubric, two responses, and the probabilities that
-the model gives to the answers "1" and "2". Which response is shown first sways a model, so each pair is asked about in
-both orders and the two probabilities averaged. (The idea is from Bai et al. 2022, Constitutional AI, arXiv:2212.08073.)
-More than two responses, which the paper does not rank, are ordered by the expected number of others that each beats.
-
-The responses come from a model and may try to give orders to the one that reads them: nothing here can stop that. Left
-out on purpose: chain of thought, examples in the preamble (write them into the rubric), training on the soft labels.
+The idea is from Bai et al. 2022 (Constitutional AI, arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267):
+a preamble with the rubric, two responses, and the probabilities of the answers "1" and "2". Which response is shown
+first sways a model, so each pair is asked about in both orders and the two probabilities averaged. More than two
+responses, which the paper does not rank, are ordered by the expected number of others that each beats. A response may
+try to give orders to its judge: nothing here can stop that. Left out on purpose: chain of thought, examples in the
+preamble (write them into the rubric), training on the soft labels.
 """
 import functools
 import hashlib
@@ -122,13 +121,6 @@ class Server:
         """The pairs that the server has not been asked about yet, each once."""
         return list({key: pair for pair in pairs if (key := self.key_of(pair)) not in self.known}.values())
 
-    def plan(self, pairs):
-        """What would be asked about these pairs, in words."""
-        every = both_ways(pairs)
-        new = self.missing(every)
-        return (f"{len(new):,} calls for {len(pairs):,} pairs in both orders ({len(every) - len(new):,} are answered or "
-                f"duplicates); the first:\n\n{visible(question(self.rubric, *(new or every)[0]))}")
-
     def __call__(self, pairs):
         new = self.missing(pairs)
         allowed = new[:self.cfg.max_calls - self.calls]
@@ -146,6 +138,7 @@ class Server:
             passing, later = True, ""  # may the problem pass, and in how many seconds
             try:
                 choice = self.post(question(self.rubric, *pair))
+                self.answered += 1
                 return self.store(pair, probability_of_1(choice), (choice.get("message") or {}).get("content"))
             except HTTPError as error:
                 said = error.read(2**16).decode("utf-8", "replace").replace(self.key or "\0", "(the key)")
@@ -177,7 +170,6 @@ class Server:
         with open(self.path, "a") as file:
             file.write(json.dumps({"key": self.key_of(pair), "first": first, "text": str(text)[:100]}) + "\n")
         self.known[self.key_of(pair)] = first
-        self.answered += 1
 
 
 def vader():
@@ -264,8 +256,8 @@ def rank(cfg):
     asked = [[(row["prompt"], a, b) for a, b in itertools.combinations(row["responses"], 2)] for row in samples]
     prefer = vader() if rules else Server(cfg, folder / "calls.jsonl")
     if cfg.dry_run:
-        check(not rules, "--dry-run is for a server: --labeler vader calls none")
-        return print(prefer.plan(human + sum(asked, [])))
+        new = [] if rules else prefer.missing(both_ways(human + sum(asked, [])))
+        return print(f"{len(new):,} calls, the first:\n\n{visible(question(prefer.rubric, *new[0])) if new else '-'}")
     stage = Stage(cfg, "samples", "pairs", "rubric", folder=folder)
     read_answers(folder, labeler)  # which must not be another's
     stage.open()

@@ -3,13 +3,10 @@
     python -m prepare.hh                                 downloads 30 MB, writes data/hh
     python -m prepare.hh --train FILE --out data/my      from a file of such pairs, of which a tenth is held out
 
-Source: Bai et al. 2022, "Training a Helpful and Harmless Assistant with Reinforcement Learning from Human Feedback",
-arXiv:2204.05862; MIT licence. The content can be offensive and upsetting: people were asked to provoke bad responses.
-
-A pair, {"chosen", "rejected"}, is two whole dialogues that differ in their last response only: the prompt is all up to
-the last "Assistant:". Every pair is kept, or counted under the reason why not. The same conversation comes back with
-one more turn, so pairs that begin with the same message of the person are one group, and a group is in one part only:
-valid, reward or judge (all three from the training files), or test.
+Source: Bai et al. 2022, arXiv:2204.05862; MIT licence. The content can be offensive: people were asked to provoke it. A
+pair, {"chosen", "rejected"}, is two whole dialogues that differ in their last response only: the prompt is all up to the
+last "Assistant:". Every pair is kept, or counted under the reason why not. The same conversation comes back with one
+more turn, so pairs that begin with the same message of the person are one group, and a group is in one part only.
 
     demos_train.jsonl, demos_valid.jsonl        prompt, completion: the chosen responses of reward and of valid
     pairs_reward.jsonl, _judge, _test           prompt, chosen, rejected
@@ -59,27 +56,19 @@ def first_message(prompt):
     return " ".join(opening.lower().split())
 
 
-def transcripts_of(row):
-    """(chosen, rejected) of a row, both texts. What is wrong with a text is counted later, and no error."""
-    for name in ("chosen", "rejected"):
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"{name}: missing, or not a text")
-    return row["chosen"], row["rejected"]
-
-
-def sort_out(chosen, rejected):
-    """(prompt, chosen response, rejected response) of two transcripts; ValueError with the reason to leave them out."""
-    (prompt, chosen), (other, rejected) = split_transcript(chosen), split_transcript(rejected)
+def sort_out(row):
+    """(prompt, chosen response, rejected response) of a row; ValueError with the reason to leave it out."""
+    texts = row.get("chosen"), row.get("rejected")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("no two texts")
+    (prompt, chosen), (other, rejected) = map(split_transcript, texts)
     if prompt != other:
         raise ValueError("prompts differ")  # a response that contains turns of its own moves the last REPLY
     if not chosen.strip() or not rejected.strip():
         raise ValueError("empty response")
     if chosen.strip() == rejected.strip():
         raise ValueError("identical")
-    try:
-        check_text(prompt + chosen + rejected, "text")
-    except ValueError:
-        raise ValueError("no proper text") from None  # a NUL, or half a surrogate pair
+    check_text(prompt + chosen + rejected, "text")
     return prompt, chosen, rejected
 
 
@@ -88,12 +77,11 @@ def read_pairs(paths, limit, counts, trained=()):
     to leave a pair out. trained: groups of the training files, of which the test files keep none."""
     rows, seen = [], set()
     for path in paths:
-        here = counts[str(path)] = Counter()
-        stem = Path(path.name.removesuffix(".gz")).stem
+        here, stem = counts.setdefault(str(path), Counter()), Path(path.name.removesuffix(".gz")).stem
         domain = next((subset for subset, _ in SHA256 if subset in f"{path.parent.name}/{stem}"), stem)
-        for transcripts in read_rows(path, transcripts_of, "an object with chosen and rejected")[:limit or None]:
+        for row in read_rows(path, dict)[:limit or None]:
             try:
-                pair = prompt, chosen, rejected = sort_out(*transcripts)
+                pair = prompt, chosen, rejected = sort_out(row)
                 if pair in seen:
                     raise ValueError("repeated")
                 seen.add(pair)
@@ -118,44 +106,45 @@ def split(train, test, valid_share, seed):
     for row in train:
         parts[part_of[first_message(row["prompt"])]].append(row)
     for part, rows in parts.items():
-        check(rows, f"no pairs for the part {part!r}: too few dialogues ({len(groups)} different first messages)")
         random.Random(f"{seed} {part}").shuffle(rows)
     return parts
 
 
-def files_of(parts):
-    """{file name: rows} of everything that the other scripts read. A text that repeats is there once, a pair always."""
-    files = {}
-    for name, part in (("train", "reward"), ("valid", "valid")):
-        best = {(row["prompt"], row["chosen"]): row["domain"] for row in parts[part]}
-        files[f"demos_{name}.jsonl"] = [{"prompt": prompt, "completion": chosen, "domain": domain}
-                                        for (prompt, chosen), domain in best.items()]
-    files |= {f"pairs_{part}.jsonl": parts[part] for part in ("reward", "judge", "test")}
-    for name, part in (("ppo", "reward"), ("eval", "test")):
-        files[f"prompts_{name}.jsonl"] = [{"prompt": x} for x in dict.fromkeys(row["prompt"] for row in parts[part])]
-    texts = dict.fromkeys(row["prompt"] + row["chosen"] for row in parts["test"])
-    return {**files, "corpus_test.jsonl": [{"text": text} for text in texts]}
+def demos(rows):
+    """The different chosen responses of pairs, as demonstrations."""
+    best = {(row["prompt"], row["chosen"]): row["domain"] for row in rows}
+    return [{"prompt": prompt, "completion": chosen, "domain": domain} for (prompt, chosen), domain in best.items()]
+
+
+def different(name, texts):
+    """The different ones of some texts, as rows with one field."""
+    return [{name: text} for text in dict.fromkeys(texts)]
 
 
 def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json. The same seed gives the same bytes."""
-    check(0 < cfg.valid_share < 1, f"--valid-share is {cfg.valid_share}: it must be between 0 and 1")
     paths, counts = {}, {}
     for part, given in (("train", cfg.train), ("test", cfg.test)):
         paths[part] = [Path(name) for name in given.split(",") if name]
         if not given and not (part == "test" and cfg.train):
             paths[part] = [download(SOURCE.format(*key), f"{cfg.out}/raw/{'-'.join(key)}.jsonl.gz", sha256)
                            for key, sha256 in SHA256.items() if key[1] == part]
-    check(not set(paths["train"]) & set(paths["test"]), "the same file in --train and in --test")
     train = read_pairs(paths["train"], cfg.limit, counts)
     test = read_pairs(paths["test"], cfg.limit, counts, {first_message(row["prompt"]) for row in train})
     parts = split(train, test if paths["test"] else None, cfg.valid_share, cfg.seed)
-    out, files = open_folder(cfg.out), files_of(parts)
+    for path, reasons in counts.items():
+        print(f"{path}: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
+    for part, rows in parts.items():
+        check(rows, f"no pairs for the part {part!r} (too few dialogues, or another --valid-share)")
+    files = {"demos_train.jsonl": demos(parts["reward"]), "demos_valid.jsonl": demos(parts["valid"]),
+             "pairs_reward.jsonl": parts["reward"], "pairs_judge.jsonl": parts["judge"], "pairs_test.jsonl": parts["test"],
+             "prompts_ppo.jsonl": different("prompt", (row["prompt"] for row in parts["reward"])),
+             "prompts_eval.jsonl": different("prompt", (row["prompt"] for row in parts["test"])),
+             "corpus_test.jsonl": different("text", (row["prompt"] + row["chosen"] for row in parts["test"]))}
+    out = open_folder(cfg.out)
     for name, rows in files.items():
         write_jsonl(out / name, rows)
         print(f"{name:<24}{len(rows):>8,} rows")
-    for path, reasons in counts.items():
-        print(f"{path}: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     summary = {"seed": cfg.seed, "counts": counts, "rows": {name: len(rows) for name, rows in files.items()},
                "pairs": {part: Counter(row["domain"] for row in rows) for part, rows in parts.items()}}
     write_json(out / "summary.json", summary)

@@ -57,11 +57,6 @@ NEXT = {"corpus": "sft.py --train {} --valid {} --out out/own/base",
         "prompts": "ppo.py --sft CHECKPOINT --reward CHECKPOINT --prompts {} --out out/own/ppo",
         "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
         "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
-FACTS = {"duplicates": "rows are duplicates of an earlier one (kept)",
-         "one_prompt": "rows have the same prompt, all of them (so rows are held out, not prompts)",
-         "contradictions": "comparisons occur in both orders (kept)",
-         "trailing_space": "prompts end in a space (does it belong to the response?)",
-         "no_space": "responses begin with a word right after the prompt (does a space belong before it?)"}
 
 
 def dialogue(name, *parts):
@@ -106,8 +101,8 @@ def pair(row):
     return prompt, chosen, rejected
 
 
-def convert(row, left_out):
-    """(kind, row with the fields of that kind); ValueError("field: problem"). Counts other fields in left_out."""
+def convert(row, counts):
+    """(kind, row with the fields of that kind); ValueError("field: problem"). Counts the fields that are left out."""
     telling = next((name for name in LAYOUTS if name in row), None)
     if telling is None:
         raise ValueError(f"no known layout (found: {', '.join(row) or 'nothing'})")
@@ -138,58 +133,55 @@ def convert(row, left_out):
         repeats = str(row[name]).strip() in used
         if name in CONTENT and row[name] not in ("", [], {}) and not repeats:
             raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
-        left_out[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
-    left_out.update(f"field {ascii(name)[:60]} of messages left out" for value in row.values() if isinstance(value, list)
+        counts[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
+    counts.update(f"field {ascii(name)[:60]} of messages left out" for value in row.values() if isinstance(value, list)
                     for message in value if isinstance(message, dict) for name in message.keys() - {"role", "content"})
     return kind, {**new, **{name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}}
 
 
-def read_own(path, skip_bad):
-    """(kind, converted rows, {what was left out: count}); UserError that names the bad lines."""
-    kinds, left_out, bad = [], Counter(), Counter()
+def read_own(path, counts, skip_bad):
+    """(kind, converted rows) of a file; UserError that names the bad lines. Counts what is left out."""
+    bad = Counter()
 
     def accept(row):
         try:  # None: tables have a column for each field of any row
-            kind, new = convert({name: value for name, value in row.items() if value is not None}, left_out)
-            if kind != (kinds or [kind])[0]:
-                raise ValueError(f"{kind} after {kinds[0]} (a file is of one kind)")
-            kinds.append(kind)
-            return new
+            return convert({name: value for name, value in row.items() if value is not None}, counts)
         except ValueError as error:
             bad[f"rows left out: {error}"] += 1
             if not skip_bad:
                 raise
     try:
-        rows = read_rows(path, accept, "an object with the fields of a known layout")
+        rows = read_rows(path, accept)
     except UserError as error:
         raise UserError(f"{error} (--skip-bad leaves bad rows out)" if bad else str(error)) from None
     check(10 * bad.total() <= len(rows), f"{path}: more than a tenth of the rows are bad: {'; '.join(list(bad)[:3])}")
-    return kinds[0], [row for row in rows if row], dict(left_out + bad)
+    counts.update(bad)
+    kinds = sorted({row[0] for row in rows if row})
+    check(len(kinds) == 1, f"{path}: {' and '.join(kinds)} (a file has to be of one kind)")
+    return kinds[0], [row[1] for row in rows if row]
 
 
-def describe(rows, enc, block_size, name):
-    """{"tokens": percentiles by field, "truncated": counts, and a count for each of FACTS} of rows of one kind. Tokens
-    are those of the texts alone; what is truncated is what training truncates (a corpus is packed, never truncated)."""
-    lengths, truncated, facts = {"prompt": [], "response": []}, Counter(), dict.fromkeys(FACTS, 0)
-    seen, orders = set(), set()
+def describe(rows, enc, block_size, counts, name):
+    """{field: [5 %, median, 95 %, largest] of its lengths in tokens}. Counts what is worth a look. What is truncated is
+    what training truncates; a corpus is packed, never truncated."""
+    lengths, seen, orders = {"prompt": [], "response": []}, set(), set()
     for row in progress(rows, name):
         prompt = row.get("prompt", "")
         texts = row.get("responses") or [row[key] for key in ("completion", "chosen", "rejected", "text") if key in row]
-        facts["duplicates"] += (prompt, *texts) in seen
+        counts["rows are duplicates of an earlier one (kept)"] += (prompt, *texts) in seen
         seen.add((prompt, *texts))
         lengths["response"] += [len(enc.encode_ordinary(text)) for text in texts]
         if "prompt" in row:
             lengths["prompt"].append(len(enc.encode_ordinary(prompt)))
-            facts["trailing_space"] += prompt.endswith(" ")
-            facts["no_space"] += sum(prompt[-1:].strip() != "" and text[0].isalnum() for text in texts)
+            counts["prompts end in a space (does it belong to the response?)"] += prompt.endswith(" ")
+            counts["responses begin with a word right after the prompt (does a space belong before it?)"] += sum(
+                prompt[-1:].strip() != "" and text[0].isalnum() for text in texts)
             orders.update((prompt, better, worse) for better, worse in itertools.combinations(texts, 2))
             if texts:
-                encode_texts(enc, prompt, texts, block_size, truncated)
-    facts["one_prompt"] = len(rows) if len(set(map(key_of, rows))) == 1 < len(rows) else 0
-    facts["contradictions"] = sum((prompt, worse, better) in orders for prompt, better, worse in orders) // 2
-    tokens = {key: dict(zip(("5 %", "50 %", "95 %", "max"), np.percentile(x, (5, 50, 95, 100), method="lower").tolist()))
-              for key, x in lengths.items() if x}
-    return {"tokens": tokens, "truncated": dict(truncated), **facts}
+                encode_texts(enc, prompt, texts, block_size, counts)
+    counts["comparisons occur in both orders (kept)"] = sum((p, b, a) in orders for p, a, b in orders) // 2
+    return {field: np.percentile(values, (5, 50, 95, 100), method="lower").tolist()
+            for field, values in lengths.items() if values}
 
 
 def key_of(row):
@@ -199,12 +191,13 @@ def key_of(row):
     return first_message(prompt) if TURN in prompt else " ".join(prompt.lower().split())
 
 
-def split(rows, cfg):
+def split(rows, cfg, counts):
     """{"_train", "_valid", "_test": rows}, or {"": rows} if nothing is held out: a function of seed and prompt, so that
     all files agree about a prompt. Rows that all have the same prompt are held out each by itself."""
     if not cfg.valid_share + cfg.test_share:
         return {"": rows}
-    alike = len({key_of(row) for row in rows}) == 1
+    alike = len(set(map(key_of, rows))) == 1
+    counts["rows have the same prompt, so rows are held out, not prompts"] = len(rows) * alike
     parts = {"_train": [], "_valid": [], "_test": []}
     for row in rows:
         key = f"{cfg.seed} {row if alike else key_of(row)}"
@@ -222,39 +215,37 @@ def main(cfg):
           "--valid-share and --test-share: from 0 to below 1, also together")
     enc, files, content, keys, commands = load_tokenizer(cfg.vocab), {}, {}, {}, []
     for path in paths:
-        kind, rows, left_out = read_own(path, cfg.skip_bad)
+        kind, rows = read_own(path, counts := Counter(), cfg.skip_bad)
         if cfg.pairs and kind == "rankings":
             kind, rows = "pairs", [{**{key: row[key] for key in row if key != "responses"}, "chosen": a, "rejected": b}
                                    for row in rows for a, b in itertools.combinations(row["responses"], 2)]
-        parts, stem, written = split(rows, cfg), Path(path.name.removesuffix(".gz")).stem, {}
-        for part, kept in parts.items():
-            target = out / f"{stem}{part}.jsonl"
+        stem = Path(path.name.removesuffix(".gz")).stem
+        parts = {part: (out / f"{stem}{part}.jsonl", kept) for part, kept in split(rows, cfg, counts).items()}
+        for target, kept in parts.values():
             check(kept, f"{path}: no rows for {target} (other shares, or another --seed)")
             check(target not in content, f"{path}: another file is written to {target}, too (rename one)")
             check(target.resolve() not in [path.resolve() for path in paths], f"{target} is an input (choose another --out)")
-            content[target], written[part] = kept, shlex.quote(str(target))
-        command = "python " + NEXT[kind].format(next(iter(written.values())), written.get("_valid", "HELD_OUT"))
-        if "_test" in written and kind in ("pairs", "rankings"):
-            command += f" --test {written['_test']}"
-        commands.append(command)
+            content[target] = kept
+        files[str(path)] = {"kind": kind, "rows": {str(target): len(kept) for target, kept in parts.values()},
+                            "tokens": describe(rows, enc, cfg.block_size, counts, path.name),
+                            "counts": {what: n for what, n in counts.items() if n}}
         keys[str(path)] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
-        files[str(path)] = {"kind": kind, "rows": {f"{stem}{part}": len(kept) for part, kept in parts.items()},
-                            "left_out": left_out, **describe(rows, enc, cfg.block_size, path.name)}
-    common = {f"{a} {b}": n for a, b in itertools.combinations(files, 2) if (n := len(keys[a] & keys[b]))}
+        names = {part: shlex.quote(str(target)) for part, (target, _) in parts.items()}
+        test = f" --test {names['_test']}" if "_test" in names and kind in ("pairs", "rankings") else ""
+        commands.append(NEXT[kind].format(names.get("", names.get("_train")), names.get("_valid", "HELD_OUT")) + test)
     open_folder(out)
     for target, rows in content.items():
         write_jsonl(target, rows)
     for path, facts in files.items():
-        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows"))
-        for field, found in facts["tokens"].items():
-            print(f"  tokens per {field}: " + ", ".join(f"{number:,} ({at})" for at, number in found.items()))
-        found = {f"{what} (block size {cfg.block_size})": n for what, n in facts["truncated"].items() if "trunc" in what}
-        found |= {meaning: facts[name] for name, meaning in FACTS.items()}
-        for what, n in {**found, **facts["left_out"]}.items():
-            print(visible(f"{n:>9,} {what}") + "\n" if n else "", end="")
-    for names, n in common.items():
-        print(visible(f"warning: {n:,} prompts or texts are in both of {names}"))
-    print(visible("\n".join(commands)))
+        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows; at block size {cfg.block_size}:"))
+        for field, (low, median, high, largest) in facts["tokens"].items():
+            print(f"          tokens per {field}: median {median:,}, 90 % from {low:,} to {high:,}, at most {largest:,}")
+        for what, n in facts["counts"].items():
+            print(visible(f"{n:>9,} {what}"))
+    common = {f"{a} and {b}": len(keys[a] & keys[b]) for a, b in itertools.combinations(files, 2) if keys[a] & keys[b]}
+    for both, n in common.items():
+        print(visible(f"warning: {n:,} prompts or texts are in both of {both}"))
+    print(visible("".join(f"python {command}\n" for command in commands)), end="")
     summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "valid_share": cfg.valid_share,
                "test_share": cfg.test_share, "seed": cfg.seed, "files": files, "in_common": common}
     write_json(out / "summary.json", summary)

@@ -203,14 +203,13 @@ def ppo(record):
     below = [i for i, x in enumerate(kl) if x < 0]
     if len(kl) >= 5 and mean(kl) < -0.1 and len(below) >= 0.8 * len(kl):
         yield "negative KL", f"{mean(kl):.2f} nats per response on average", below
-    # With a controller (a horizon) against its target.
-    for name, limit in {"first ratio": 0.1, "sampler differs": 0.05,
-                        "KL runs away": 3 * target if flags["kl_horizon"] else 30.0}.items():
+
+    def above(name, limit):
         metric = SYMPTOMS[name].metric
         high = [i for i, x in enumerate(column(metric)) if x > limit]
         peak = max(column(metric) + [record.stop.get(metric, 0.0)])
-        if peak > limit:
-            yield name, f"up to {peak:.2f}", high
+        return [(name, f"up to {peak:.2f}", high)] if peak > limit else []
+    yield from above("first ratio", 0.1) + above("sampler differs", 0.05)
     if not lines:  # stopped in the first rollout
         return
     wrong = []
@@ -234,6 +233,7 @@ def ppo(record):
         yield "first scores off", f"mean {score:.2f}, deviation {deviation:.2f}", [0]
     if not record.same_start:
         yield "another start", f"it started from another model than {flags['sft']}", None
+    yield from above("KL runs away", 3 * target if flags["kl_horizon"] else 30.0)  # a horizon of 0: no controller
     if record.judged:
         yield from ppo_learning(record)
 

@@ -1,6 +1,6 @@
 """Classic bugs put into small runs on purpose: does the doctor see them?
 
-    python tests/extras/breaks.py > results/faults.md     the bug, what the doctor says, which test sees what no log shows
+    python tests/extras/breaks.py > results/faults.md
 
 Each is a patch of one function or of a flag, for a run of seconds on small models, whose healthy runs learn.
 """
@@ -11,39 +11,39 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.functional import normalize
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import common  # noqa: E402
-import data  # noqa: E402
-import dpo  # noqa: E402
-import ppo  # noqa: E402
-import reward  # noqa: E402
-import sft  # noqa: E402
+import common, data, dpo, ppo, reward, sft  # noqa: E401, E402
 from conftest import SENTENCES  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare.reviews import train_bpe  # noqa: E402
 from sampling import sample_many  # noqa: E402
 from tools import doctor  # noqa: E402
 
-MODULES = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft}
 
-
-def steer(model, enc):
-    """Make a random model write letters and spaces, and EOS as often as a response of some ten tokens needs."""
-    rows = {enc.decode_single_token_bytes(i): i for i in range(enc.n_vocab - 1)}
-    plain = [i for text, i in rows.items() if text.isalpha() and text.islower() or text == b" "]
-    direction = torch.nn.functional.normalize(torch.randn(model.config.width), dim=0)
+def small_policy(enc):
+    """A random model made to write letters and spaces, and EOS as often as responses of some ten tokens need."""
+    torch.manual_seed(1)
+    policy = GPT(GPTConfig(enc.n_vocab, block_size=64, n_layer=1, n_head=2, width=32))
     with torch.no_grad():
-        model.trunk.norm.bias.add_(6 * direction)
-        model.trunk.token_embedding.weight.sub_(2 * direction)
-        model.trunk.token_embedding.weight[plain] += 2 * direction
-        model.trunk.token_embedding.weight[enc.eot_token] += 2.1 * direction
+        for parameter in policy.parameters():
+            parameter.mul_(4)
+        texts = {i: enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - 1)}
+        plain = [i for i, text in texts.items() if text.isalpha() and text.islower() or text == b" "]
+        direction, embedding = normalize(torch.randn(32), dim=0), policy.trunk.token_embedding.weight
+        policy.trunk.norm.bias.add_(6 * direction)
+        embedding.sub_(2 * direction)
+        embedding[plain] += 2 * direction
+        embedding[enc.eot_token] += 2.1 * direction
+    return policy
 
 
 def vowels(text):
@@ -54,52 +54,41 @@ def vowels(text):
 def world(folder):
     """{stage: its configuration} of a whole small set-up: an SFT model, rankings of its samples (vowels are good), a
     reward model trained on them, demonstrations and prompts."""
-    vocab, prompts, start, rows = (folder / name for name in ("vocab.tiktoken", "prompts.jsonl", "sft", "rankings.jsonl"))
+    vocab, prompts, start, rows, demos, held_out = (str(folder / name) for name in (
+        "vocab.tiktoken", "prompts.jsonl", "sft", "rankings.jsonl", "demos.jsonl", "held_out.jsonl"))
     data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     enc = data.load_tokenizer(vocab)
-    torch.manual_seed(1)
-    policy = GPT(GPTConfig(enc.n_vocab, block_size=64, n_layer=1, n_head=2, width=32))
-    for parameter in policy.parameters():
-        parameter.data.mul_(4)
-    steer(policy, enc)
+    policy, end = small_policy(enc), enc.eot_token
     common.save_checkpoint(start, policy, ppo.Config(), vocab)
     texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 9)] * 24
     data.write_jsonl(prompts, [{"prompt": text} for text in texts])
     ids = [data.encode_prompt(enc, text, 32) for text in texts for _ in range(4)]
-    drawn = sample_many(policy, ids, 12, enc.eot_token, random=torch.Generator().manual_seed(1))
-    drawn = [enc.decode(response[:-1] if response[-1] == enc.eot_token else response) for response in drawn]
-    ranked = [{x for x in drawn[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
-              for i in range(len(texts))]
-    ranked = [{"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))}
-              for text, usable in zip(texts, ranked)]
+    sampled = [enc.decode(response[:-1] if response[-1] == end else response)
+               for response in sample_many(policy, ids, 12, end, random=torch.Generator().manual_seed(1))]
+    ranked = []
+    for i, text in enumerate(texts):
+        usable = {x for x in sampled[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
+        ranked.append({"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))})
     data.write_jsonl(rows, [row for row in ranked if len(row["responses"]) > 1])
-    demos = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in ranked if row["responses"]]
-    for name, part in {"demos": demos[:40], "held_out": demos[40:80]}.items():
-        data.write_jsonl(folder / f"{name}.jsonl", part)
+    best = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in ranked if row["responses"]]
+    data.write_jsonl(demos, best[:40])
+    data.write_jsonl(held_out, best[40:80])
     small = {"device": "cpu", "dtype": "float32"}
-    sampled = {"sft": str(start), "prompts": str(prompts), "response_tokens": 12, "temperature": 1.0, **small}
+    sampling = {"sft": start, "prompts": prompts, "response_tokens": 12, "temperature": 1.0, **small}
     configs = {
-        "reward": reward.Config(out=str(folder / "reward"), model=str(start), train=str(rows), pairs="", epochs=2, lr=3e-3,
-                                dropout=0.0, samples=256, log_every=10, **sampled),
-        "ppo": ppo.Config(reward=str(folder / "reward"), iterations=12, episodes=96, microbatch=96, lr=1e-3, snapshots=1,
-                          kl_horizon=300.0, missing_eos_score=float("nan"), **sampled),
-        "dpo": dpo.Config(model=str(start), train=str(rows), epochs=2, **small),
-        "sft": sft.Config(model=str(start), train=str(folder / "demos.jsonl"), valid=str(folder / "held_out.jsonl"),
-                          epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
+        "reward": reward.Config(out=str(folder / "reward"), model=start, train=rows, pairs="", epochs=2, lr=3e-3,
+                                dropout=0.0, samples=256, log_every=10, **sampling),
+        "ppo": ppo.Config(reward=str(folder / "reward"), iterations=12, episodes=96, microbatch=96, lr=1e-3,
+                          kl_horizon=300.0, missing_eos_score=float("nan"), snapshots=1, **sampling),
+        "dpo": dpo.Config(model=start, train=rows, epochs=2, **small),
+        "sft": sft.Config(model=start, train=demos, valid=held_out, epochs=2.0, evals=4, dropout=0.0, batch_size=8, **small)}
     with contextlib.redirect_stdout(io.StringIO()):
         reward.main(configs["reward"])
     return configs
 
 
-@dataclass
-class Break:
-    """A bug, as a patch or as changed flags of a run, and what the doctor says of it first."""
-    bug: str
-    expected: str
-    patch: dict = field(default_factory=dict)   # {name in the stage's module: what takes its place}
-    flags: dict = field(default_factory=dict)
-    stage: str = "ppo"
-
+# patch: {name in the stage's module: what takes its place}; expected: what the doctor must say first.
+Break = namedtuple("Break", "bug expected patch flags stage", defaults=[{}, {}, "ppo"])
 
 # What the patches call: the functions as they are.
 forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs = (
@@ -203,7 +192,7 @@ BREAKS = [
 
 def run(cfg, broken):
     """Findings of the doctor after a run with the bug: {symptom: what was seen}."""
-    module = MODULES[broken.stage]
+    module = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft}[broken.stage]
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for name, substitute in broken.patch.items():
@@ -217,55 +206,51 @@ def run(cfg, broken):
     return {name: seen for name, seen, _ in doctor.examine(record)}
 
 
-UNSEEN = {  # what no log shows: a text of ppo.py, what takes its place, and the test in test_ppo.py that fails then
-    "score read in the last column, padding or not": (
-        "P + lengths[rows] - 1)", "0 * lengths[rows] + tokens.size(1) - 1)",
-        "test_rollout_against_one_response_at_a_time"),
-    "values of the states after the tokens": (
-        "value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])", "value(tokens, pad, at=np.s_[:, P:])",
-        "test_rollout_against_one_response_at_a_time"),
-    "returns from whitened advantages": (
-        "returns=returns)", "returns=(whiten(advantages, mask) + rollout['values']) * mask)",
-        "test_whitened_rewards_are_masked_again"),
-    "a value past the EOS": (
-        "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
-        "next_advantage, next_value = torch.zeros_like(rewards[:, 0]), values[:, -1]",
-        "test_gae_with_lambda_one_is_monte_carlo"),
-    "mask without the EOS": (
-        "mask = length_mask(lengths, responses.size(1))", "mask = length_mask(lengths - 1, responses.size(1))",
-        "test_rollout_against_one_response_at_a_time"),
-    "whitening over the padding": (
-        "mean = masked_mean(x, mask)\n    var", "mean = x.mean()\n    var", "test_whiten"),
-    "loss averaged over microbatches of unlike length": (
-        "(tokens / counted)", "(1 / len(rows.split(cfg.microbatch)))", "test_microbatches_change_nothing"),
-}
+UNSEEN = [  # what no log shows: a text of ppo.py, what takes its place, and the test of test_ppo.py that fails then
+    ("score read in the last column, padding or not", "P + lengths[rows] - 1)", "0 * lengths[rows] + tokens.size(1) - 1)",
+     "test_rollout_against_one_response_at_a_time"),
+    ("values of the states after the tokens", "value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])",
+     "value(tokens, pad, at=np.s_[:, P:])", "test_rollout_against_one_response_at_a_time"),
+    ("returns from whitened advantages", "returns=returns)",
+     "returns=(whiten(advantages, mask) + rollout['values']) * mask)", "test_whitened_rewards_are_masked_again"),
+    ("a value past the EOS", "next_value = next_advantage = torch.zeros_like(rewards[:, 0])",
+     "next_advantage, next_value = torch.zeros_like(rewards[:, 0]), values[:, -1]",
+     "test_gae_with_lambda_one_is_monte_carlo"),
+    ("mask without the EOS", "mask = length_mask(lengths, responses.size(1))",
+     "mask = length_mask(lengths - 1, responses.size(1))", "test_rollout_against_one_response_at_a_time"),
+    ("whitening over the padding", "mean = masked_mean(x, mask)\n    var", "mean = x.mean()\n    var", "test_whiten"),
+    ("loss averaged over microbatches of unlike length", "(tokens / counted)",
+     "(1 / len(rows.split(cfg.microbatch)))", "test_microbatches_change_nothing")]
 
 
 def fails(test, old, new):
     """Whether the test fails where ppo.py has the new text in place of the old one."""
     with tempfile.TemporaryDirectory() as copied:
         (Path(copied) / "ppo.py").write_text((ROOT / "ppo.py").read_text().replace(old, new))
-        command = f"import sys, pytest; sys.path[:0] = {[copied, str(ROOT)]}; sys.exit(pytest.main(sys.argv[1:]))"
-        return subprocess.run([sys.executable, "-c", command, "-q", "-x", "-p", "no:cacheprovider", "-o", "pythonpath=",
-                               f"{ROOT}/tests/core/test_ppo.py::{test}"], capture_output=True).returncode == 1
+        command = f"import sys, pytest; sys.path.insert(0, {copied!r}); sys.exit(pytest.main(sys.argv[1:]))"
+        done = subprocess.run([sys.executable, "-c", command, "-q", "-x", "-p", "no:cacheprovider", "-o", "pythonpath=",
+                               f"tests/core/test_ppo.py::{test}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout
+    return done.returncode == 1
 
 
 if __name__ == "__main__":
     print("""# Bugs put into small runs on purpose
 
 Written by `python tests/extras/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small
-models, whose healthy runs have no findings. What the doctor says is what `python -m tools.doctor` prints of that run; the
-words are explained in [metrics.md](../docs/metrics.md).
+models, whose healthy runs have no findings. What the doctor says is what `python -m tools.doctor` prints of that run;
+[metrics.md](../docs/metrics.md) explains its words.
 
 | bug | stage | the doctor says |
 |---|---|---|""")
     with tempfile.TemporaryDirectory() as folder:
         configs = world(Path(folder))
-        healthy = [Break(f"none, seed {seed}", "", stage=stage, flags={"seed": seed})
-                   for stage in configs for seed in range(1, 6)]
+        healthy = [Break(f"none, seed {seed}", "", flags={"seed": seed}, stage=stage) for stage in configs
+                   for seed in range(1, 6)]
         for number, broken in enumerate([*healthy, *BREAKS]):
             found = run(replace(configs[broken.stage], out=f"{folder}/run{number}"), broken)
             print(f"| {broken.bug} | {broken.stage} | {', '.join(found) or 'healthy'} |", flush=True)
-    print("\nWhat a log can't show, and the test of `tests/core/test_ppo.py` that fails with it:\n\n| bug | test |\n|---|---|")
-    for bug, (old, new, test) in UNSEEN.items():
+    print("\nWhat a log can't show, and the test of `tests/core/test_ppo.py` that fails with it:\n")
+    print("| bug | test |\n|---|---|")
+    for bug, old, new, test in UNSEEN:
         print(f"| {bug} | {f'`{test}`' if fails(test, old, new) else 'none fails'} |", flush=True)

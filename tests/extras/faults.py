@@ -1,44 +1,128 @@
 """Kill training at bad moments, give the same command again, and compare what is left with the unbroken run, bit for bit.
 
-    python tests/extras/faults.py           each step of one save, and two random kills, per stage
-    python tests/extras/faults.py --long    each step of every save, and ten random kills, per stage
+    python tests/extras/faults.py           per stage five steps of a save in a row, two kills and a SIGTERM
+    python tests/extras/faults.py --long    per stage each step of each save, ten kills and five times SIGTERM
 
-Prints a table; exit code 1 if anything differs.
+The steps of a save: the file is open and empty; half of a .pt file is written; before it is flushed to the disk; before it
+gets its name; after that. The kills come at random moments. Prints a table; exit code 1 if anything differs.
 """
+import builtins
+import io
+import itertools
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  which an optimizer's first step would import in each process anew
 
 import common  # noqa: E402
 import stages  # noqa: E402
 
-POINTS = ("open", "half-way", "flush", "fsync", "replace", "after")
-# A run that ends at once at one step (sys.argv[1]) of the save of a .pt file with one number (sys.argv[2]; 0: none), and
-# writes to its last line how many there were. half-way: some of the content is on the disk, the rest is not.
-DYING = """
-import builtins, importlib, os, sys
-import common, torch
-point, number, script, *argv = sys.argv[1:]
-plain, saves = {"open": open, "save": torch.save, "fsync": os.fsync, "replace": os.replace, "write": common.write_atomic}, [0]
-def die(at):
-    if at == point and current[0].endswith(".pt") and saves[0] == int(number): os._exit(9)
-current = [""]
-def write_atomic(path, content):
-    current[0] = str(path)
-    saves[0] += current[0].endswith(".pt")
-    plain["write"](path, content)
-    die("after")
-    current[0] = ""
-"""
+
+def die_at(number):
+    """Have this process end at once at the step of its saves with this number (0: never); returns the counter of steps."""
+    steps, open, save, fsync, replace = itertools.count(1), builtins.open, torch.save, os.fsync, os.replace
+
+    def step(before_death=lambda: None):
+        if next(steps) == number:
+            before_death()
+            os._exit(9)
+
+    def opened(path, *args, **how):
+        file = open(path, *args, **how)
+        if str(path).endswith(".tmp"):
+            step()
+        return file
+
+    def saved(content, file):
+        def half():
+            save(content, whole := io.BytesIO())
+            file.write(whole.getvalue()[:whole.tell() // 2])
+            file.flush()
+        step(half)
+        save(content, file)
+
+    builtins.open, torch.save = opened, saved
+    os.fsync = lambda handle: (step(), fsync(handle))
+    os.replace = lambda source, target: (step(), replace(source, target), step())
+    return steps
+
+
+def start(stage, inputs, out, number=0):
+    """A stage's run in a process of its own, which dies at a step of its saves: its process id. Output goes to out.txt,
+    the number of steps to out.steps."""
+    module, flags = stages.command(stage, inputs, out, save_every=0)
+    if child := os.fork():
+        return child
+    for handle in (1, 2):
+        os.dup2(os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
+    code, steps = 0, die_at(number)
+    try:
+        common.run(module.main, module.Config, module.PRESETS, argv=flags)
+    except SystemExit as end:
+        code = end.code
+    Path(f"{out}.steps").write_text(str(next(steps) - 1))
+    os._exit(code)
+
+
+def finish(child):
+    """Exit code of a process, negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fault(stage, inputs, out, number=0, kill=None, after=0.0):
+    """Break a run at a step of its saves, or by a signal after some seconds, and run it again: (exit code of the broken
+    run, step from which the other resumed)."""
+    child = start(stage, inputs, out, number)
+    if kill:
+        time.sleep(after)
+        os.kill(child, kill)
+    code = finish(child)
+    for path in out.rglob("*.pt"):
+        common.load(path)
+    again = finish(start(stage, inputs, out)) if code else 0
+    output = Path(f"{out}.txt").read_text()
+    assert again == 0, f"{stage}: exit code {again}: {output[-500:]}"
+    return code, int(output.rpartition("resuming from step ")[2].split()[0]) if "resuming" in output else 0
 
 
 def main(long):
-    pass
+    """Print the table; the number of runs that did not end as the unbroken one."""
+    draw, wrong = random.Random(1), 0
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        inputs = stages.make_inputs(folder / "inputs")
+        print(f"{'stage':8}{'fault':18}{'runs':>5}  exit codes      resumed from step")
+        for stage in stages.SCRIPT:
+            began, reference = time.time(), folder / stage
+            assert finish(start(stage, inputs, reference)) == 0, Path(f"{reference}.txt").read_text()[-500:]
+            seconds, steps = time.time() - began, int(Path(f"{reference}.steps").read_text())
+            first = 1 if long else draw.randint(1, steps - 4)
+            faults = {"step of a save": [{"number": n} for n in range(first, (steps if long else first + 4) + 1)]}
+            for number, runs in ((signal.SIGKILL, 10 if long else 2), (signal.SIGTERM, 5 if long else 1)):
+                faults[number.name] = [{"kill": number, "after": draw.uniform(0, seconds)} for _ in range(runs)]
+            for name, cases in faults.items():
+                found = []
+                for i, case in enumerate(cases):
+                    out = folder / f"{stage} {name} {i}" / stage  # a folder's name may hold a space
+                    out.parent.mkdir()
+                    found.append(fault(stage, inputs, out, **case))
+                    wrong += stages.outcome(out) != stages.outcome(reference)
+                codes, resumed = (" ".join(map(str, sorted(set(part)))) for part in zip(*found))
+                print(f"{stage:8}{name:18}{len(cases):5}  {codes:14}  {resumed}", flush=True)
+    print("every resumed run equals the unbroken one" if not wrong else f"{wrong} runs differ")
+    return wrong
+
+
+if __name__ == "__main__":
+    if set(sys.argv[1:]) - {"--long"}:
+        sys.exit(__doc__)
+    sys.exit(main("--long" in sys.argv) > 0)

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from common import UserError
 from data import REPLY, TURN, read_rows
 from prepare import hh
 from prepare.hh import Config, first_message, main, split_transcript
@@ -67,7 +66,7 @@ def test_every_line_is_in_one_bin(tmp_path):
            ("prompts differ", {"chosen": dialogue("a", "b", "c", "d"), "rejected": dialogue("a", "B", "c", "e")}),
            ("prompts differ", {"chosen": dialogue("a", "b  Human: c") + f"{REPLY} d", "rejected": dialogue("a", "b")}),
            ("empty response", pair("a", rejected=" \n ")), ("identical", pair("a", chosen="same", rejected="same \n")),
-           ("no proper text", pair("a\0")), ("group also in train", pair("Mine")), ("kept", pair("a", chosen="Human: b"))]
+           ("text: holds a NUL or half a surrogate pair", pair("a\0")), ("no two texts", {"chosen": "a", "rejected": 1}), ("group also in train", pair("Mine")), ("kept", pair("a", chosen="Human: b"))]
     path = tmp_path / "odd.jsonl.gz"
     write(path, [row for _, row in odd])
     kept = hh.read_pairs([path], 0, counts := {}, {"mine"})
@@ -75,13 +74,10 @@ def test_every_line_is_in_one_bin(tmp_path):
     assert [(p["prompt"] + p["chosen"], p["prompt"] + p["rejected"]) for p in kept] == [
         (row["chosen"], row["rejected"]) for name, row in odd if name == "kept"]
     assert all(p["prompt"].endswith(REPLY) and p["domain"] == "odd" for p in kept)
-    write(path, [good, {"chosen": "a", "rejected": 1}])
-    with pytest.raises(UserError, match=r"odd\.jsonl\.gz:2: rejected: missing, or not a text"):
-        hh.read_pairs([path], 0, {})
 
 
 @pytest.mark.parametrize("with_test", [True, False])
-def test_a_whole_run(tmp_path, monkeypatch, with_test):
+def test_a_whole_run(tmp_path, with_test):
     """A later stage of a conversation in another part; lines that vanish; SFT on rejected responses; unseeded order."""
     files = {part: write(tmp_path / f"harmless-base-{part}.jsonl.gz", conversations(part, n) + extra)
              for part, n, extra in (("train", 180, []), ("test", 80, conversations("train", 180)[:30]))}
@@ -102,7 +98,6 @@ def test_a_whole_run(tmp_path, monkeypatch, with_test):
     assert len({(d["prompt"], d["completion"]) for d in demos}) == len(demos) < len(reward)
     assert len({row["prompt"] for row in prompts}) == len(prompts) == len({p["prompt"] for p in reward})
     before = {name: (tmp_path / "out" / name).read_bytes() for name in rows}
-    monkeypatch.setattr(hh, "download", lambda address, path, sha256: files[address.split("/")[-1].split(".")[0]])
     main(Config(out=cfg.out, train=cfg.train, test=cfg.test, seed=2))
     assert {name: (tmp_path / "out" / name).read_bytes() for name in rows} != before
     main(cfg)
