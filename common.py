@@ -26,7 +26,6 @@ from tqdm import tqdm
 FREE = "out overwrite save_every microbatch recompute sample_every kl_ceiling max_calls timeout parallel dry_run"
 LOCKED = {}  # output folder that this process has locked: its open handle
 progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name), on a terminal
-say = tqdm.write  # print a line above the progress bar
 
 
 class UserError(Exception):
@@ -43,17 +42,10 @@ def check(condition, message, code=2):
         raise UserError(message, code)
 
 
-def check_positive(cfg, *names, or_zero=()):
-    """UserError for the first of these fields that is not a finite number above zero, or from zero."""
-    for name in (*names, *or_zero):
-        value, least = getattr(cfg, name), "0 or more" if name in or_zero else "above 0"
-        check(math.isfinite(value) and (value > 0 or value == 0 and name in or_zero),
-              f"--{name.replace('_', '-')} is {value}: it must be {least}")
-
-
 def load_config(Config, presets, argv=None, words=()):
-    """A Config from the command line: field default < --preset < flag. A field's trailing comment is its --help text.
-    words: flags that may be given without their name, in this order; "files...": any number of words for --files."""
+    """A Config from the command line: field default < --preset < flag. A field's trailing comment is its --help text;
+    a number must not be negative (unless its default is), nor a count 0 unless its help says what "0:" means. words:
+    flags that may be given without their name, in this order; "files...": any number of words for --files."""
     help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
                for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
@@ -65,15 +57,21 @@ def load_config(Config, presets, argv=None, words=()):
     for field in dataclasses.fields(Config):
         kind = {"type": type(field.default)}
         if isinstance(field.default, bool):  # may stand alone: --overwrite is --overwrite true
-            kind = {"type": {"true": True, "false": False}.__getitem__, "nargs": "?", "const": True}
+            kind = {"choices": ["true", "false"], "nargs": "?", "const": "true"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, metavar="X", **kind, help=(
             f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")))
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    flags.update({name: flags[name] == "true" for name in flags if isinstance(getattr(Config, name, ""), bool)})
     given, preset = flags.pop("words"), flags.pop("preset", None)
     if "".join(words).endswith("..."):
         given, words = [",".join(given)] if given else [], [words[0][:-3]]
     check(len(given) <= len(words), f"unexpected: {' '.join(given[len(words):])} (--help explains the flags)")
-    return Config(**{**(presets[preset] if preset else {}), **dict(zip(words, given)), **flags})
+    config = Config(**{**(presets[preset] if preset else {}), **dict(zip(words, given)), **flags})
+    for name, value in dataclasses.asdict(config).items():
+        if type(value) in (int, float) and name != "seed" and (default := getattr(Config, name)) >= 0:
+            least = 1 if isinstance(default, int) and default and "0:" not in help_of.get(name, "") else 0
+            check(least <= value < math.inf, f"--{name.replace('_', '-')} is {value}: it must be {least} or more")
+    return config
 
 
 def run(main, Config, presets=(), words=(), argv=None):
@@ -81,7 +79,8 @@ def run(main, Config, presets=(), words=(), argv=None):
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # a service may have none of them
             setattr(sys, name, open(os.devnull, mode))
-        getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has none
+            getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return main(load_config(Config, dict(presets), argv, words))
     except UserError as error:
@@ -101,9 +100,17 @@ def run(main, Config, presets=(), words=(), argv=None):
     sys.exit(code)
 
 
+def say(text):
+    """Print a line above the progress bar. When its reader (tee, say) has left, training continues."""
+    try:
+        tqdm.write(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def visible(text):
     """Text that cannot act on the terminal: escape codes, direction marks and the like become \\x1b, \\u202e, ..."""
-    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)  # joiners: emoji
+    return "".join(c if c.isprintable() or c in "\n\xa0\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def set_up(cfg):
@@ -113,7 +120,10 @@ def set_up(cfg):
     torch.manual_seed(cfg.seed)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(cfg.device).type
+    try:
+        kind = torch.empty(1, device=cfg.device).device.type
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
     if cfg.dtype == "auto":
         fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = "bfloat16" if fast else "float32"
@@ -158,11 +168,16 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
 
 def write_atomic(path, content):
     """Write a text, or what content(file) writes, flush it, then rename: a crash leaves the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        content(file) if callable(content) else file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            content(file) if callable(content) else file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        problem = getattr(error, "strerror", "disk full?")
+        raise UserError(f"{path}: cannot be written: {problem} (what was there before is unharmed)", 1) from None
 
 
 def write_json(path, content):
@@ -246,17 +261,20 @@ class Stage:
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("model.*"))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
-        if (config := self.folder / "config.json").is_file():
+        done, config = self.folder / "done.json", self.folder / "config.json"
+        if config.is_file() and (done.is_file() or (self.folder / "resume.pt").is_file()):
             now, before = ({**run["stage"], **run["inputs"]} for run in (self.facts, json.loads(config.read_text())))
             self.changed = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {now.get(name)}"
                                      for name in now | before if name not in FREE.split()
                                      and str(before.get(name)) != str(now.get(name)))  # as text, nan equals nan
         check(cfg.overwrite or not self.changed,
               f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
-        check(self.changed or not (self.folder / "done.json").is_file(), f"{self.folder}: finished already", 0)
+        written = json.loads(done.read_text())["files"] if done.is_file() else []
+        check(self.changed or not written or not all((self.folder / name).is_file() for name in written),
+              f"{self.folder}: finished already", 0)
 
     def open(self):
-        """Make and lock the folder, note in config.json which run it is for, and print the configuration."""
+        """Make and lock the folder, note in config.json which run it is for, print the configuration."""
         open_folder(self.folder)
         if self.changed:
             print(f"{self.folder} is overwritten: {self.changed}")
@@ -308,7 +326,8 @@ class Stage:
         facts = {"seconds": round(self.seconds(), 1), "peak_memory_mb": round(peak), **facts}
         if torch.cuda.is_available():
             facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        write_json(self.folder / "done.json", facts)
+        files = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name != "resume.pt")
+        write_json(self.folder / "done.json", {**facts, "files": files})
         (self.folder / "resume.pt").unlink(missing_ok=True)
         print(f"{self.folder}:", ", ".join(f"{key} {value}" for key, value in facts.items()))
 
@@ -335,7 +354,8 @@ class Log:
 
     def stop(self, problem):
         """End the run before it does harm: UserError with folder, optimizer step, problem, and what is still good."""
-        self.append({"stopped": problem, "optimizer_step": self.steps + 1})
+        means = {name: float(x / self.counts[name]) for name, x in self.sums.items() if math.isfinite(x)}
+        self.append({"stopped": problem, "optimizer_step": self.steps + 1, **means})
         good = [str(path) for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]
         raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
                         f"last good state: {(good + ['none saved yet'])[0]}", 1)

@@ -198,8 +198,8 @@ def read_text(path):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             return file.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged, or not UTF-8 text: {error}") from None
 
 
 def read_rows(path, accept, expected="an object"):
@@ -229,7 +229,8 @@ def read_jsonl(path, *layouts):
         left[:] = [fields for fields in left if fields.keys() & row.keys() - {"prompt"}][:1] or left
         for name, kind in left[0].items():
             if not isinstance(value := row.get(name), kind):
-                raise ValueError(f"{name}: expected {kind.__name__}, found {type(value).__name__}")
+                raise ValueError(f"{name}: " + (f"expected {kind.__name__}, found {type(value).__name__}"
+                                                if name in row else f"missing (found: {', '.join(row)})"))
             for text in value if kind is list else [value]:
                 check_text(text, name)
             if kind is list and len(set(value)) < max(2, len(value)):

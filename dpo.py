@@ -6,9 +6,7 @@ PPO maximises score - beta * KL to the SFT model (beta is its kl_coef). The best
 model's probability of a response times exp(score / beta), divided by a sum that depends on the prompt alone. Hence
 score = beta * (log p(policy) - log p(SFT)) + a term of the prompt. Put this into the reward model's loss,
 -log sigmoid(chosen score - rejected score): the term cancels, and only the policy is left to train (dpo_loss).
-
-Log-probabilities are at temperature 1, as in the paper. (PPO's are at its sampling temperature, at which evaluate.py
-samples and measures KL.)
+Log-probabilities are at temperature 1, as in the paper; PPO's are at its sampling temperature.
 
 Papers: Rafailov et al. 2023 (DPO); Ouyang et al. 2022, section 3.5 (all pairs of K ranked responses).
 Left out on purpose: a loss on demonstrations beside it, other losses of the family, several GPUs.
@@ -21,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import (Log, Stage, adamw, check, check_positive, learning_rate, optimizer_step, progress, run, say, set_up,
+from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up,
                     write_json)
 from data import (batches, encode_texts, load_tokenizer, ranking_accuracy, read_rankings, report_truncated,
                   split_by_prompt)
@@ -53,9 +51,7 @@ class Config:
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-# Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop. Here hh: 64 rankings of one pair, gpt2: 16 of six.
-GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}
-# tiny: epochs, batch and learning rate of the reward model that it is compared with.
+GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}  # Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop
 PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": {**GPT2, "batch_size": 64}}
 
 
@@ -72,11 +68,9 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def encode(enc, rows, block_size, comparisons, counts, flag="--train"):
-    """Rankings: lists of texts, best first, each (ids, length of the prompt). comparisons: see Config.
-
-    Of texts that truncation has made equal the best stays; a ranking of one text compares nothing.
-    """
+def encode(enc, rows, block_size, comparisons, counts):
+    """Rankings: lists of texts, best first, each (ids, length of the prompt). comparisons: see Config. Of texts that
+    truncation has made equal the best stays; a ranking of one text compares nothing."""
     rankings = []
     for row in rows:
         prompt, responses = encode_texts(enc, row["prompt"], row["responses"], block_size, counts)
@@ -84,7 +78,7 @@ def encode(enc, rows, block_size, comparisons, counts, flag="--train"):
         if len(responses) > 1:
             responses = responses if comparisons == "all" else [responses[0], responses[-1]]
             rankings.append([(prompt + list(response), len(prompt)) for response in responses])
-    check(rankings, f"{flag}: nothing to compare: the responses are equal within the block size")
+    check(rankings, "nothing to compare: the responses are equal within the block size")
     return rankings
 
 
@@ -99,10 +93,8 @@ def response_logprobs(model, rankings, end, device, autocast, size=32):
 
 
 def measure(logprobs, ref_logprobs, cfg):
-    """{metric: its mean over a ranking's pairs, then over rankings}; logprobs, ref_logprobs: one (K,) per ranking.
-
-    Averaged as in reward.py's ranking_loss: a response is one forward pass, however many pairs it is in.
-    """
+    """{metric: its mean over a ranking's pairs, then over rankings, as in reward.py's ranking_loss}; logprobs,
+    ref_logprobs: one (K,) per ranking."""
     names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprobs", "rejected_logprobs")
     means = []
     for own, ref in zip(logprobs, ref_logprobs):
@@ -117,11 +109,7 @@ def measure(logprobs, ref_logprobs, cfg):
 
 
 def main(cfg):
-    check_positive(cfg, "beta", "epochs", "batch_size", "microbatch", "lr", "log_every",
-                   or_zero=("grad_clip", "save_every"))
-    check(0 <= cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be from 0 to below 0.5")
-    check(0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1,
-          "--test-share must be between 0 and 1, --warmup from 0 to below 1")
+    check(cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be below 0.5")
     check(cfg.comparisons in ("all", "ends"), f"--comparisons is {cfg.comparisons!r}: write all or ends")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test")
@@ -133,7 +121,7 @@ def main(cfg):
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)  # as in reward.py: the same are held out
     counts, block_size = Counter(), policy.config.block_size
     rankings = encode(enc, rows, block_size, cfg.comparisons, counts)
-    test = encode(enc, test_rows, block_size, "all", Counter(), "--test" if cfg.test else "--train")
+    test = encode(enc, test_rows, block_size, "all", Counter())
     optimizer = adamw(policy.parameters(), cfg.lr, weight_decay=0.0)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
@@ -160,8 +148,7 @@ def main(cfg):
         optimizer_step(optimizer, list(policy.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
-            # Both log-probabilities often fall, the chosen one's too: the loss sees only their difference, and the
-            # probability that the two lose goes to texts that nobody ranked.
+            # Both log-probabilities often fall: the loss sees only their difference, the rest goes to unranked texts.
             say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
                 "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))
         stage.keep(step + 1)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common import Stage, check, check_positive, generator, progress, run, set_up, write_json
+from common import Stage, check, generator, progress, run, set_up, write_json
 from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, prompt_limit, read_jsonl,
                   write_jsonl)
 from model import load_model, load_reward, score_many, token_logprobs
@@ -277,8 +277,6 @@ def hardware():
 
 
 def main(cfg):
-    check_positive(cfg, "count", "snapshot_count", "best_of_count", "response_tokens", "temperature",
-                   or_zero=("best_of",))
     check(cfg.bootstrap > 1 and cfg.best_of != 1, "--bootstrap must be 2 or more, --best-of 0 (left out), 2 or more")
     folders = {Path(folder).name: Path(folder) for folder in cfg.policies.split(",")}
     taken = ["sft", "prompt", "proxy", "labeler", "judge", f"best-of-{cfg.best_of}"]  # names are columns of tables

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl
 from model import entropy, full_precision, load_model, load_reward, load_trunk, token_logprobs
@@ -210,14 +210,14 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     scores, ended = rollout["scores"], responses[order].gather(1, lengths[:, None] - 1).squeeze(1) == end
     judged = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
     rewards = shape_rewards(judged, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
-    if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+    rewards = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
     advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
     rollout.update(advantages=whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns=returns)
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
     error, variance = returns - rollout["values"], masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    explained = {"explained_variance": 1 - masked_mean(error ** 2, mask) / variance} if variance > 1e-8 else {}
+    explains = value is not None and variance > 1e-8
+    explained = {"explained_variance": 1 - masked_mean(error ** 2, mask) / variance} if explains else {}
     return rollout, {
         "score": scores.mean(), "score_std": scores.std(), "rewards": rewards.sum(1).mean(),
         "kl": log_ratio.sum(1).mean(),                                          # k1: unbiased, can be negative
@@ -295,11 +295,8 @@ def one_response(enc, rollout, iteration):
 
 
 def main(cfg):
-    check_positive(cfg, "iterations", "episodes", "epochs", "minibatches", "microbatch", "response_tokens",
-                   "temperature", "kl_target", "snapshots", "sample_every", "clip", "value_clip",
-                   or_zero=("lr", "adam_eps", "grad_clip", "value_coef", "kl_coef", "kl_horizon", "save_every"))
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
-    check(0 <= cfg.gamma <= 1 and 0 <= cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
+    check(cfg.gamma <= 1 and cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
     check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)

@@ -4,10 +4,8 @@
 
 Three of them in a run of train_all.sh: the labeler, from half of the people's ratings, stands in for a person in
 label.py; the judge, from the other half, only examines; the reward model learns from the labeler's rankings of the SFT
-model's samples, and is what PPO optimises. (In the preset hh it learns from people's pairs, and there is no labeler.)
-
-Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al. 2022, eq. 1 (K ranked responses).
-Left out on purpose: multi-GPU training, and pairs of one prompt split over steps (they would be learned by heart).
+model's samples, and is what PPO optimises. Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et
+al. 2022, eq. 1 (K ranked responses). Left out on purpose: several GPUs.
 """
 import math
 from collections import Counter
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up, visible, write_json)
 from data import (batches, check_same_vocab, encode_prompt, encode_rankings, load_tokenizer, pad_responses,
                   pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated,
@@ -46,7 +44,7 @@ class Config:
     microbatch: int = 32                     # rankings behind one backward; fewer: less memory, same but for dropout
     lr: float = 3e-4                         # peak learning rate, linear to 0
     warmup: float = 0.05                     # share of the steps with a rising learning rate
-    weight_decay: float = 0.1                # AdamW
+    weight_decay: float = 0.1                # AdamW, on matrices and embeddings
     grad_clip: float = 1.0                   # global norm of the gradient; 0: none
     recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
     dropout: float = 0.1                     # in training only
@@ -63,11 +61,9 @@ GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "sam
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
     "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
-    "tiny": {"dtype": "bfloat16", "epochs": 2},              # the reward model, from the labeler's rankings
-    "smoke-people": SMOKE,
-    "smoke": SMOKE,
-    "gpt2-people": {**GPT2, "response_tokens": 24},
-    "gpt2": {**GPT2, "response_tokens": 24},
+    "tiny": {"dtype": "bfloat16", "epochs": 2},  # the reward model, from the labeler's rankings
+    "smoke-people": SMOKE, "smoke": SMOKE,
+    "gpt2-people": {**GPT2, "response_tokens": 24}, "gpt2": {**GPT2, "response_tokens": 24},
     "hh": {**GPT2, "microbatch": 16, "response_tokens": 128},  # from people's pairs: no labeler in between
 }
 
@@ -92,22 +88,19 @@ def batch_accuracy(scores, mask):
     return ((0.5 + 0.5 * torch.sign(margins)) * pairs).sum() / pairs.sum()
 
 
-def without_duplicates(rankings, flag="--train"):
-    """Rankings (lists of texts in ids) without texts that truncation has made equal. One that is left with a single
-    text is dropped, and counted on the screen; UserError if none is left."""
+def without_duplicates(rankings):
+    """Rankings (lists of texts in ids) without texts that truncation has made equal; single texts are dropped."""
     kept = [[list(text) for text in dict.fromkeys(map(tuple, texts))] for texts in rankings]
     kept = [texts for texts in kept if len(texts) > 1]
     if len(kept) < len(rankings):
         print(f"{len(rankings) - len(kept):,} rankings dropped: their texts are equal within the block size")
-    check(kept, f"{flag}: no ranking is left: the texts are equal within the block size")
+    check(kept, "no ranking is left: the texts are equal within the block size")
     return kept
 
 
 def score_rankings(model, rankings, device):
-    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first.
-
-    Texts of similar length share a forward pass, whichever ranking they are from: else half of it would be padding.
-    """
+    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first. Texts of similar length
+    share a forward pass, whichever ranking they are from: else half of it would be padding."""
     counts = [len(texts) for texts in rankings]
     flat = [text for texts in rankings for text in texts]
     order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
@@ -171,7 +164,7 @@ def normalise(model, policy, prompts, cfg, enc, device, autocast):
 @torch.no_grad()
 def human_accuracy(model, enc, rows, autocast):
     """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, a group for each "domain" and "sample"
-    that they name, and for each "gap" between the mean ratings: {"movie, random": {"reward model": pair_accuracy}}."""
+    that they name: {"movie, random": {"reward model": pair_accuracy}}."""
     texts = sorted({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
     number = {text: i for i, text in enumerate(texts)}
     single = [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
@@ -180,20 +173,12 @@ def human_accuracy(model, enc, rows, autocast):
     ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
     groups = {}
     for i, row in enumerate(rows):
-        domain, sample = row.get("domain", "all"), row.get("sample", "all")
-        groups.setdefault(f"{domain}, {sample}", []).append(i)
-        if sample == "random" and "gap" in row:
-            low = max((edge for edge in (0.5, 1, 2, 3) if edge <= row["gap"]), default=0)
-            groups.setdefault(f"{domain}, gap from {low:g}", []).append(i)
+        groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append(i)
     return {name: {"reward model": pair_accuracy(scores[ends[ids, 0]] - scores[ends[ids, 1]], ends[ids])}
             for name, ids in sorted(groups.items())}
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "log_every", "samples", "response_tokens",
-                   "temperature", or_zero=("weight_decay", "grad_clip", "save_every"))
-    check(cfg.limit >= 0 and 0 < cfg.test_share < 1 and 0 <= cfg.warmup < 1 < cfg.samples, "--limit must be 0 or more, "
-          "--test-share between 0 and 1, --warmup from 0 to below 1, --samples 2 or more")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
@@ -204,8 +189,7 @@ def main(cfg):
     else:
         rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed if cfg.split_seed == -1 else cfg.split_seed)
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
-    test = encode_rankings(enc, test_rows, block_size, Counter())
-    test = without_duplicates(test, "--test" if cfg.test else "--train")
+    test = without_duplicates(encode_rankings(enc, test_rows, block_size, Counter()))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     policy = load_model(cfg.sft, device) if cfg.sft else None
     prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
@@ -221,7 +205,7 @@ def main(cfg):
     card = {"held-out rankings": ranking_accuracy(test, scores.split([len(texts) for texts in test]))}
     if human:
         card["human comparisons"] = human_accuracy(model, enc, human, autocast)
-    shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items() if "gap" not in name}
+    shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items()}
     for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
         print("accuracy on {}: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
               .format(visible(name), **row))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import check, check_positive, run, set_up, visible
+from common import check, run, set_up, visible
 from data import check_same_vocab, encode_prompt, load_tokenizer, prompt_limit
 from model import load_model, score_many
 from sampling import sample_many
@@ -49,10 +49,7 @@ def respond(text, cfg, policy, reward, enc, random, autocast):
 
 def main(cfg):
     check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
-    check_positive(cfg, "count", "response_tokens")
-    check(cfg.temperature >= 0, f"--temperature is {cfg.temperature}: it must be 0 or more")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
-    check(cfg.top_k >= 0, f"--top-k is {cfg.top_k}: it must be 0 or more")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
     prompt_limit(policy.config.block_size, cfg.response_tokens)  # said before a prompt is typed

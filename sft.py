@@ -5,7 +5,7 @@ r"""Supervised training: next-token prediction. Base training and fine-tuning di
         --out out/tiny/sft                                                 only the response and its EOS count
 
 Papers: Brown et al. 2020, appendix B (packing, betas, cosine schedule); Ouyang et al. 2022, section 3 (step 1 of RLHF).
-Left out on purpose: an attention border between packed documents (GPT-3 has none either) and multi-GPU training.
+Left out on purpose: an attention border between packed documents (GPT-3 has none either), several GPUs.
 """
 import math
 import time
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import (Log, Stage, adamw, check, check_positive, generator, learning_rate, optimizer_step, progress, run,
+from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     say, set_up)
 from data import batches, encode_texts, load_tokenizer, read_jsonl, report_truncated
 from model import GPT, GPTConfig, load_model, row_logprobs
@@ -40,7 +40,7 @@ class Config:
     microbatch: int = 32                            # rows behind one backward; fewer: less memory, same but dropout
     lr: float = 1e-3                                # peak learning rate
     warmup: float = 0.05                            # share of the steps with a rising learning rate
-    weight_decay: float = 0.1                       # AdamW
+    weight_decay: float = 0.1                       # AdamW, on matrices and embeddings
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
     recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
@@ -51,8 +51,7 @@ class Config:
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-# Radford et al. 2018 (GPT, 117M), section 4.1: fine-tuning at 6.25e-5 in batches of 32, 0.2 % of the steps to warm up.
-# No dropout (there 0.1), so that the microbatch changes nothing.
+# Radford et al. 2018 (GPT, 117M), section 4.1, but without dropout, so that the microbatch changes nothing.
 GPT2 = {"lr": 6.25e-5, "weight_decay": 0.01, "warmup": 0.002, "dropout": 0.0, "evals": 4}
 PRESETS = {
     "tiny-base": {"dtype": "bfloat16", "batch_size": 16, "lr": 1.5e-3, "epochs": 3.0, "dropout": 0.0, "evals": 4},
@@ -96,8 +95,6 @@ def held_out_loss(model, rows, pad_id, device, autocast, size=32):
 
 
 def main(cfg):
-    check_positive(cfg, "lr", "epochs", "batch_size", "microbatch", "evals", "pack",
-                   or_zero=("weight_decay", "grad_clip", "save_every"))
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "train", "valid", "model" if cfg.model else "vocab")
     vocab = Path(cfg.model) / "vocab.tiktoken" if cfg.model else Path(cfg.vocab)
@@ -107,25 +104,20 @@ def main(cfg):
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
     model.trunk.recompute = cfg.recompute
-    check(cfg.max_steps >= 0 and 0 <= cfg.warmup < 1, "--max-steps must be 0 or more, --warmup from 0 to below 1")
-    counts, packed = Counter(), "text" in read_jsonl(cfg.train, {"text": str}, {"prompt": str, "completion": str})[0]
-    if packed:
-        size = model.config.block_size
-        check(cfg.pack <= size, f"--pack {cfg.pack} is more than block size {size}")
+    counts, block_size = Counter(), model.config.block_size
+    if "text" in read_jsonl(cfg.train, {"text": str}, {"prompt": str, "completion": str})[0]:
+        check(cfg.pack <= block_size, f"--pack {cfg.pack} is more than block size {block_size}")
         train, valid = (packed_rows(enc, path, cfg.pack, cfg.seed) for path in (cfg.train, cfg.valid))
     else:
-        train = response_rows(enc, cfg.train, model.config.block_size, counts)
-        valid = response_rows(enc, cfg.valid, model.config.block_size, Counter())
+        train = response_rows(enc, cfg.train, block_size, counts)
+        valid = response_rows(enc, cfg.valid, block_size, Counter())
     stage.open()
     parameters = list(model.parameters())
     optimizer = adamw(parameters, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
     lengths = [len(ids) for ids, _ in train]
     per_epoch = math.ceil(len(train) / cfg.batch_size)
-    steps = max(1, round(cfg.epochs * per_epoch))
-    steps = min(steps, cfg.max_steps or steps)
-    print(f"{sum(p.numel() for p in parameters):,} parameters, {len(train):,} rows, {sum(lengths):,} tokens, "
-          f"{steps} steps")
-
+    steps = min(max(1, round(cfg.epochs * per_epoch)), cfg.max_steps or math.inf)
+    print(f"{sum(p.numel() for p in parameters):,} parameters, {sum(lengths):,} tokens, {steps} steps")
     log, best, seen, start = Log(stage.folder), {"valid_loss": math.inf}, 0, time.time()
     report_truncated(counts, log)
     done = stage.resume(steps, model=model, optimizer=optimizer, log=log, best=best)

@@ -31,8 +31,8 @@ def collect(files, samples):
         if not sample or row["prompt"] != sample["prompt"] or sorted(texts) != sorted(sample["responses"]):
             raise ValueError(f"id: {row['id']!r} is not in {samples}, or with other texts")
         if not same_order(collected.setdefault(key, row), row):
-            raise ValueError(f"id: {row['labeler']!r} has a different answer to {row['id']!r} in {where[key]} (keep "
-                             "one of them; what a page saved later holds all that it saved before)")
+            raise ValueError(f"id: {row['labeler']!r} has a different answer to {row['id']!r} in {where[key]} "
+                             "(keep one of them)")
         where.setdefault(key, path)
         return row
 
@@ -45,8 +45,8 @@ def main(cfg):
     check(cfg.files, "name the files to merge: python -m labeling.merge FILE FILE ...")
     answers, folder = collect(cfg.files.split(","), cfg.samples), Path(cfg.out)
     lost = {(row["labeler"], row["id"]) for row in read_answers(folder)} - answers.keys()
-    check(not lost, f"{folder / 'answers.jsonl'} holds {len(lost)} answers that are in none of the files: name it, "
-                    "too, or change --out")
+    check(not lost, f"{folder}/answers.jsonl holds {len(lost)} answers that are in none of the files: name it, too, "
+                    "or change --out")
     check(not (folder / "done.json").exists(), f"{folder} holds another stage's work: change --out")
     open_folder(folder)
     for labeler, count in Counter(labeler for labeler, _ in answers).items():

@@ -3,8 +3,8 @@
     python -m labeling.page --count 50               writes out/tiny/page.html: open it, or send it to others
     python -m labeling.merge answers-ann.jsonl ...   takes what they save in it and send back
 
-The page itself is page.html. Here its questions are put in, so that whatever a model wrote stays text: the JSON is
-ASCII without "<", and the page's security policy names the hash of the one script that may run.
+Its questions are put into page.html so that whatever a model wrote stays text: the JSON is ASCII without "<", and the
+page's security policy names the hash of the one script that may run.
 """
 import base64
 import hashlib
@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import check, run, write_atomic
+from common import run, write_atomic
 from labeling.answers import read_samples
 
 
@@ -28,8 +28,8 @@ class Config:
 def make_page(samples, title):
     """The page as text; samples: {"id", "prompt", "responses"}."""
     before, script, after = Path(__file__).with_name("page.html").read_text(encoding="utf-8").partition("<script>\n")
-    code = "\n" + after.partition("</script>")[0]
-    policy = "sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    code = hashlib.sha256(("\n" + after.partition("</script>")[0]).encode())
+    policy = "sha256-" + base64.b64encode(code.digest()).decode()
     samples = [{name: row[name] for name in ("id", "prompt", "responses")} for row in samples]
     content = {"title": title, "samples": samples}
     content["key"] = "plainrlhf " + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]  # of stored answers
@@ -37,14 +37,12 @@ def make_page(samples, title):
     return before.replace("SCRIPT_HASH", policy).replace("PAGE_DATA", data) + script + after
 
 
-def main(cfg, then=None):
-    """Write the page; then: the words of the command that takes what was saved in it."""
+def main(cfg):
     path, samples = Path(cfg.out), read_samples(cfg.samples, cfg.count)
-    check(path.suffix == ".html", f"--out {path}: name a file that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, make_page(samples, cfg.title))
-    then = then or ["labeling.merge", "answers-NAME.jsonl", "--samples", cfg.samples]
-    print(f"{path}: {len(samples)} questions. Open it, rank, save, and then:\n{shlex.join(['python', '-m', *then])}")
+    print(f"{path}: {len(samples)} questions. Open it, rank, save, and then:\n"
+          f"python -m labeling.merge answers-NAME.jsonl --samples {shlex.quote(cfg.samples)}")
 
 
 if __name__ == "__main__":

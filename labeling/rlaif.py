@@ -4,12 +4,12 @@
     python -m labeling.rlaif rank --labeler http://localhost:8080/v1 --model NAME     (--dry-run calls nothing)
     python -m labeling.rlaif rank --labeler vader  (pip install vaderSentiment==3.3.2)
 
-The idea is from Bai et al. 2022 (Constitutional AI, arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267):
-a preamble with the rubric, two responses, and the probabilities of the answers "1" and "2". Which response is shown
-first sways a model, so each pair is asked about in both orders and the two probabilities averaged. More than two
-responses, which the paper does not rank, are ordered by the expected number of others that each beats. A response may
-try to give orders to its judge: nothing here can stop that. Left out on purpose: chain of thought, examples in the
-preamble (write them into the rubric), training on the soft labels.
+The idea is from Bai et al. 2022 (arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267): a preamble with
+the rubric, two responses, and the probabilities of the answers "1" and "2". Which response is shown first sways a
+model, so each pair is asked about in both orders and the two probabilities averaged. More than two responses, which the
+paper does not rank, are ordered by the expected number of others that each beats. A response may try to give orders to
+its judge: nothing here can stop that. Left out on purpose: chain of thought, examples in the preamble (write them into
+the rubric), training on the soft labels.
 """
 import functools
 import hashlib
@@ -22,6 +22,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -30,7 +31,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from common import Stage, UserError, check, check_positive, generator, progress, run, visible, write_json
+from common import Stage, UserError, check, generator, progress, run, visible, write_json
 from data import pair_accuracy, read_jsonl, read_text
 from labeling.answers import read_answers, read_samples, write_answers, write_order
 
@@ -96,7 +97,8 @@ class Server:
     (LABELER_API_KEY), goes over https or to this machine only, and into no file."""
 
     def __init__(self, cfg, path):
-        self.cfg, self.path, self.key = cfg, path, os.environ.get("LABELER_API_KEY", "")
+        self.cfg, self.path, self.url = cfg, path, f"{cfg.labeler.rstrip('/')}/chat/completions"
+        self.key = os.environ.get("LABELER_API_KEY", "")
         address = urlsplit(cfg.labeler)
         check("@" not in address.netloc and not address.query,
               "--labeler: put the key into the environment as LABELER_API_KEY, not into the address")
@@ -107,9 +109,9 @@ class Server:
         check(cfg.model, "--model is empty: the name under which the server knows the model")
         direct = [urllib.request.ProxyHandler({})] if address.hostname in LOCAL else []  # no proxy for this machine
         self.opener = urllib.request.build_opener(NoRedirect, *direct)
-        self.rubric, self.calls, self.answered, self.problem, self.known = read_text(cfg.rubric), 0, 0, None, {}
+        self.rubric, self.calls, self.answered, self.problem, self.known = read_text(cfg.rubric), 0, 0, "", {}
         for line in path.read_text().splitlines() if path.exists() else []:
-            if line.endswith("}"):  # else a crash truncated it: it is asked again
+            with suppress(ValueError):  # a crash truncated it: it is asked again
                 self.known |= {(row := json.loads(line))["key"]: row["first"]}
 
     def key_of(self, pair):
@@ -133,27 +135,30 @@ class Server:
     def ask(self, pair):
         """Ask one question, up to six times where that may help, and store the answer; UserError if it can't be had."""
         for wait in (*WAITS, None):
-            if self.problem:  # of another thread
-                raise self.problem
-            passing, later = True, ""  # may the problem pass, and in how many seconds
+            if self.problem:  # of this thread or another one
+                break
+            passing = True  # may it pass?
             try:
                 choice = self.post(question(self.rubric, *pair))
-                self.answered += 1
-                return self.store(pair, probability_of_1(choice), (choice.get("message") or {}).get("content"))
+                answer = probability_of_1(choice), (choice.get("message") or {}).get("content")
             except HTTPError as error:
                 said = error.read(2**16).decode("utf-8", "replace").replace(self.key or "\0", "(the key)")
                 problem = f"HTTP {error.code} {error.reason}: {' '.join(said.split())[:300]}"
-                if error.code in (400, 413, 422) and self.answered:  # this question's fault: too long, say
+                if error.code in (400, 413, 422) and self.answered:  # others were answered: this one is too long, say
                     return self.store(pair, None, problem)
-                passing, later = error.code in (408, 429) or error.code >= 500, error.headers.get("Retry-After", "")
+                passing = error.code in (408, 429) or error.code >= 500
             except (OSError, HTTPException) as error:
                 problem = f"cannot be reached: {error}"
             except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 problem = "its answer is not a chat completion of OpenAI's API"
-            if not passing or wait is None:
-                self.problem = UserError(f"{self.cfg.labeler}: {problem} {STORED}", 1)
-                raise self.problem
-            time.sleep(max(wait, min(60, int(later)) if later.isdecimal() else 0))
+            else:
+                self.answered += 1
+                return self.store(pair, *answer)
+            if passing and wait:
+                time.sleep(wait)
+            else:
+                self.problem = f"{self.cfg.labeler}: {problem} {STORED}"
+        raise UserError(self.problem, 1)
 
     def post(self, text):
         """The first choice of the server's completion."""
@@ -161,7 +166,7 @@ class Server:
                 "messages": [{"role": "user", "content": text}],
                 **({"logprobs": True, "top_logprobs": 20} if self.cfg.logprobs else {})}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(f"{self.cfg.labeler}/chat/completions", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with self.opener.open(request, timeout=self.cfg.timeout) as response:
             return json.load(response)["choices"][0]
 
@@ -178,7 +183,8 @@ def vader():
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
         raise UserError("--labeler vader needs VADER's rules: pip install vaderSentiment==3.3.2") from None
-    mood = functools.cache(lambda text: SentimentIntensityAnalyzer().polarity_scores(text)["compound"])
+    analyzer = SentimentIntensityAnalyzer()
+    mood = functools.cache(lambda text: analyzer.polarity_scores(text)["compound"])
 
     def prefer(pairs):
         margins = [mood(prompt + first) - mood(prompt + second) for prompt, first, second in pairs]
@@ -249,7 +255,6 @@ def people_pairs(cfg):
 def rank(cfg):
     """Rank the samples by a server or by VADER: answers.jsonl, rankings.jsonl, and agreement.json, how far it agrees
     with people and with itself."""
-    check_positive(cfg, "max_calls", "parallel", "timeout", or_zero=("pairs_count",))
     rules = cfg.labeler == "vader"
     labeler, folder = "vader" if rules else cfg.model, Path(cfg.out or f"out/tiny/label-{'vader' if rules else 'ai'}")
     samples, human = read_samples(cfg.samples, cfg.limit), people_pairs(cfg)

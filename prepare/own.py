@@ -19,16 +19,13 @@ pairs without a prompt may be transcripts as in Anthropic's HH. Messages become 
 import hashlib
 import itertools
 import os
-import shlex
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
+from statistics import median_low
 
 from common import UserError, check, open_folder, progress, run, visible, write_json
 from data import REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
-from prepare.hh import first_message, split_transcript
 
 
 @dataclass
@@ -52,11 +49,6 @@ LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fiel
 CONTENT = set("question instruction query input output response answer answers completion completions system history "
               "context conversations messages tools images parent_id label labels rank ranks scores".split())
 BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}  # what a message of a role begins with
-NEXT = {"corpus": "sft.py --train {} --valid {} --out out/own/base",
-        "demonstrations": "sft.py --model CHECKPOINT --train {} --valid {} --out out/own/sft",
-        "prompts": "ppo.py --sft CHECKPOINT --reward CHECKPOINT --prompts {} --out out/own/ppo",
-        "pairs": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward",
-        "rankings": "reward.py --model CHECKPOINT --train {} --pairs '' --sft CHECKPOINT --out out/own/reward"}
 
 
 def dialogue(name, *parts):
@@ -64,10 +56,10 @@ def dialogue(name, *parts):
     for part in parts:
         if not isinstance(part, list):
             raise ValueError(f"{name}: expected messages, found {type(part).__name__}")
-    messages = sum(parts, [])
+    messages = [message for part in parts for message in part]
     for number, message in enumerate(messages, start=1):
         where = f"{name}: message {number}"
-        if not isinstance(message, dict) or message.get("role") not in BEFORE:
+        if not isinstance(message, dict) or str(message.get("role")) not in BEFORE:
             raise ValueError(f"{where}: role: expected system, user or assistant")
         for field, value in message.items():
             harmless = field in ("role", "content", "name", "id") or value in (None, "", [], {})
@@ -77,27 +69,37 @@ def dialogue(name, *parts):
             check_text(message.get("content"), f"{where}: content")
     roles = [message["role"] for message in messages]
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
-        raise ValueError(f"{name}: the last message has to be the assistant's, after one of the user; system only first")
+        raise ValueError(f"{name}: the last two messages have to be the user's and the assistant's")
     *texts, response = [message["content"].strip() for message in messages]
     return "".join(BEFORE[role] + text for role, text in zip(roles, texts)) + REPLY, f" {response}"
 
 
+def split_transcript(text):
+    """(prompt, response) of a dialogue as one text, split after the last REPLY; ValueError if another turn is last."""
+    prompt, reply, response = text.rpartition(REPLY)
+    if not reply or TURN in response:
+        raise ValueError("ends with Human" if reply else "no Assistant turn")
+    return prompt + reply, response
+
+
 def pair(row):
     """(prompt, chosen, rejected) of a pair of texts, messages or transcripts."""
-    texts = row["chosen"], row["rejected"]
-    if any(isinstance(value, list) for value in (row.get("prompt"), *texts)):
-        before = [] if isinstance(row.get("prompt", ""), str) else row["prompt"]
+    given, *both = row.get("prompt", ""), row["chosen"], row["rejected"]
+    if any(isinstance(value, list) for value in (given, *both)):
+        before = given if isinstance(given, list) else []
         (prompt, chosen), (other, rejected) = (dialogue(name, before, row[name]) for name in ("chosen", "rejected"))
     elif "prompt" in row:
-        return row["prompt"], *texts
-    elif any(mark in str(text) for mark in (TURN, REPLY) for text in texts):
-        (prompt, chosen), (other, rejected) = (split_transcript(str(text)) for text in texts)
+        return given, *both
     else:
-        common = os.path.commonprefix([str(text) for text in texts])
-        n = max((i for i, letter in enumerate(common) if letter.isspace()), default=0)  # no word is split
-        return common[:n], texts[0][n:], texts[1][n:]
-    if prompt != other or isinstance(given := row.get("prompt"), str) and given.strip() not in prompt:
-        raise ValueError("prompt: not the same in prompt, chosen and rejected")
+        for name in ("chosen", "rejected"):
+            check_text(row[name], name)
+        if not any(mark in text for mark in (TURN, REPLY) for text in both):
+            common = os.path.commonprefix(both)
+            n = max((i for i, letter in enumerate(common) if letter.isspace()), default=0)  # no word is split
+            return common[:n], both[0][n:], both[1][n:]
+        (prompt, chosen), (other, rejected) = map(split_transcript, both)
+    if prompt != other or isinstance(given, str) and given.strip() not in prompt:
+        raise ValueError("prompt: not what chosen and rejected begin with")
     return prompt, chosen, rejected
 
 
@@ -110,21 +112,19 @@ def convert(row, counts):
     for name in fields:
         if name not in row and (kind, name) != ("pairs", "prompt"):
             raise ValueError(f"{name}: missing (found: {', '.join(row)})")
-    if not isinstance(row.get("responses", []), list):
-        raise ValueError("responses: expected a list")
     new = {name: row.get(name) for name in fields}
     if kind == "pairs":
         new = dict(zip(fields, pair(row)))
-    elif kind == "demonstrations" and any(isinstance(value, list) for value in new.values()):
+    elif telling == "messages" or kind == "demonstrations" and any(isinstance(value, list) for value in new.values()):
         new = dict(zip(("prompt", "completion"), dialogue(fields[-1], *new.values())))
     elif kind == "prompts" and isinstance(row["prompt"], list):  # a dialogue whose response is yet to come
         new["prompt"], _ = dialogue("prompt", row["prompt"], [{"role": "assistant", "content": "..."}])
     for name, value in new.items():
-        for text in value if name == "responses" else [value]:
+        for text in value if name == "responses" and isinstance(value, list) else [value]:
             check_text(text, name)
-    if kind == "rankings" and len(set(new["responses"])) < max(2, len(new["responses"])):
-        raise ValueError("responses: a ranking needs two or more, all different")
-    if kind == "pairs" and new["chosen"] == new["rejected"]:
+    if kind == "rankings" and (isinstance(ranked := new["responses"], str) or len(set(ranked)) < max(2, len(ranked))):
+        raise ValueError("responses: expected a list of two or more, all different")
+    if kind == "pairs" and new["chosen"].strip() == new["rejected"].strip():
         raise ValueError("chosen: the same as rejected")
     if TURN in new.get("prompt", "") and not new["prompt"].rstrip().endswith(REPLY.strip()):
         raise ValueError("prompt: a dialogue that does not end with Assistant: (the response could not follow)")
@@ -135,7 +135,7 @@ def convert(row, counts):
             raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
         counts[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
     counts.update(f"field {ascii(name)[:60]} of messages left out" for value in row.values() if isinstance(value, list)
-                    for message in value if isinstance(message, dict) for name in message.keys() - {"role", "content"})
+                  for message in value if isinstance(message, dict) for name in message.keys() - {"role", "content"})
     return kind, {**new, **{name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}}
 
 
@@ -162,9 +162,9 @@ def read_own(path, counts, skip_bad):
 
 
 def describe(rows, enc, block_size, counts, name):
-    """{field: [5 %, median, 95 %, largest] of its lengths in tokens}. Counts what is worth a look. What is truncated is
-    what training truncates; a corpus is packed, never truncated."""
-    lengths, seen, orders = {"prompt": [], "response": []}, set(), set()
+    """{field: [median, largest] of its lengths in tokens}. Counts what is worth a look. What is truncated is what
+    training truncates; a corpus is packed, never truncated."""
+    lengths, seen = {"prompt": [], "response": []}, set()
     for row in progress(rows, name):
         prompt = row.get("prompt", "")
         texts = row.get("responses") or [row[key] for key in ("completion", "chosen", "rejected", "text") if key in row]
@@ -176,78 +176,69 @@ def describe(rows, enc, block_size, counts, name):
             counts["prompts end in a space (does it belong to the response?)"] += prompt.endswith(" ")
             counts["responses begin with a word right after the prompt (does a space belong before it?)"] += sum(
                 prompt[-1:].strip() != "" and text[0].isalnum() for text in texts)
-            orders.update((prompt, better, worse) for better, worse in itertools.combinations(texts, 2))
             if texts:
                 encode_texts(enc, prompt, texts, block_size, counts)
-    counts["comparisons occur in both orders (kept)"] = sum((p, b, a) in orders for p, a, b in orders) // 2
-    return {field: np.percentile(values, (5, 50, 95, 100), method="lower").tolist()
-            for field, values in lengths.items() if values}
+    return {field: [median_low(values), max(values)] for field, values in lengths.items() if values}
 
 
 def key_of(row):
     """What is in one part only: a dialogue's first message, as the same dialogue may come with more turns; else the
     prompt, or the text of a corpus; in lower case, with single spaces."""
-    prompt = row.get("prompt", row.get("text"))
-    return first_message(prompt) if TURN in prompt else " ".join(prompt.lower().split())
+    text = row.get("prompt", row.get("text")).split(TURN)[:2][-1]  # what is before the first TURN is nobody's message
+    return " ".join(text.split(REPLY)[0].lower().split())
 
 
 def split(rows, cfg, counts):
-    """{"_train", "_valid", "_test": rows}, or {"": rows} if nothing is held out: a function of seed and prompt, so that
+    """{"_train", "_test", "_valid": rows}, or {"": rows} if nothing is held out: a function of seed and prompt, so that
     all files agree about a prompt. Rows that all have the same prompt are held out each by itself."""
-    if not cfg.valid_share + cfg.test_share:
+    shares = {"_test": cfg.test_share, "_valid": cfg.valid_share}
+    if not any(shares.values()):
         return {"": rows}
-    alike = len(set(map(key_of, rows))) == 1
+    alike, parts = len(set(map(key_of, rows))) == 1, {"_train": [], "_test": [], "_valid": []}
     counts["rows have the same prompt, so rows are held out, not prompts"] = len(rows) * alike
-    parts = {"_train": [], "_valid": [], "_test": []}
     for row in rows:
         key = f"{cfg.seed} {row if alike else key_of(row)}"
         place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64  # in [0, 1)
-        held_out = place < cfg.valid_share + cfg.test_share
-        parts["_test" if place < cfg.test_share else "_valid" if held_out else "_train"].append(row)
-    return {part: kept for part, kept in parts.items() if part == "_train" or getattr(cfg, f"{part[1:]}_share")}
+        held_out = "_test" if place < cfg.test_share else "_valid" if place < sum(shares.values()) else "_train"
+        parts[held_out].append(row)
+    return {part: kept for part, kept in parts.items() if shares.get(part, 1)}
 
 
 def main(cfg):
     """Convert cfg.files into cfg.out; returns the content of summary.json, written last."""
     paths, out = [Path(name) for name in cfg.files.split(",") if name], Path(cfg.out)
     check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
-    check(cfg.valid_share >= 0 and cfg.test_share >= 0 and cfg.valid_share + cfg.test_share < 1,
-          "--valid-share and --test-share: from 0 to below 1, also together")
-    enc, files, content, keys, commands = load_tokenizer(cfg.vocab), {}, {}, {}, []
+    check(cfg.valid_share + cfg.test_share < 1, "--valid-share and --test-share: below 1 together")
+    enc, files, content, keys = load_tokenizer(cfg.vocab), {}, {}, {}
     for path in paths:
         kind, rows = read_own(path, counts := Counter(), cfg.skip_bad)
         if cfg.pairs and kind == "rankings":
             kind, rows = "pairs", [{**{key: row[key] for key in row if key != "responses"}, "chosen": a, "rejected": b}
                                    for row in rows for a, b in itertools.combinations(row["responses"], 2)]
         stem = Path(path.name.removesuffix(".gz")).stem
-        parts = {part: (out / f"{stem}{part}.jsonl", kept) for part, kept in split(rows, cfg, counts).items()}
-        for target, kept in parts.values():
+        parts = {out / f"{stem}{part}.jsonl": kept for part, kept in split(rows, cfg, counts).items()}
+        for target, kept in parts.items():
             check(kept, f"{path}: no rows for {target} (other shares, or another --seed)")
             check(target not in content, f"{path}: another file is written to {target}, too (rename one)")
-            check(target.resolve() not in [path.resolve() for path in paths], f"{target} is an input (choose another --out)")
-            content[target] = kept
-        files[str(path)] = {"kind": kind, "rows": {str(target): len(kept) for target, kept in parts.values()},
+            check(target.resolve() not in [path.resolve() for path in paths], f"{target} is an input (another --out)")
+        content |= parts
+        files[str(path)] = {"kind": kind, "rows": {str(target): len(kept) for target, kept in parts.items()},
                             "tokens": describe(rows, enc, cfg.block_size, counts, path.name),
                             "counts": {what: n for what, n in counts.items() if n}}
         keys[str(path)] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
-        names = {part: shlex.quote(str(target)) for part, (target, _) in parts.items()}
-        test = f" --test {names['_test']}" if "_test" in names and kind in ("pairs", "rankings") else ""
-        commands.append(NEXT[kind].format(names.get("", names.get("_train")), names.get("_valid", "HELD_OUT")) + test)
     open_folder(out)
     for target, rows in content.items():
         write_jsonl(target, rows)
     for path, facts in files.items():
-        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows; at block size {cfg.block_size}:"))
-        for field, (low, median, high, largest) in facts["tokens"].items():
-            print(f"          tokens per {field}: median {median:,}, 90 % from {low:,} to {high:,}, at most {largest:,}")
+        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows (block size {cfg.block_size})"))
+        for field, (median, largest) in facts["tokens"].items():
+            print(f"          tokens per {field}: median {median:,}, at most {largest:,}")
         for what, n in facts["counts"].items():
             print(visible(f"{n:>9,} {what}"))
     common = {f"{a} and {b}": len(keys[a] & keys[b]) for a, b in itertools.combinations(files, 2) if keys[a] & keys[b]}
     for both, n in common.items():
         print(visible(f"warning: {n:,} prompts or texts are in both of {both}"))
-    print(visible("".join(f"python {command}\n" for command in commands)), end="")
-    summary = {"block_size": cfg.block_size, "vocab": cfg.vocab, "valid_share": cfg.valid_share,
-               "test_share": cfg.test_share, "seed": cfg.seed, "files": files, "in_common": common}
+    summary = {"config": asdict(cfg), "files": files, "in_common": common}
     write_json(out / "summary.json", summary)
     return summary
 

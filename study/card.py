@@ -1,8 +1,8 @@
 """Are reward models better than counting words? Their report cards get three baselines:   python -m study.card out/tiny
 
-On people's held-out comparisons: a linear model on a bag of words, fitted to the same rankings as each reward model; the
-longer text wins; one person against the others' mean. They go into "reward_models" of evaluate/results.json, and from
-there into the report.
+On people's held-out comparisons: a linear model on a bag of words, fitted to the same rankings as each reward model;
+the longer text wins; one person against the others' mean. They go into "reward_models" of evaluate/results.json, and
+from there into the report.
 """
 import itertools
 import json
@@ -32,11 +32,8 @@ def features(text, size=2**18):
     return sorted({zlib.crc32(gram.encode()) % size for gram in grams})
 
 
-def bag_of_words(rows, l2=3e-6, steps=200):
-    """A linear reward model on words and bigrams, fitted to all pairs of the rankings: text -> score.
-
-    l2 is the best of seven strengths on the built-in held-out pairs, which flatters the baseline a little.
-    """
+def bag_of_words(rows, l2=3e-6, steps=200):  # l2: the best of seven on the built-in pairs, which flatters it a little
+    """A linear reward model on these features, fitted to all pairs of the rankings: text -> score."""
     texts = sorted({row["prompt"] + text for row in rows for text in row["responses"]})
     index = {text: i for i, text in enumerate(texts)}
     bags = [features(text) for text in texts]
@@ -68,18 +65,19 @@ def add_baselines(card, stage):
     summary = Path(stage["pairs"]).with_name("summary.json")  # of the built-in data
     people = json.loads(summary.read_text())["agreement"] if summary.is_file() else {}
     texts = sorted({(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")})
-    number = {text: i for i, text in enumerate(texts)}
-    baselines = {"bag of words": torch.tensor([linear(prompt + text) for prompt, text in texts]),
-                 "longer wins": torch.tensor([float(len(text)) for _, text in texts])}  # scores of the texts
-    for domain, sample in sorted({(row.get("domain", "all"), row.get("sample", "all")) for row in pairs}):
-        rows = [row for row in pairs if (row.get("domain", "all"), row.get("sample", "all")) == (domain, sample)]
-        ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
-        row = card[f"{domain}, {sample}"]
-        for name, scores in baselines.items():
-            row[name] = pair_accuracy(scores[ends[:, 0]] - scores[ends[:, 1]], ends)
-        row["chance"] = 0.5
+    number, groups = {text: i for i, text in enumerate(texts)}, {}
+    for row in pairs:
+        ends = groups.setdefault((row.get("domain", "all"), row.get("sample", "all")), [])
+        ends.append([number[row["prompt"], row[side]] for side in ("chosen", "rejected")])
+    for name, scores in (("bag of words", [linear(prompt + text) for prompt, text in texts]),
+                         ("longer wins", [float(len(text)) for _, text in texts])):
+        for (domain, sample), ends in groups.items():
+            better, worse = torch.tensor(scores)[torch.tensor(ends)].T
+            card[f"{domain}, {sample}"][name] = pair_accuracy(better - worse, torch.tensor(ends))
+    for domain, sample in groups:
+        card[f"{domain}, {sample}"]["chance"] = 0.5
         if sample in people.get(domain, {}):
-            row["people"] = people[domain][sample][0]
+            card[f"{domain}, {sample}"]["people"] = people[domain][sample][0]
 
 
 def main(cfg):

@@ -13,8 +13,8 @@ from pathlib import Path
 from common import run
 from study import report
 
-# Of a study's many runs, these fields of a log line are kept (curves that one may want to compare), and of an evaluation's
-# results all but these.
+# Of a study's many runs these fields of a log line are kept (curves that one may want to compare), and of an
+# evaluation's results all but these.
 LINES = {"seed", "run", "config", "card", "done", "iteration", "step", "score", "kl", "kl_coef", "length", "eos_rate",
          "entropy", "grad_norm", "clip_fraction", "explained_variance", "loss", "accuracy", "margin"}
 LEFT_OUT = {"training", "histograms", "samples", "stages", "others", "held_out_rankings"}

@@ -33,15 +33,11 @@ METHODS = ("PPO", "best-of-n")
 # really learned, b how fast over-optimisation eats it. KL does not measure the two methods alike: compare shapes.
 
 
-def root_kl(points):
-    """d, the root of KL, of the points of a curve: (N,). An estimate of KL near 0 can be below it."""
-    return torch.tensor([max(0.0, point["kl"]) for point in points], dtype=torch.double).sqrt()
-
-
-def gains(points, scorer):
-    """A scorer's means above that of the first point, the SFT model: (N,)."""
-    scores = torch.tensor([point[scorer] for point in points], dtype=torch.double)
-    return scores - scores[0]
+def series(points, scorer):
+    """d (an estimate of KL near 0 can be below it), and a scorer's mean above that of the SFT model, the first of the
+    points: (N,), (N,)."""
+    kl, scores = torch.tensor([[point["kl"], point[scorer]] for point in points], dtype=torch.double).T
+    return kl.clamp(min=0).sqrt(), scores - scores[0]
 
 
 def basis(d, method):
@@ -86,29 +82,21 @@ def draw_over_optimisation(seeds, path):
                 axis.set(xlabel="root of KL", ylabel="" if column else f"{method}: score above SFT")
                 for points in (curve(seed, size, method) for seed in seeds):
                     draw_curve(axis, points, method)
-        axes[0, 0].figure.legend(axes[0, 0].lines[:4], [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
+        lines = axes[0, 0].lines[:4]
+        axes[0, 0].figure.legend(lines, [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
 
 
 def draw_curve(axis, points, method):
     """One run of draw_over_optimisation."""
-    d = root_kl(points)
     for color, (scorer, style) in enumerate(SCORERS.items()):
-        axis.plot(d, gains(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
-    a, b, *_ = fit(d, gains(points, "labeler"), method)
+        axis.plot(*series(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
+    d, scores = series(points, "labeler")
+    a, b, *_ = fit(d, scores, method)
     x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
     axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "k--", linewidth=1)
     point, turned = turn(points)
     if turned:
-        axis.plot(root_kl([point]), point["labeler"] - points[0]["labeler"], "k*", markersize=11)
-
-
-# ---- tables --------------------------------------------------------------------------------------------------------
-
-
-def frontier_rows(runs):
-    """Every policy of the frontier over the seeds, by KL."""
-    for name in sorted(runs[0]["policies"], key=lambda name: runs[0]["policies"][name]["kl"]):
-        yield [name, *cells([results["policies"][name] for results in runs])]
+        axis.plot(d[points.index(point)], scores[points.index(point)], "k*", markersize=11)
 
 
 def equal_kl(results):
@@ -128,9 +116,8 @@ def fit_rows(seed):
     """The forms fitted to the labeler's score: coefficients, peak and residuals."""
     for size, title in SIZES.items():
         for method in METHODS:
-            points = curve(seed, size, method)
-            d = root_kl(points)
-            a, b, peak, residual = fit(d, gains(points, "labeler"), method)
+            d, scores = series(curve(seed, size, method), "labeler")
+            a, b, peak, residual = fit(d, scores, method)
             where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
             yield [title, method, f"{a:.3f}", f"{b:.3f}", where, f"{d.max()**2:.1f}", f"{residual:.3f}"]
 
@@ -160,17 +147,17 @@ def main(cfg):
     folder = Path(cfg.folder)
     seeds = [{**seed, "config": seed["frontier"]["config"]} for seed in read(folder / "results.json", 7).values()]
     runs = [seed["frontier"] for seed in seeds]
+    policies = runs[0]["policies"]
     beyond = draw_frontier(runs, folder / "frontier.png")
     draw_over_optimisation(seeds, folder / "over_optimisation.png")
     fill(template("study.md"), folder / "study.md", runs, beyond=beyond or "nothing",
-         frontier=table(["policy", *COLUMNS], frontier_rows(runs)),
+         frontier=table(["policy", *COLUMNS], [[name, *cells([results["policies"][name] for results in runs])]
+                                               for name in sorted(policies, key=lambda name: policies[name]["kl"])]),
          equal=by_seed(runs, ["DPO policy", "its KL", "win rate, DPO", "win rate, PPO at that KL"], equal_kl),
-         turns=by_seed(seeds, ["reward model", "proxy agrees with labeler", "a turn", "KL", *SCORERS, "win rate at the end"],
-                       turn_rows),
+         turns=by_seed(seeds, ["reward model", "agreement", "a turn", "KL", *SCORERS, "win rate"], turn_rows),
          fits=by_seed(seeds, ["reward model", "method", "a", "b", "peak at KL", "measured up to KL", "residual"],
                       fit_rows, keys=2),
-         labels=table(["labels", "reward model agrees with the labeler, fresh SFT samples", "with people, movie pairs",
-                       "win rate of PPO", "its labeler score", "its KL"], label_rows(seeds)))
+         labels=table(["labels", "with labeler", "with people", "win rate", "labeler", "KL, nats"], label_rows(seeds)))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,6 @@ COLUMNS = {  # title: field of a policy's row in results.json, and how it is pri
     "EOS rate": ("eos_rate", ".3f"), "unique bigrams": ("unique_bigrams", ".3f"), "perplexity": ("perplexity", ".1f")}
 
 
-def interval(value, ends):
-    """value (low to high)"""
-    return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
-
-
-def accuracy(card):
-    """The accuracy in a row of a report card, with its interval."""
-    return interval(card["accuracy"], card["interval"])
-
-
 def spread(values, form=".3f"):
     """Mean over seeds and, if there are several, the lowest to the highest."""
     ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
@@ -26,31 +16,34 @@ def spread(values, form=".3f"):
 
 
 def cells(rows, titles=COLUMNS):
-    """The cells of a policy under these titles: of one row with its intervals, of several seeds' rows with the spread."""
+    """The cells of a policy under these titles: of one row with its intervals, of several seeds' rows the spread."""
     found = []
     for field, form in map(COLUMNS.get, titles):
-        if field not in rows[0]:
-            found.append("-")
-        elif len(rows) == 1 and f"{field}_interval" in rows[0]:
-            found.append(interval(rows[0][field], rows[0][f"{field}_interval"]))
-        else:
-            found.append(spread([row[field] for row in rows], form))
+        interval = rows[0].get(f"{field}_interval") if len(rows) == 1 else None
+        found.append(accuracy({"accuracy": rows[0][field], "interval": interval}) if interval else
+                     spread([row[field] for row in rows], form) if field in rows[0] else "-")
     return found
 
 
+def accuracy(card):
+    """The accuracy in a row of a report card: value (low to high)."""
+    return "{accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f})".format(**card)
+
+
 def table(titles, rows):
-    """The lines of a Markdown table, as one text."""
-    return "\n".join([f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *(f"| {' | '.join(row)} |" for row in rows)])
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *rows])
 
 
 def by_seed(runs, titles, rows_of, keys=1):
-    """A table of rows_of(results). Of several runs: rows with the same first cells, as many as keys, stand together, and
-    the seed stands behind them."""
+    """A table of rows_of(results). Of several runs: rows that share their first cells (keys of them) stand together,
+    with the seed behind these cells."""
     if len(runs) == 1:
         return table(titles, rows_of(runs[0]))
     rows = [[*row[:keys], str(results["config"]["seed"]), *row[keys:]] for results in runs for row in rows_of(results)]
     order = list(dict.fromkeys(tuple(row[:keys]) for row in rows))
-    return table([*titles[:keys], "seed", *titles[keys:]], sorted(rows, key=lambda row: order.index(tuple(row[:keys]))))
+    rows.sort(key=lambda row: order.index(tuple(row[:keys])))
+    return table([*titles[:keys], "seed", *titles[keys:]], rows)
 
 
 def escape(text):
@@ -65,7 +58,7 @@ def template(name):
 
 def fill(text, path, runs, **parts):
     """Write a template's text to path with its {parts} filled in, among them {first}, the first run's results, and
-    {seeds}. A section, from one "## " to the next, with an empty part is left out."""
+    {seeds}. A section, from one "## " to the next, is left out if one of its parts is empty."""
     parts |= {"first": runs[0], "seeds": ", ".join(str(results["config"]["seed"]) for results in runs)}
     kept = [section for section in re.split(r"(?m)^(?=## )", text)
             if all(parts[name] for name in re.findall(r"\{(\w+)", section))]

@@ -20,10 +20,10 @@ from study.markdown import COLUMNS, accuracy, by_seed, cells, escape, fill, tabl
 
 SCORERS = {"proxy": "o-", "labeler": "s-", "judge": "^-"}
 PANELS = {  # what is drawn of a policy's log, by a flag that tells how it was trained: horizontal axis, {metric: title}
-    "kl_coef": ("episodes", {"score": "reward-model score", "kl": "KL to the SFT model, nats", "length": "length, tokens",
-                             "kl_coef": "KL coefficient", "eos_rate": "EOS rate", "entropy": "entropy, nats per token"}),
+    "kl_coef": ("episodes", {"score": "reward-model score", "kl": "KL to SFT, nats", "kl_coef": "KL coefficient",
+                             "length": "length, tokens", "eos_rate": "EOS rate", "entropy": "entropy, nats per token"}),
     "beta": ("step", {"loss": "loss", "accuracy": "accuracy", "margin": "margin of implicit rewards",
-                      "chosen_logprobs": "log-probability of chosen", "rejected_logprobs": "log-probability of rejected",
+                      "chosen_logprobs": "log-probability, chosen", "rejected_logprobs": "log-probability, rejected",
                       "grad_norm": "gradient norm"})}
 WIDEST = 50.0  # nats: the frontier's axis ends here, whatever lies beyond
 
@@ -31,9 +31,6 @@ WIDEST = 50.0  # nats: the frontier's axis ends here, whatever lies beyond
 @dataclass
 class Config:
     folders: str = "out/tiny/evaluate"  # where results.json is, and report.md and the figures go: folder,folder
-
-
-# ---- figures -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -54,6 +51,7 @@ def draw_policy(results, name, folder):
     flag = next((flag for flag in PANELS if flag in results["flags"][name]), None)
     if log and flag:
         x, panels = PANELS[flag]
+        log = [line for line in log if x in line]  # not the last words of a stopped run
         drawn["learning curves"] = folder / f"{name}_curves.png"
         with drawing(drawn["learning curves"], 2, 3, (11, 5.5)) as axes:
             for axis, (metric, title) in zip(axes.flat, panels.items()):
@@ -62,8 +60,9 @@ def draw_policy(results, name, folder):
     if len(snapshots) > 1:  # the first is the SFT model
         drawn["scores against KL"] = folder / f"{name}_kl.png"
         with drawing(drawn["scores against KL"], 1, 1, (6.5, 4.2)) as [[axis]]:
-            for scorer in filter(snapshots[0].get, SCORERS):
-                axis.plot(*zip(*((row["kl"], row[scorer]) for row in snapshots)), SCORERS[scorer], label=scorer)
+            for scorer, style in SCORERS.items():
+                if scorer in snapshots[0]:
+                    axis.plot(*zip(*((row["kl"], row[scorer]) for row in snapshots)), style, label=scorer)
             axis.set(xlabel="KL to the SFT model, nats per response", ylabel="mean score (SFT samples: mean 0, std 1)")
             axis.legend()
     drawn["histograms of the scores"] = folder / f"{name}_histograms.png"
@@ -79,7 +78,7 @@ def draw_policy(results, name, folder):
 
 def draw_frontier(runs, path):
     """The judge's win rate and score against KL (Rafailov et al. 2023, figure 2), of one or several runs: best-of-n,
-    policies of PPO and DPO (joined in order of KL), and snapshots (pale). Returns what lies beyond the axis, in words."""
+    policies of PPO and DPO (joined in order of KL), and snapshots (pale). Returns what lies beyond the axis."""
     curves = []  # points, style, look
     for results in runs:
         curves += [(points, "C0-", {"alpha": 0.2, "linewidth": 1}) for points in results["snapshots"].values()]
@@ -103,12 +102,10 @@ def draw_frontier(runs, path):
                      if row["kl"] > WIDEST)
 
 
-# ---- tables: of one run, or of several seeds beside each other -------------------------------------------------------
-
 GAINS = list(COLUMNS)[:6]  # what every table of policies shows
 
 
-def policies(results):
+def comparison(results):
     """The comparison: a row per policy."""
     for name, row in results["policies"].items():
         yield [name if row["prompts"] == results["prompts"] else f"{name} ({row['prompts']} prompts)", *cells([row])]
@@ -121,23 +118,15 @@ def other_prompts(results):
             yield [kind.removeprefix("prompts_"), name, *cells([rows[name]], GAINS)]
 
 
-def held_out(results):
-    """How well each model orders the rankings that its own stage held out."""
-    for name, card in results["held_out_rankings"].items():
-        what = "reward model" if name == "proxy" else f"{name}: beta times the log-ratio to the SFT model"
-        yield [what, accuracy(card), str(card["pairs"])]
-
-
 def human(results):
     """The reward models on held-out human comparisons, beside the baselines of study/card.py."""
-    cards = list(filter(None, results["reward_models"].values()))
-    for group in cards[0] if cards else ():
-        rows = [card[group] for card in cards if group in card]
-        if "gap" not in group and len(rows) == len(cards):
-            baselines = [f"{row[name]['accuracy']:.3f}" if name in row else "-"
-                         for name in ("longer wins", "bag of words") for row in rows]
-            yield [group.replace("_", " "), *(accuracy(row["reward model"]) for row in rows), baselines[0],
-                   ", ".join(baselines[len(rows):]), f"{rows[0]['people']:.3f}" if "people" in rows[0] else "-"]
+    cards = [card for card in results["reward_models"].values() if card]
+    for group in (group for group in cards[0] if "gap" not in group):
+        rows = [card[group] for card in cards]
+        longer, *words = [f"{row[name]['accuracy']:.3f}" if name in row else "-" for row, name in (
+            (rows[0], "longer wins"), *((row, "bag of words") for row in rows))]
+        yield [group.replace("_", " "), *(accuracy(row["reward model"]) for row in rows), longer, ", ".join(words),
+               f"{rows[0]['people']:.3f}" if "people" in rows[0] else "-"]
 
 
 def parts_of(runs):
@@ -146,10 +135,14 @@ def parts_of(runs):
     judged = [name for name, card in first["reward_models"].items() if card]
     cost = [[name, f"{stage['seconds']:.1f}", str(stage["peak_memory_mb"])] for name, stage in stages.items()]
     total = ["together", f"{sum(stage['seconds'] for stage in stages.values()):.0f}", ""]
+
+    def held_out(results):
+        return [[name, accuracy(card), str(card["pairs"])] for name, card in results["held_out_rankings"].items()]
+
     return {
         "names": ", ".join(name for name in first["policies"] if name != "sft"),
         "machines": "; ".join(dict.fromkeys("{hardware}, torch {torch}, {date}".format(**results) for results in runs)),
-        "policies": by_seed(runs, ["policy", *COLUMNS], policies),
+        "policies": by_seed(runs, ["policy", *COLUMNS], comparison),
         "held_out": first["held_out_rankings"] and by_seed(runs, ["", "accuracy", "pairs"], held_out),
         "agreement": ", ".join(f"{name} {x:.3f}" for name, x in first["proxy_agreement"].items()),
         "others": first["others"] and by_seed(runs, ["prompts", "policy", *GAINS], other_prompts, keys=2),
@@ -170,8 +163,9 @@ def main(cfg):
     runs = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
     for folder, results in zip(folders, runs):
         draw_frontier([results], folder / "frontier.png")
-        samples = [policy_section(results, name, draw_policy(results, name, folder)) for name in results["samples"]]
-        fill(template("report.md"), folder / "report.md", [results], **parts_of([results]), samples="\n\n".join(samples))
+        policies = [policy_section(results, name, draw_policy(results, name, folder)) for name in results["samples"]]
+        parts = {**parts_of([results]), "samples": "\n\n".join(policies)}
+        fill(template("report.md"), folder / "report.md", [results], **parts)
     if len(runs) > 1 and folders[0].name.startswith("seed"):
         fill(template("seeds.md"), folders[0].parent.parent / "README.md", runs, **parts_of(runs))
 

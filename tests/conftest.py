@@ -28,11 +28,8 @@ def random_model(kind=GPT, seed=0, **config):
     """A model in eval mode with weights so large that every token, position and head matters to its output."""
     torch.manual_seed(seed)
     model = kind(GPTConfig(**{"vocab_size": 11, "block_size": 32, "n_layer": 2, "n_head": 2, "width": 16, **config}))
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data.normal_(std=0.3)
-        else:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for weight in (parameter.data for parameter in model.parameters()):
+        weight.normal_(std=0.3) if weight.dim() >= 2 else weight.add_(torch.randn_like(weight) * 0.1)
     # EOS somewhat likelier, so that responses end at many lengths.
     model.trunk.norm.bias.data.add_(2 * model.trunk.token_embedding.weight.data[END])
     return model.eval()

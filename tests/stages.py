@@ -16,19 +16,18 @@ TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_to
 SCRIPT = {"base": "sft", "sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "dpo"}
 STEPS = {"base": 9, "sft": 8, "reward": 8, "ppo": 6, "dpo": 8}
 FLAGS = {  # dropout, a best loss in the middle, log lines of several steps, a KL coefficient that moves
-    "base": {"n_layer": 1, "n_head": 2, "width": 16, "block_size": 32, "pack": 16, "batch_size": 8, "lr": 1e-2,
-             "epochs": 3, "dropout": 0.2, "evals": 3, "train": "texts.jsonl", "valid": "texts.jsonl",
-             "vocab": "vocab.tiktoken"},
-    "sft": {"model": "sft", "batch_size": 4, "epochs": 4, "lr": 0.2, "dropout": 0.2, "evals": 4, "train": "demos.jsonl",
-            "valid": "other.jsonl"},
-    "reward": {"model": "sft", "sft": "sft", "batch_size": 4, "epochs": 4, "lr": 1e-3, "dropout": 0.2, "log_every": 3,
-               "samples": 8, "response_tokens": 6, "pairs": "", "train": "rankings.jsonl", "test": "rankings.jsonl",
-               "prompts": "prompts.jsonl"},
-    "ppo": {"sft": "sft", "reward": "reward", "prompts": "prompts.jsonl", "iterations": 6, "episodes": 4, "epochs": 2,
+    "base": {"train": "texts", "valid": "texts", "vocab": "vocab", "n_layer": 1, "n_head": 2, "width": 16,
+             "block_size": 32, "pack": 16, "batch_size": 8, "lr": 1e-2, "epochs": 3, "dropout": 0.2, "evals": 3},
+    "sft": {"model": "sft", "train": "demos", "valid": "other", "batch_size": 4, "epochs": 4, "lr": 0.2, "dropout": 0.2,
+            "evals": 4},
+    "reward": {"model": "sft", "sft": "sft", "train": "rankings", "test": "rankings", "prompts": "prompts", "pairs": "",
+               "batch_size": 4, "epochs": 4, "lr": 1e-3, "dropout": 0.2, "log_every": 3, "samples": 8,
+               "response_tokens": 6},
+    "ppo": {"sft": "sft", "reward": "reward", "prompts": "prompts", "iterations": 6, "episodes": 4, "epochs": 2,
             "minibatches": 2, "microbatch": 3, "lr": 1e-3, "response_tokens": 6, "kl_horizon": 8.0, "kl_target": 0.01,
             "snapshots": 3, "missing_eos_score": "nan"},
-    "dpo": {"model": "sft", "batch_size": 4, "epochs": 4, "lr": 1e-3, "log_every": 3, "train": "rankings.jsonl",
-            "test": "rankings.jsonl"}}
+    "dpo": {"model": "sft", "train": "rankings", "test": "rankings", "batch_size": 4, "epochs": 4, "lr": 1e-3,
+            "log_every": 3}}
 
 
 def make_inputs(folder):
@@ -40,8 +39,9 @@ def make_inputs(folder):
         model = kind(GPTConfig(257, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
         save_checkpoint(folder / name, model, Config(), folder / "vocab.tiktoken", inputs={})
     # Of the held-out text the demonstrations say nothing: its loss soon rises, and the best is not the last.
-    rows = {"texts": [{"text": f"the plot was {word}, and the film too"} for word in ("good", "bad", "so so", "sad") * 2],
-            "demos": [{"prompt": "the film", "completion": f" was {word}"} for word in ("good", "bad", "so", "sad") * 2],
+    words = 2 * ["good", "bad", "so", "sad"]
+    rows = {"texts": [{"text": f"the plot was {word}, and the film too"} for word in words],
+            "demos": [{"prompt": "the film", "completion": f" was {word}"} for word in words],
             "other": [{"prompt": "the plot", "completion": " z y x w"}] * 4,
             "prompts": [{"prompt": f"the {word}"} for word in "film plot actor end book scene".split()],
             "rankings": [{"prompt": f"film {i}", "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
@@ -51,13 +51,16 @@ def make_inputs(folder):
     return folder
 
 
+def arguments(flags, inputs):
+    """A command line of these flags; the name of a file or folder in inputs, without its ending, becomes its path."""
+    there = {path.stem: path for path in inputs.iterdir()} | {"False": "false", "True": "true"}
+    return [f"--{name.replace('_', '-')}={there.get(str(value), value)}" for name, value in flags.items()]
+
+
 def command(stage, inputs, out, **changes):
     """(module, its command line) of a stage's run into the folder out; inputs: from make_inputs."""
     flags = {"device": "cpu", "dtype": "float32", "save_every": 1e9, "out": out, **FLAGS[stage], **changes}
-    flags = {name: inputs / value if isinstance(value, str) and (inputs / value).exists() and value else value
-             for name, value in flags.items()}
-    return importlib.import_module(SCRIPT[stage]), [f"--{name.replace('_', '-')}={str(value).lower() if value in (True, False) else value}"
-                                                    for name, value in flags.items()]
+    return importlib.import_module(SCRIPT[stage]), arguments(flags, inputs)
 
 
 def outcome(folder):
@@ -67,9 +70,9 @@ def outcome(folder):
     lines.append(json.loads((folder / "done.json").read_text()))
     left = {"lines": [{name: value for name, value in line.items() if name not in TIMES} for line in lines],
             "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))}
-    for path in sorted(folder.rglob("*.pt")):
+    for path in sorted(folder.rglob("model.pt")):
         facts = load(path)
-        facts["stage"] = {name: value for name, value in facts["stage"].items() if name not in FREE}
+        facts["stage"] = {name: value for name, value in facts["stage"].items() if name not in FREE.split()}
         weights = [name.encode() + x.numpy().tobytes() for name, x in facts.pop("weights").items()]
         left[str(path.relative_to(folder))] = repr(facts), hashlib.sha256(b"".join(weights)).hexdigest()
     return left

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -43,9 +44,8 @@ NEVER = -1  # an EOS that cannot be sampled: every response has its full length
 
 
 def flop(config, T, read, head=False, past=0):
-    """Operations of a forward pass on a row, two per multiply-add of the matrix products: T tokens after `past` cached
-    ones, `read` positions wanted. Per layer and token 6 C^2 for query, key and value, 4 C per key for attention, and 18
-    C^2 for projection and MLP, which the last layer computes at the wanted positions only, like the head."""
+    """Operations of the matrix products (two per multiply-add) of a forward pass on a row: T tokens after `past` cached
+    ones, `read` positions wanted, to which the last layer's projection and MLP (18 C^2), and the head, are limited."""
     C = config.width
     trunk = config.n_layer * T * (6 * C + 4 * (past + T)) * C + ((config.n_layer - 1) * T + read) * 18 * C * C
     return trunk + (2 * read * C * config.padded_vocab if head else 0)
@@ -104,7 +104,7 @@ class Bench:
 
 
 def train(bench, _):
-    """Next-token prediction where every token counts; transformers: with labels, and this project's optimizer."""
+    """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
     (B, T), device, model = TRAIN, bench.device, GPT(MODEL).to(bench.device)
     rows = [(ids, 1) for ids in bench.tokens(B, T + 1)]
     seconds = bench.time_step(model, lambda: -row_logprobs(model, rows, 0, device, bench.autocast).sum() / (B * T))
@@ -148,10 +148,10 @@ def ppo_iteration(bench, _):
     bench.record("ppo", bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
     if bench.cfg.peers:
         models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
-        seconds = trl_steps(bench, "PPO", B, {"input_ids": bench.tokens(B, P)}, models, num_mini_batches=4,
-                            num_ppo_epochs=4, response_length=R, temperature=TEMPERATURE, stop_token="eos",
-                            total_episodes=B * (bench.cfg.repeats + 1), num_sample_generations=0,
-                            local_rollout_forward_batch_size=B)
+        how = {"num_mini_batches": 4, "num_ppo_epochs": 4, "response_length": R, "temperature": TEMPERATURE,
+               "stop_token": "eos", "total_episodes": B * (bench.cfg.repeats + 1), "num_sample_generations": 0,
+               "local_rollout_forward_batch_size": B}
+        seconds = trl_steps(bench, "PPO", B, {"input_ids": bench.tokens(B, P)}, models, **how)
         bench.record("ppo trl", seconds, B, "episodes/s")
 
 
@@ -161,9 +161,7 @@ def ranked(bench, figure):
     (n, K), device, is_dpo = RANKINGS[figure], bench.device, figure != "reward"
     pairs, rankings = n * math.comb(K, 2), bench.tokens(n, K, TEXT)
     model, parted = (GPT if is_dpo else ScalarModel)(MODEL).to(device), [[(ids, PROMPT) for ids in x] for x in rankings]
-
-    def logprobs():
-        return response_logprobs(model, parted, 0, device, bench.autocast)
+    logprobs = partial(response_logprobs, model, parted, 0, device, bench.autocast)
     if is_dpo:
         known, work = [x.detach() for x in logprobs()], flop(MODEL, TEXT - 1, TEXT - PROMPT, True)
         seconds = bench.time_step(model, lambda: measure(logprobs(), known, DPOConfig())["loss"])
@@ -174,8 +172,8 @@ def ranked(bench, figure):
     if bench.cfg.peers:
         data = {side: ["".join(f" t{i}" for i in ids) for ids in bench.tokens(pairs * (bench.cfg.repeats + 1), size)]
                 for side, size in (("prompt", PROMPT), ("chosen", TEXT - PROMPT - 1), ("rejected", TEXT - PROMPT - 1))}
-        seconds = trl_steps(bench, "DPO" if is_dpo else "Reward", pairs, data, {},  # it adds an EOS
-                            **({"precompute_ref_log_probs": True} if is_dpo else {}))
+        how = {"precompute_ref_log_probs": True} if is_dpo else {}
+        seconds = trl_steps(bench, "DPO" if is_dpo else "Reward", pairs, data, {}, **how)  # it adds an EOS
         bench.record(f"{figure} trl", seconds, pairs, "pairs/s")
 
 
@@ -184,8 +182,9 @@ def peer_model(bench, scalar=False):
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
     end = MODEL.vocab_size - 1
     return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(GPT2Config(
-        end + 1, MODEL.block_size, MODEL.width, MODEL.n_layer, MODEL.n_head, activation_function="gelu", num_labels=1,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=end - 1, eos_token_id=end)).to(bench.device)
+        vocab_size=end + 1, n_positions=MODEL.block_size, n_embd=MODEL.width, n_layer=MODEL.n_layer, num_labels=1,
+        n_head=MODEL.n_head, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        pad_token_id=end - 1, eos_token_id=end)).to(bench.device)
 
 
 def trl_steps(bench, name, rows, data, models, **how):

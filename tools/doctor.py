@@ -6,7 +6,7 @@
 
 Reads logs, report cards and the evaluation; loads no model. One line per finding, with what the committed runs show in
 its place; the exit code is 1 if there is one. Limits are far outside the range of healthy runs (results/tiny, three
-seeds), and outside chance. Some faults show in no log (results/faults.md): read samples, too.
+seeds), and outside chance. Which bug shows how: results/faults.md. Some show in no log: read samples, too.
 """
 import functools
 import json
@@ -22,7 +22,7 @@ from common import check, digest, run, visible
 COMMITTED = Path(__file__).parents[1] / "results" / "tiny"  # healthy runs: what is normal
 # kind: of stage; metric: a field of log.jsonl, or a file and a place in it; limit: when it counts as broken.
 Symptom = namedtuple("Symptom", "kind metric limit why tries")
-HELD_OUT, PEOPLE = "report_card.json: held-out rankings: accuracy", "report_card.json: human comparisons"
+HELD_OUT, PEOPLE = "report_card.json: held-out rankings: accuracy", "results.json: reward_models"
 KEPT, WINS = "done.json: order_kept", "results.json: policies: ppo: win_rate_judge"
 SYMPTOMS = {
     "stopped": Symptom("any", "stopped", "the log ends with it", "a guard or a non-finite number ended the run",
@@ -136,8 +136,7 @@ class Record:
     def judged(self):
         """Whether it went on for long enough to ask what it learned."""
         if self.kind == "ppo":
-            steps = len(self.lines) * self.flags["epochs"] * self.flags["minibatches"]
-            return steps >= 20 and len(self.lines) >= 8
+            return len(self.lines) >= max(8, 20 / (self.flags["epochs"] * self.flags["minibatches"]))
         return bool(self.lines) and self.lines[-1]["step"] >= 20
 
 
@@ -191,7 +190,7 @@ def any_stage(record):
         if counts["responses"] > 0.1 * counts["of"]:
             yield "truncated responses", "{responses} of {of}".format(**counts), None
     norms, clip = record.column("grad_norm"), record.flags.get("grad_clip")
-    # DPO's gradient grows with beta and with the length of responses, so that there a large one means nothing.
+    # A large gradient means nothing in DPO, where it grows with beta and with the length of responses.
     if clip and record.kind != "dpo" and record.judged and median(norms) > 10 * clip:
         yield "gradient far above the clip", f"median {median(norms):.1f}, --grad-clip {clip:g}", None
 
@@ -207,9 +206,10 @@ def ppo(record):
     def above(name, limit):
         metric = SYMPTOMS[name].metric
         high = [i for i, x in enumerate(column(metric)) if x > limit]
-        peak = max(column(metric) + [record.stop.get(metric, 0.0)])
+        peak = max(column(metric) + [record.stop.get(metric, 0.0)])  # a guard may have noted it
         return [(name, f"up to {peak:.2f}", high)] if peak > limit else []
-    yield from above("first ratio", 0.1) + above("sampler differs", 0.05)
+    stopped = [("first ratio", "as the guard says", None)] if "the ratio is" in record.stop.get("stopped", "") else []
+    yield from (above("first ratio", 0.1) or stopped) + above("sampler differs", 0.05)
     if not lines:  # stopped in the first rollout
         return
     wrong = []
@@ -224,7 +224,7 @@ def ppo(record):
         seen = "{rewards:.2f}, but score - kl_coef * kl is {score:.2f} - {kl_coef:.3f} * {kl:.2f}"
         yield "rewards do not add up", seen.format(**lines[wrong[-1]]), wrong
     wrong = [i + 1 for i in range(len(kl) - 1) if (coefs[i + 1] - coefs[i]) * (kl[i] - target) < 0]
-    if wrong and len(wrong) >= 0.5 * (len(kl) - 1):
+    if wrong and len(wrong) >= (len(kl) - 1) / 2:
         yield "wrong way", f"{coefs[0]:.3f} to {coefs[-1]:.3f}, KL {kl[0]:.1f} to {kl[-1]:.1f} of {target:g}", wrong
     score, deviation = lines[0]["score"], lines[0]["score_std"]
     chance = 3 / math.sqrt(lines[0]["episodes"])  # three standard errors of a mean, and nearly of a deviation
@@ -263,8 +263,7 @@ def ppo_learning(record):
     if late > 3 * early and values:
         yield "value loss explodes", f"up to {late:.2f}, {early:.2f} at the beginning", later
     clipped = column("clip_fraction")
-    high = [i for i, x in enumerate(clipped) if x > 0.3]
-    if len(high) >= len(clipped) / 4:
+    if len(high := [i for i, x in enumerate(clipped) if x > 0.3]) >= len(clipped) / 4:
         yield "clip binds", f"for up to {max(clipped):.2f} of the tokens", high
     if max(clipped) == 0 and flags["epochs"] * flags["minibatches"] > 1:
         yield "clip never binds", "0 in every rollout", None
@@ -276,8 +275,7 @@ def reward(record):
         return
     accuracy, losses, card = record.column("accuracy"), record.column("loss"), record.files["report_card.json"]
     half = len(losses) // 2  # the best of the second half: a line may be of few rankings
-    better = min(losses[half:]) < losses[0] - 0.01 or max(accuracy[half:]) > accuracy[0] + 0.01
-    if len(losses) > 1 and not better:
+    if len(losses) > 1 and min(losses[half:]) >= losses[0] - 0.01 and max(accuracy[half:]) <= accuracy[0] + 0.01:
         yield "not learning", f"{losses[0]:.3f} at the beginning, {losses[-1]:.3f} at the end", None
     if not card:  # not finished
         return
@@ -286,11 +284,6 @@ def reward(record):
         yield "near chance", "{accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f})".format(**held_out), None
     if record.kind == "reward" and known > held_out["interval"][1] + 0.1:
         yield "memorised", f"{known:.3f} in training, {held_out['accuracy']:.3f} held out", None
-    rows = [row for name, row in card.get("human comparisons", {}).items() if "bag of words" in row]
-    worse = [row["reward model"]["interval"][1] < max(row["bag of words"]["accuracy"], row["longer wins"]["accuracy"])
-             for row in rows]
-    if worse and all(worse):
-        yield "worse than bag of words", f"in {len(worse)} of {len(worse)} domains", None
 
 
 def dpo(record):
@@ -315,9 +308,8 @@ def sft(record):
 
 def label(record):
     """Rankings by a stand-in, or by a machine that was asked about people's pairs as well."""
-    for kept in record.column(KEPT):
-        if kept < 0.6:
-            yield "labels are noise", f"{kept:.2f} of the pairs are in the labeler's own order", None
+    for kept in [x for x in record.column(KEPT) if x < 0.6]:
+        yield "labels are noise", f"{kept:.2f} of the pairs are in the labeler's own order", None
     people = record.files["agreement.json"].get("people", {}).get("both orders")
     if people and people["interval"][0] <= 0.5:
         seen = "as people in {accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) of the pairs"
@@ -325,7 +317,7 @@ def label(record):
 
 
 def evaluate(record):
-    """The comparison of all policies."""
+    """The comparison of all policies, and of the reward models with what counting does."""
     results = record.files["results.json"]
     count = min(results["prompts"], results["config"]["snapshot_count"])  # prompts of a snapshot
     least = max(0.25, 3 * math.sqrt(2 / count))  # three standard errors of a difference of means, of deviation 1
@@ -334,12 +326,15 @@ def evaluate(record):
             points = [(point[scorer], point["proxy"], point["iteration"]) for point in curve if scorer in point]
             (best, proxy, i), last = max(points, default=(0, 0, 0)), (points or [(0, 0)])[-1]
             if last[0] < best - least and last[1] > proxy:
-                yield "over-optimised", (f"{policy}: {scorer} {best:.2f} at iteration {i}, then {last[0]:.2f}; proxy "
-                                         f"{proxy:.2f}, then {last[1]:.2f}"), None
-        row = results["policies"][policy]
-        low, high = row["win_rate_judge_interval"]
+                yield "over-optimised", f"{policy}: {scorer} {best:.2f} at iteration {i}, then {last[0]:.2f}", None
+        low, high = results["policies"][policy].get("win_rate_judge_interval", (0.5, 1.0))
         if high < 0.5 or results["prompts"] >= 200 and low < 0.5:
-            yield "no better than SFT", f"{policy}: {row['win_rate_judge']:.3f} ({low:.3f} to {high:.3f})", None
+            yield "no better than SFT", f"{policy}: {low:.3f} to {high:.3f}", None
+    for name, card in results["reward_models"].items():
+        rows = [row for group, row in card.items() if group.endswith(", random") and "bag of words" in row]
+        if rows and all(row["reward model"]["interval"][1] < max(row["bag of words"]["accuracy"], length, 1 - length)
+                        for row in rows for length in [row["longer wins"]["accuracy"]]):
+            yield "worse than bag of words", f"{name}, in each of {len(rows)} domains", None
 
 
 def examine(record):
@@ -357,24 +352,21 @@ def span(numbers):
 
 
 @functools.cache
-def committed(stage, metric):
-    """What the committed runs have in a metric of a stage: a list of values per seed; [] if there is none."""
-    columns = [record.column(metric) for folder in sorted(COMMITTED.glob("seed*")) for record in records(folder)
-               if record.name == stage]
-    return [values for values in columns if values]
+def committed(metric, *stages):
+    """What the committed runs have in a metric of the first of these stages that has it: a list of values per seed."""
+    kept = [record for folder in sorted(COMMITTED.glob("seed*")) for record in records(folder)]
+    found = ([x for record in kept if record.name == name and (x := record.column(metric))] for name in stages)
+    return next(filter(None, found), [])
 
 
 def report(record):
     """Print what there is to say of a stage; whether something was found."""
-    findings, last = examine(record), record.lines[-1] if record.lines else {}
-
-    def normal(metric):
-        return committed(record.name, metric) or committed(record.kind, metric)
+    findings, last, stages = examine(record), record.lines[-1] if record.lines else {}, (record.name, record.kind)
     for name, seen, where in findings:
         kind, metric, limit, why, tries = SYMPTOMS[name]
         unit = "iteration" if record.kind == "ppo" else "step"
         place = f"{record.path}{f', {unit} {span(record.lines[i][unit] for i in where)}' if where else ''}"
-        if runs := normal(metric):
+        if runs := committed(metric, *stages):
             place += f"; healthy runs: {span(sum(runs, []))}, at the end {span(values[-1] for values in runs)}"
         print(visible(f"{record.name}: {name}: {metric}: {seen} ({place}): {why}. Try: {tries}."))
     for line in [line for line in record.lines if "sample" in line and findings][-1:]:
@@ -385,7 +377,7 @@ def report(record):
         far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
             "iteration" in last and not record.files["done.json"]) else ""
         metrics = dict.fromkeys(symptom.metric for symptom in SYMPTOMS.values() if symptom.kind == record.kind)
-        numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({span(values[-1] for values in normal(metric))})"
+        numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({span(values[-1] for values in committed(metric, *stages))})"
                    for metric in metrics if (x := record.column(metric))]
         print(f"{record.name}: healthy{few}{far}: {', '.join(numbers)}")
     return bool(findings)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from common import check, open_folder, run, write_atomic, write_json
 from data import END, REPLY, TURN, load_tokenizer, save_ranks
@@ -38,14 +37,14 @@ def exported_weights(model, kind):
     config, state = model.config, model.trunk.state_dict()
     weights = {f"transformer.{theirs}": state[ours].T.contiguous() if transposed else state[ours]
                for ours, theirs, transposed in names(config.n_layer)}
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:config.vocab_size].contiguous()
+    embedding = state["token_embedding.weight"][:config.vocab_size]
     if kind == "reward":
         head = model.head.weight * model.gain  # (1, C)
         # The classifier's head has no bias. Ours goes into the last norm's: head . (x + shift) = head . x + bias.
         weights["transformer.ln_f.bias"] = state["norm.bias"] + model.bias * head.squeeze(0) / head.square().sum()
         weights["score.weight"] = head
-        weights["transformer.wte.weight"] = F.pad(weights["transformer.wte.weight"], (0, 0, 0, 1))  # the padding token
-    return weights
+        embedding = torch.cat([embedding, torch.zeros_like(head)])  # of the padding token
+    return weights | {"transformer.wte.weight": embedding.contiguous()}
 
 
 def exported_config(config, kind):
@@ -73,9 +72,8 @@ def exported_tokenizer(enc, special):
     """tokenizer.json of the tokenizers library: EOS, then the ids of enc.encode_ordinary (but for a literal EOS)."""
     ranks, pattern = enc._mergeable_ranks, enc._pat_str.replace(r"\b", BORDER)
     # GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on.
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    letters = dict(zip(plain + others, map(chr, [*plain, *range(256, 256 + len(others))])))
+    others = [byte for byte in range(256) if chr(byte) == " " or not chr(byte).isprintable()]
+    letters = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -98,7 +96,7 @@ def main(cfg):
     out, kind = Path(cfg.out), json.loads((Path(cfg.model) / "config.json").read_text())["kind"]
     check(not (out / "model.pt").exists(), f"{out} is a checkpoint: export to another folder")
     model, enc = load_model(cfg.model, kind=kind), load_tokenizer(cfg.model)
-    special, side = ([END, "<|pad|>"], "right") if kind == "reward" else ([END], "left")  # of the padding
+    special, side = ([END, "<|pad|>"], "right") if kind == "reward" else ([END], "left")  # side of the padding
     weights, config = exported_weights(model, kind), exported_config(model.config, kind)
     open_folder(out)
     write_atomic(out / "model.safetensors", lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))

@@ -3,9 +3,9 @@
     python -m tools.memory
 
 Per parameter: 4 bytes of a frozen model; 18 of a trained one (weight, gradient, two moments of AdamW in float32; the
-bf16 copy that autocast keeps). Per token and block of width C: 36 C for the backward pass (float32 residual streams 8 C;
-bf16 norms 4 C, query, key and value 6 C, attention 2 C, GELU's input and output 16 C); with --recompute 4 C, and 36 C
-for one block. Per position whose logits are read: 16 V (bf16 and float32 logits, log-softmax, gradients).
+bf16 copy that autocast keeps). Per token and block of width C: 36 C for the backward pass (float32 residual streams
+8 C; bf16 norms 4 C, query, key and value 6 C, attention 2 C, GELU's input and output 16 C); with --recompute 4 C, and
+36 C for one block. Per position whose logits are read: 16 V (logits in bf16 and float32, log-softmax, gradients).
 """
 from model import GPTConfig
 from prepare.pretrained import SIZES
@@ -22,11 +22,6 @@ def parameters(config):
     return config.n_layer * (12 * C * C + 13 * C) + (config.padded_vocab + config.block_size + 2) * C
 
 
-def model_bytes(config, trained, frozen):
-    """Bytes of so many trained and frozen models of one size."""
-    return parameters(config) * (18 * trained + 4 * frozen)
-
-
 def row_bytes(config, trained, T, read, recompute):
     """Bytes that one row of T tokens keeps for the backward pass through so many trained models."""
     block = 36 * config.width * T
@@ -35,8 +30,8 @@ def row_bytes(config, trained, T, read, recompute):
 
 
 def rows_that_fit(memory, config, trained, frozen, T, read, recompute):
-    """Rows of a microbatch that fit into this many bytes; 0: the models alone do not, or not one row does."""
-    left = 0.9 * memory - model_bytes(config, trained, frozen)
+    """Rows of a microbatch that fit into this many bytes, a tenth left free; 0: the models alone do not, or no row."""
+    left = 0.9 * memory - parameters(config) * (18 * trained + 4 * frozen)
     return max(0, int(left // row_bytes(config, trained, T, read, recompute)))
 
 

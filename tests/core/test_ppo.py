@@ -1,4 +1,5 @@
 """PPO against slow loops, closed forms and enumeration; then tiny runs that must stand still or go the right way."""
+import contextlib
 import copy
 import json
 import math
@@ -20,7 +21,7 @@ from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_
 
 LENGTHS = [3, 1, 5, 0]  # a response of one token, a full row, and a row of padding only
 PROMPTS = [[END, 3, 4], [END], [END, 7, END, 2], [END, 1], [END, 5], [END, 9, 9, 9], [END, 2, 3], [END, 6]]
-FAST = {"iterations": 20, "episodes": 12, "epochs": 4, "microbatch": 12, "lr": 3e-2, "temperature": 1.0,
+FAST = {"iterations": 16, "episodes": 12, "epochs": 4, "microbatch": 12, "lr": 3e-2, "temperature": 1.0,
         "kl_horizon": 0.0}
 
 
@@ -34,9 +35,6 @@ def numbers(count, dtype, seed=0):
 def real(x, lengths=LENGTHS):
     """The numbers inside the mask as one flat list, row by row."""
     return [value for row, n in zip(x.tolist(), lengths) for value in row[:n]]
-
-
-# ---- the mathematics -------------------------------------------------------------------------------------------------
 
 
 @both_precisions
@@ -71,8 +69,7 @@ def test_shape_rewards(dtype):
 @both_precisions
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 0.0), (1.0, 1.0)])
 def test_gae_is_its_double_sum(dtype, gamma, lam):
-    """The recursion against its definition, advantage(t) = sum over l of (gamma lam)^l delta(t + l), and for gamma and
-    lambda 1 the sum of the rewards still to come; a bootstrap from the padding."""
+    """The recursion against its definition, sum over l of (gamma lam)^l delta(t + l); a bootstrap from the padding."""
     (rewards, values), mask = numbers(2, dtype)
     advantages, returns = gae(rewards, values, mask, gamma, lam)
     for b, length in enumerate(LENGTHS):
@@ -89,8 +86,7 @@ def test_gae_is_its_double_sum(dtype, gamma, lam):
 
 @both_precisions
 def test_policy_and_value_loss(dtype):
-    """A minimum that should be a maximum, a flipped ratio, means over the padding, a clip around the return in place of
-    the old value, a missing half."""
+    """A minimum for a maximum, a flipped ratio, means over padding, a clip around the return, a missing half."""
     (new, old, target), mask = numbers(3, dtype)
     terms = {"policy": [], "value": []}
     for a, b, c in zip(real(new), real(old), real(target)):
@@ -120,7 +116,7 @@ def test_policy_gradient_stops_where_the_clip_binds(ratio, advantage, gradient):
 
 @pytest.mark.parametrize("kl, error", [(6.0, 0), (6.6, 0.1), (600.0, 0.2), (0.0, -0.2), (-5.0, -0.2)])
 def test_adaptive_kl(kl, error):
-    """A controller that pushes the wrong way, an error not held to 20 %, a horizon that counts updates, not episodes."""
+    """A controller that pushes the wrong way, an error not held to 20 %, a horizon that counts updates."""
     controller, fixed = AdaptiveKL(0.15, target=6.0, horizon=1000), AdaptiveKL(0.15, 6.0, 0)
     controller.update(kl, episodes=50)
     fixed.update(kl, episodes=50)
@@ -139,62 +135,44 @@ def test_repetition():
     assert ppo.repetition(responses, ragged_mask([5, 4, 4, 1], 5)).item() == pytest.approx(sum(rows) / 4)
 
 
-# ---- the rollout -----------------------------------------------------------------------------------------------------
-
-
+@torch.no_grad()
 def test_rollout_against_one_response_at_a_time(four_models):
     """Every shift, mask and position of a rollout: the same numbers from unpadded texts, one token after the other."""
     policy, ref, reward, value = four_models
     rollout, metrics = rollout_of(policy, ref, reward, value, PROMPTS, ppo_config(lam=0.9, gamma=0.98), kl_coef=0.1)
-    R = rollout["mask"].size(1)
-    texts, lengths, seen, rewards_of, all_advantages = [], [], {}, [], []
-    for row in range(8):
-        skip, length = int(rollout["pad"][row]), int(rollout["mask"][row].sum())
-        text = rollout["tokens"][row].tolist()[skip:]
-        prompt, text = text[:len(text) - R], text[:len(text) - R + length]
-        assert rollout["mask"][row].tolist() == [1.0] * length + [0.0] * (R - length)
-        logprobs, ref_logprobs, values, entropies = [], [], [], []
-        for t in range(len(prompt), len(text)):
-            before = torch.tensor([text[:t]])
-            distribution = (policy(before)[0, -1] / 0.7).log_softmax(-1)
-            logprobs.append(distribution[text[t]].item())
-            ref_logprobs.append((ref(before)[0, -1] / 0.7).log_softmax(-1)[text[t]].item())
-            values.append(value(before)[0, -1].item())
-            entropies.append(-(distribution.exp() * distribution).sum().item())
-        score = reward(torch.tensor([text]))[0, -1].item()
-        rewards = [-0.1 * (a - b) for a, b in zip(logprobs, ref_logprobs)]
-        rewards[-1] += score
-        delta = [rewards[t] + 0.98 * (values + [0.0])[t + 1] - values[t] for t in range(length)]
-        advantages = [sum((0.98 * 0.9) ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
-        expected = {"old_logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropies,
-                    "returns": [a + v for a, v in zip(advantages, values)]}
-        for name, each in expected.items():
-            assert rollout[name][row, :length].tolist() == pytest.approx(each, abs=1e-4), name
-            assert not rollout[name][row, length:].any(), name
-            seen.setdefault(name, []).extend(each)
+    mask, lengths, R = rollout["mask"], rollout["lengths"].tolist(), rollout["mask"].size(1)
+    sampled, prompts = rollout["tokens"][:, -R:], []
+    by_hand = {name: torch.zeros(8, R) for name in ("old_logprobs", "ref_logprobs", "values", "entropy")}
+    for row, length in enumerate(lengths):
+        text = rollout["tokens"][row, rollout["pad"][row]:].tolist()
+        prompts.append(text[:-R])
+        for t in range(length):
+            before = torch.tensor([prompts[row] + text[-R:][:t]])
+            own, other = ((model(before)[0, -1] / 0.7).log_softmax(-1) for model in (policy, ref))
+            each = (own[sampled[row, t]], other[sampled[row, t]], value(before)[0, -1], -(own.exp() * own).sum())
+            for name, number in zip(by_hand, each):
+                by_hand[name][row, t] = number
+        score = reward(torch.tensor([prompts[row] + text[-R:][:length]]))[0, -1].item()
         assert rollout["scores"][row].item() == pytest.approx(score, abs=1e-4)
-        texts, lengths, rewards_of = [*texts, prompt], [*lengths, length], [*rewards_of, sum(rewards)]
-        all_advantages += advantages
-    totals = [len(prompt) + length for prompt, length in zip(texts, lengths)]  # neighbours need little padding
-    assert sorted(texts) == sorted(PROMPTS) and totals == sorted(totals) and len(set(lengths)) > 1
-    assert rollout["lengths"].tolist() == lengths
-    flat, count = torch.tensor(all_advantages), sum(lengths)
-    white = (flat - flat.mean()) / flat.std(unbiased=False)
-    assert real(rollout["advantages"], lengths) == pytest.approx(white.tolist(), abs=1e-3)
+    totals = [len(prompt) + length for prompt, length in zip(prompts, lengths)]  # neighbours need little padding
+    assert sorted(prompts) == sorted(PROMPTS) and totals == sorted(totals) and len(set(lengths)) > 1
+    assert torch.equal(mask, ragged_mask(lengths, R))
+    rewards = shape_rewards(rollout["scores"], by_hand["old_logprobs"], by_hand["ref_logprobs"], mask, 0.1)
+    advantages, by_hand["returns"] = gae(rewards, by_hand["values"], mask, 0.98, 0.9)  # both are tested above
+    for name, expected in {**by_hand, "advantages": whiten(advantages, mask)}.items():
+        assert torch.allclose(rollout[name], expected, atol=1e-3) and not rollout[name][mask == 0].any(), name
 
-    log_ratio = [a - b for a, b in zip(seen["old_logprobs"], seen["ref_logprobs"])]
-    error = [a - b for a, b in zip(seen["returns"], seen["values"])]
-    returns, sampled = torch.tensor(seen["returns"]), rollout["tokens"][:, -R:]
-    expected = {"score": rollout["scores"].mean(), "score_std": rollout["scores"].std(), "rewards": sum(rewards_of) / 8,
-                "kl": sum(log_ratio) / 8, "kl_k3": sum(math.exp(-x) - 1 + x for x in log_ratio) / 8,
-                "entropy": sum(seen["entropy"]) / count, "length": count / 8,
+    log_ratio, count = (by_hand["old_logprobs"] - by_hand["ref_logprobs"]), sum(lengths)
+    error, returns = real(by_hand["returns"] - by_hand["values"], lengths), real(by_hand["returns"], lengths)
+    expected = {"score": rollout["scores"].mean(), "score_std": rollout["scores"].std(), "rewards": rewards.sum() / 8,
+                "kl": log_ratio.sum() / 8, "kl_k3": ((-log_ratio).exp() - 1 + log_ratio).sum() / 8,
+                "entropy": by_hand["entropy"].sum() / count, "length": count / 8,
                 "eos_rate": sum(sampled[row, n - 1] == END for row, n in enumerate(lengths)) / 8,
                 "unique_responses": len({tuple(row) for row in sampled.tolist()}) / 8,
-                "repetition": ppo.repetition(sampled, rollout["mask"]),
-                "explained_variance": 1 - sum(x * x for x in error) / count / returns.var(unbiased=False)}
-    for name, number in expected.items():
-        assert float(metrics[name]) == pytest.approx(float(number), abs=1e-3), name
-    assert set(metrics) == set(expected) | {"sampler_difference"}
+                "repetition": ppo.repetition(sampled, mask),
+                "explained_variance": 1 - sum(x * x for x in error) / count / torch.tensor(returns).var(unbiased=False)}
+    assert {name: float(x) for name, x in metrics.items() if name != "sampler_difference"} == pytest.approx(
+        {name: float(x) for name, x in expected.items()}, abs=1e-3)
 
 
 def test_padding_changes_no_number(four_models, monkeypatch):
@@ -205,7 +183,8 @@ def test_padding_changes_no_number(four_models, monkeypatch):
 
     def padded_sample(*args, **how):
         responses, lengths, logprobs = plain_sample(*args, **how)
-        return nn.functional.pad(responses, (0, 5), value=END), lengths, nn.functional.pad(logprobs, (0, 5), value=-50.0)
+        pad = nn.functional.pad
+        return pad(responses, (0, 5), value=END), lengths, pad(logprobs, (0, 5), value=-50.0)
 
     def padded_prompts(prompts, pad_id):
         tokens, pad = plain_pad(prompts, pad_id)
@@ -220,14 +199,6 @@ def test_padding_changes_no_number(four_models, monkeypatch):
     for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
         assert torch.allclose(rollout[name], wide[name][:, :R], atol=1e-4), name
         assert not wide[name][:, R:].any(), name
-
-
-def test_policy_equal_to_ref_gives_no_kl(four_models):
-    """Policy and reference read at different positions, temperatures or masks: the KL must be 0 to the bit."""
-    policy, _, reward, value = four_models
-    rollout, metrics = rollout_of(policy, copy.deepcopy(policy), reward, value, PROMPTS, ppo_config())
-    assert torch.equal(rollout["old_logprobs"], rollout["ref_logprobs"])
-    assert metrics["kl"] == metrics["kl_k3"] == 0 and metrics["sampler_difference"] <= 5e-6
 
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the standard deviation of one score
@@ -250,8 +221,7 @@ def test_kl_estimators_by_enumeration(monkeypatch):
 
 
 def test_ppo_samples_from_the_full_softmax(four_models, monkeypatch):
-    """Sampling with top-k, top-p or another temperature than the log-probabilities have: a KL that stays negative; in
-    bf16, a difference between sampler and training pass that nobody logs."""
+    """Sampling with top-k or another temperature than log-probabilities have; a difference that is not logged."""
     policy, ref, reward, value = four_models
     cfg = ppo_config(response_tokens=1, temperature=2.0, microbatch=4096)
     rollout, metrics = rollout_of(policy, ref, reward, value, [PROMPTS[0]] * 4096, cfg)
@@ -268,8 +238,7 @@ def test_ppo_samples_from_the_full_softmax(four_models, monkeypatch):
 
 @pytest.mark.parametrize("missing_eos_score", [math.nan, -9.0])
 def test_eos_that_is_also_the_padding(four_models, monkeypatch, missing_eos_score):
-    """Masks from comparing ids: the real EOS is lost, an immediate one has length 0 or -1; the rule for a missing EOS
-    applied to the wrong rows, or to the score that is logged."""
+    """Masks from comparing ids: the real EOS is lost; the rule for a missing EOS on other rows or the logged score."""
     responses = [[END], [4, END], [5, 6, 7, END], [8, 8, 8, 8]]
     script(monkeypatch, *responses)  # after its EOS a row would draw 9
     prompts = [[END, 1 + row] for row in range(4)]  # of equal length: the order stays
@@ -313,20 +282,17 @@ def test_select_keeps_prompt_and_response(P, longest):
 
 @pytest.mark.xfail(strict=True, reason="the head runs in the autocast precision until the pretrained-models issue")
 def test_a_logit_offset_in_bf16(four_models):
-    """Logits near -110, as GPT-2's are: in bf16 they are 0.5 apart, and the first ratio is far from 1."""
-    policy, cfg = four_models[0], ppo_config(dtype="bfloat16", microbatch=8)
-    policy.trunk.token_embedding.weight.data[:, 0] = -11.0
-    policy.trunk.norm.weight.data[0], policy.trunk.norm.bias.data[0] = 0.0, 10.0
-    assert -120 < policy(torch.tensor(PROMPTS[:1])).mean() < -100
-    rollout, _ = rollout_of(*four_models, PROMPTS, cfg)
+    """Logits near -110, as GPT-2's are: bf16 has steps of 0.5 there, and rounding moves the first ratio far from 1."""
+    policy, cfg, random = four_models[0], ppo_config(dtype="bfloat16", microbatch=1024), common.generator(0)
+    policy.trunk.token_embedding.weight.data[:, 0] = -1.0
+    policy.trunk.norm.weight.data[0], policy.trunk.norm.bias.data[0] = 0.0, 110.0
+    assert -115 < policy(torch.tensor(PROMPTS[:1])).mean() < -105
+    rollout, _ = rollout_of(*four_models, PROMPTS * 128, cfg)
+    policy.trunk.register_forward_hook(  # what another kernel, for another shape, makes of the hidden states
+        lambda trunk, given, hidden: hidden + 2e-3 * torch.randn(hidden.shape, generator=random))
     with torch.no_grad(), common.set_up(cfg)[1]():
-        for row in range(8):  # other shapes than in the rollout, as minibatches have them
-            batch = ppo.select(rollout, torch.tensor([row]))
-            logprobs = ppo.forward(policy, None, batch, cfg.temperature)[1]
-            assert (((logprobs - batch["old_logprobs"]) * batch["mask"]).exp() - 1).abs().max() < 0.02
-
-
-# ---- the update ------------------------------------------------------------------------------------------------------
+        logprobs = ppo.forward(policy, None, rollout, cfg.temperature)[1]
+    assert (((logprobs - rollout["old_logprobs"]) * rollout["mask"]).exp() - 1).abs().max() < 0.02
 
 
 class Collected(common.Log):
@@ -349,7 +315,7 @@ def one_update(four_models, **changes):
     rollout, cfg = rollout_of(*four_models, PROMPTS, ppo_config(microbatch=8))[0], ppo_config(**changes)
     policy, value, log = copy.deepcopy(four_models[0]), copy.deepcopy(four_models[3]), Collected()
     optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=1.0)
-    ppo.update(policy, value, optimizer, rollout, 1e-2, cfg, common.set_up(cfg)[1], log, torch.Generator().manual_seed(0))
+    ppo.update(policy, value, optimizer, rollout, 1e-2, cfg, common.set_up(cfg)[1], log, common.generator(0))
     return policy, value, log, rollout
 
 
@@ -399,21 +365,18 @@ def test_optimizer_step_clips_what_backward_made():
     """Gradients clipped before backward, gradients that pile up over steps, or a step with NaN."""
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=99.0)
-    for grad_clip, expected in ((1.0, [-0.6, -0.8]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
+    for grad_clip, factor, moved in ((1, 1, [-0.6, -0.8]), (0, 1, [-3, -4]), (9, 1, [-3, -4]), (1, math.nan, [0, 0])):
         weight.data.zero_()
-        (weight * torch.tensor([3.0, 4.0])).sum().backward()
-        common.optimizer_step(optimizer, [weight], 1.0, grad_clip, log := Collected())
-        assert log.means() == {"grad_norm": pytest.approx(5.0)}
-        assert weight.tolist() == pytest.approx(expected, abs=1e-5) and weight.grad is None
-    weight.data.zero_()
-    (weight * math.nan).sum().backward()
-    with pytest.raises(UserError, match="not finite"):
-        common.optimizer_step(optimizer, [weight], 1.0, 1.0, Collected())
-    assert weight.tolist() == [0, 0]
+        (weight * torch.tensor([3.0, 4.0]) * factor).sum().backward()
+        log = Collected()
+        with pytest.raises(UserError, match="not finite") if math.isnan(factor) else contextlib.nullcontext():
+            common.optimizer_step(optimizer, [weight], 1.0, grad_clip, log)
+            assert log.means() == {"grad_norm": pytest.approx(5.0)} and weight.grad is None
+        assert weight.tolist() == pytest.approx(moved, abs=1e-5)
 
 
 def test_adamw_and_learning_rate():
-    """Both betas equal (seen in the wild), weight decay on biases, a first step at rate 0, a schedule that ends early."""
+    """Both betas equal (seen in the wild), weight decay on biases, a first step at rate 0, another schedule."""
     weight, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = common.adamw([weight, bias], lr=0.1, weight_decay=0.5, eps=0.25)
     assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 0.25 for group in optimizer.param_groups)
@@ -425,9 +388,6 @@ def test_adamw_and_learning_rate():
     assert cosine == pytest.approx([1, 2, 2, 1.1, 0.2])
     keys = [(1,), (2,), (1, 0), (0, 1), (1, 1), (1, 2), (2, 1), (1, 0, 0)]  # a private generator for each
     assert len({torch.randint(2**62, (1,), generator=common.generator(*key)).item() for key in keys}) == len(keys)
-
-
-# ---- whole runs ------------------------------------------------------------------------------------------------------
 
 
 def tiny_run(checkpoints, folder, **changes):
@@ -498,25 +458,18 @@ def test_a_run_logs_and_saves(checkpoints, tmp_path):
     tiny_run(checkpoints, tmp_path / "next", sft=str(tmp_path / "a"), iterations=1)
 
 
-def test_prompts_are_used_once_per_pass(checkpoints, tmp_path, monkeypatch):
-    """The same prompts in every rollout, or one prompt twice before another had its turn."""
+def test_prompts_controller_and_learning_rate_in_a_run(checkpoints, tmp_path, monkeypatch):
+    """A prompt twice before another had its turn; a controller never told the KL, or too early; a rate that stays."""
     seen, plain = [], ppo.pad_prompts
     monkeypatch.setattr(ppo, "pad_prompts", lambda prompts, pad_id: seen.append(prompts) or plain(prompts, pad_id))
-    tiny_run(checkpoints, tmp_path, episodes=4, iterations=6, epochs=1)
+    lines = tiny_run(checkpoints, tmp_path, episodes=4, iterations=6, lr=1e-2, kl_target=0.5, kl_horizon=50.0)
     first, second = (sorted(sum(part, [])) for part in (seen[:3], seen[3:]))
-    assert first == second and len(first) == 12  # 12 prompts, 4 a rollout
-    assert seen[:3] != seen[3:]  # shuffled anew
-
-
-def test_controller_and_learning_rate_in_a_run(checkpoints, tmp_path):
-    """A controller that is never told the KL, or too early; a learning rate that does not fall."""
-    lines = tiny_run(checkpoints, tmp_path, iterations=4, lr=1e-2, kl_coef=0.2, kl_target=0.5, kl_horizon=100.0)
-    assert [line["lr"] for line in lines] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
-    assert lines[0]["kl_coef"] == 0.2
-    assert all(line["first_ratio_error"] <= 1e-5 for line in lines)  # at every iteration, not only the first
+    assert first == second and len(first) == 12 and seen[:3] != seen[3:]  # 12 prompts, 4 a rollout; shuffled anew
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)], rel=1e-4)
+    assert lines[0]["kl_coef"] == 0.2 and all(line["first_ratio_error"] <= 1e-5 for line in lines)
     for before, after in zip(lines, lines[1:]):
-        controller = AdaptiveKL(before["kl_coef"], 0.5, 100)
-        controller.update(before["kl"], episodes=8)
+        controller = AdaptiveKL(before["kl_coef"], 0.5, 50)
+        controller.update(before["kl"], episodes=4)
         assert after["kl_coef"] == pytest.approx(controller.coef, abs=1e-5)
 
 
@@ -535,13 +488,13 @@ def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, value):
         model, (tokens, pad) = model_module.load_model(folder), pad_prompts([[269], [269, 100, 200, 50]], 269)
         return model(tokens, pad)[:, -1].softmax(-1)[:, :liked].sum(1).mean().item()
     watch(monkeypatch, "load_reward", lambda reward: setattr(reward, "score", scripted) or reward)
-    tiny_run(checkpoints, tmp_path, **FAST, value=value, lam=1.0, kl_coef=0.0)
+    tiny_run(checkpoints, tmp_path, **FAST, value=value, lam=1.0 if value == "none" else 0.95, kl_coef=0.0)
     before, after = share(checkpoints.sft), share(tmp_path)
     assert sign * (after - before) > 0.1, (before, after)
 
 
 def test_the_kl_penalty_holds(checkpoints, tmp_path):
-    """A KL reward of the wrong sign: with a large coefficient the policy stays nearer to the reference than with none."""
+    """A KL reward of the wrong sign: a large coefficient keeps the policy nearer to the reference than none."""
     held, free = (tiny_run(checkpoints, tmp_path / str(coef), **FAST, kl_coef=coef)[-1]["kl_k3"] for coef in (3.0, 0.0))
     assert held < 0.2 * free
 
@@ -561,13 +514,11 @@ def test_guards_stop_a_run_that_has_gone_wrong(checkpoints, tmp_path, monkeypatc
     assert not (tmp_path / "done.json").exists() and not (tmp_path / "model.pt").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"lr": -1.0}, "--lr"), ({"lr": math.nan}, "--lr"), ({"value": "nowhere"}, "--value"), ({"dtype": "half"}, "--dtype"),
-    ({"episodes": 8, "minibatches": 3}, "--minibatches"), ({"episodes": 100}, "12 prompts do not fill"),
-    ({"response_tokens": 31}, "no room for a prompt"), ({"reward": "nowhere"}, "nowhere"), ({"kl_horizon": 1.0}, "--kl-h"),
-])
-def test_bad_flags(checkpoints, tmp_path, flags, message):
+def test_bad_flags(checkpoints, tmp_path):
     """A traceback, or hours of a run, where one line would do; an empty folder left behind."""
-    with pytest.raises(UserError, match=message):
-        tiny_run(checkpoints, tmp_path / "out", **flags)
-    assert not (tmp_path / "out").exists()
+    for flags, message in [({"lr": math.nan}, "--lr is nan"), ({"value": "no"}, "--value"), ({"dtype": "x"}, "--dtype"),
+                           ({"minibatches": 3}, "--minibatches"), ({"episodes": 100}, "12 prompts do not fill"),
+                           ({"response_tokens": 31}, "no room for a prompt"), ({"kl_horizon": 1.0}, "--kl-horizon")]:
+        with pytest.raises(UserError, match=message):
+            tiny_run(checkpoints, tmp_path / "out", **flags)
+        assert not (tmp_path / "out").exists()

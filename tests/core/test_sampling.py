@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import sampling
-from conftest import END, random_model, script
+from conftest import END, random_model
 from data import pad_prompts
 from model import token_logprobs
 from sampling import KVCache, draw, sample, sample_many, sample_prompts
@@ -54,26 +54,10 @@ def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
     assert torch.equal(leaving[0], staying[0]) and torch.equal(leaving[1], staying[1])
     for row, length in enumerate(staying[1].tolist()):
         assert torch.allclose(leaving[2][row, :length], staying[2][row, :length], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("look", [3, 8])
-def test_how_often_the_sampler_looks_changes_nothing(monkeypatch, look):
-    """A row that has ended and waits to leave the batch: what it draws meanwhile must not reach the result."""
-    expected = drawn()[3]
-    monkeypatch.setattr(sampling, "LOOK", {"cpu": look})
-    responses, lengths, _ = drawn()[3]
-    assert torch.equal(responses, expected[0]) and torch.equal(lengths, expected[1])
-
-
-def test_rows_end_where_they_end(monkeypatch):
-    """A row that continues after its EOS, an immediate EOS of 0 tokens, a loop that runs on when all have ended."""
-    script(monkeypatch, [END], [4, END], [5, 6, 7, END], [8, 8, 8])
-    tokens, pad = pad_prompts(PROMPTS, END)
-    responses, lengths, logprobs = sample(random_model(), tokens, pad, 4, END)
-    assert lengths.tolist() == [1, 2, 4, 4] and logprobs.shape == (4, 4)
-    assert responses.tolist() == [[END] * 4, [4, END, END, END], [5, 6, 7, END], [8, 8, 8, 9]]
-    script(monkeypatch, [4, END], [END])
-    assert sample(random_model(), tokens[:2], pad[:2], 20, END)[0].shape == (2, 2)
+    monkeypatch.undo()
+    for look in (3, 8):  # what a row that has ended draws while it waits to leave the batch must not reach the result
+        monkeypatch.setattr(sampling, "LOOK", {"cpu": look})
+        assert all(torch.equal(a, b) for a, b in zip(drawn(padded)[3][:2], leaving[:2]))
 
 
 def test_sample_many_keeps_order_and_equals_one_at_a_time():
@@ -81,46 +65,30 @@ def test_sample_many_keeps_order_and_equals_one_at_a_time():
     model = random_model()
     together = sample_many(model, PROMPTS, 10, END, batch_size=3, temperature=0)
     assert together == [sample_many(model, [prompt], 10, END, temperature=0)[0] for prompt in PROMPTS]
-    assert sample_many(model, [], 10, END) == []
     texts = sample_many(model, PROMPTS * 8, 10, END, random=torch.Generator().manual_seed(0))
     assert all(END not in ids[:-1] and (ids[-1] == END or len(ids) == 10) for ids in texts)
 
 
-def watched(monkeypatch):
-    """Real tokens and rows of each batch that is sampled from now on, in a list that grows."""
-    seen, plain = [], sampling.sample
-
-    def watching(model, tokens, pad, *args, **how):
-        seen.append((tokens.numel() - (0 if pad is None else int(pad.sum())), len(tokens)))
-        return plain(model, tokens, pad, *args, **how)
-    monkeypatch.setattr(sampling, "sample", watching)
-    return seen
-
-
 def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
-    """A prompt of 5 tokens that pays for the padding of one of 500; log-probabilities of another response."""
-    seen, model, sizes = watched(monkeypatch), random_model(), [1, 20, 2, 18, 1, 22, 2, 19]
+    """A prompt of 5 tokens padded to one of 500, another response's log-probabilities, a cache without a limit."""
+    seen, plain, model, sizes = [], sampling.sample, random_model(), [1, 20, 2, 18, 1, 22, 2, 19]
     prompts = [[1 + i % 9] * n for i, n in enumerate(sizes)]
+    monkeypatch.setattr(sampling, "sample", lambda model, x, pad, *rest, **how: seen.append((
+        len(x), x.numel() - (0 if pad is None else int(pad.sum())))) or plain(model, x, pad, *rest, **how))
     responses, lengths, logprobs = sample_prompts(model, prompts, 6, END, batch_size=4)
-    assert [tokens for tokens, _ in seen] == [1 + 2 + 1 + 2, 20 + 18 + 22 + 19]
+    assert seen == [(4, 1 + 2 + 1 + 2), (4, 20 + 18 + 22 + 19)]
     for prompt, response, n, logprob in zip(prompts, responses, lengths, logprobs):
         text = torch.tensor([prompt + response[:n].tolist()])
         assert torch.allclose(logprob[:n], token_logprobs(model(text), text)[0, len(prompt) - 1:], atol=1e-5)
-
-
-@pytest.mark.parametrize("tokens, sizes", [(10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)])
-def test_a_sampling_batch_has_so_many_tokens_at_most(monkeypatch, tokens, sizes):
-    """A cache that grows with the longest prompt until the memory is full: 25 short prompts, then 15 long ones."""
-    seen = watched(monkeypatch)
-    monkeypatch.setattr(sampling, "TOKENS", tokens)
-    sample_prompts(random_model(), [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
-    assert [rows for _, rows in seen] == sizes
+    for tokens, sizes in ((10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)):  # 25 short prompts, then 15 long ones
+        seen.clear()
+        monkeypatch.setattr(sampling, "TOKENS", tokens)
+        sample_prompts(model, [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
+        assert [rows for rows, _ in seen] == sizes
 
 
 @pytest.mark.parametrize("top_k, top_p, expected", [
-    (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
-    (1, 1.0, [1.0, 0, 0, 0]),
-    (3, 1.0, [4 / 9, 3 / 9, 2 / 9, 0]),
+    (0, 1.0, [0.4, 0.3, 0.2, 0.1]), (1, 1.0, [1.0, 0, 0, 0]), (3, 1.0, [4 / 9, 3 / 9, 2 / 9, 0]),
     (9, 1.0, [0.4, 0.3, 0.2, 0.1]),       # more than there are
     (0, 0.35, [1.0, 0, 0, 0]),            # the first reaches the share alone
     (0, 0.6, [4 / 7, 3 / 7, 0, 0]),       # the one that crosses the share is kept
@@ -128,20 +96,16 @@ def test_a_sampling_batch_has_so_many_tokens_at_most(monkeypatch, tokens, sizes)
     (3, 0.72, [4 / 7, 3 / 7, 0, 0]),      # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
 ])
 def test_top_k_and_top_p(top_k, top_p, expected):
-    """Truncation that keeps one token too many or too few, or that is applied in the wrong order."""
+    """One token kept too many or too few, or truncated in the wrong order; a token of probability 0 at an end."""
     order, probs = [2, 0, 3, 1], torch.empty(4)  # ids are not sorted by probability
     probs[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
     uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
     shares = torch.bincount(draw(probs.expand(20_000, 4), top_k, top_p, uniform), minlength=4)[order] / 20_000
     assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
     assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.99)])
-def test_draws_at_the_edges(top_k, top_p):
-    """A uniform number of 0, or just below 1, that draws a token of probability 0 at an end of the vocabulary."""
-    probs = torch.tensor([[0, 0.25, 0.0, 0.75, 0, 0]]).expand(2, 6)
-    assert draw(probs, top_k, top_p, torch.tensor([[0.0], [1 - 2**-24]])).tolist() == [1, 3]
+    edges = draw(torch.tensor([[0, *probs, 0]]).expand(2, 6), top_k, top_p, torch.tensor([[0.0], [1 - 2**-24]]))
+    kept = [i for i in range(4) if expected[order.index(i)] > 0]
+    assert edges.tolist() == [1 + kept[0], 1 + kept[-1]]  # a uniform number of 0, or just below 1
 
 
 def test_sampling_follows_the_temperature():

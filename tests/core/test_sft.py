@@ -9,13 +9,14 @@ import torch
 import data
 import model as model_module
 import sft
-from common import UserError
+import stages
+from common import UserError, load_config
 from conftest import END, SENTENCES, log_of, random_model
 from model import load_model, row_logprobs, token_logprobs
 
 # (ids, how many of them are given): demonstrations with prompts of unequal length, and packed text.
 ROWS = [([END, 3, 4, 5, 6, 7, END], 4), ([END, 8, END], 1), ([END, 9, 1, 2, 3, 4, END], 2), ([END, 2, 2, END], 3),
-        ([END, 5, 7, 7, 7, 7], 2)]
+        ([END, 5, 7, 7, 7, 7], 2), ([END] + [3] * 12 + [4] * 12, 13)]
 PACKED = [([END, 3, 4, END, 5], 1), ([5, 6, 7, END, 8], 1), ([8, 9, END, 1, 2], 1)]
 TEXTS = [{"text": sentence} for sentence in SENTENCES * 4]
 DEMOS = [{"prompt": "the film", "completion": f" was {word}"} for word in "good bad so good bad so".split()]
@@ -28,30 +29,16 @@ def loss_by_hand(model, rows):
     return -sum(logprobs), len(logprobs)
 
 
-@pytest.mark.parametrize("rows, count", [(ROWS, 3 + 2 + 5 + 1 + 4), (PACKED, 12)])
-def test_which_tokens_count(rows, count, autocast_off):
-    """Prompt tokens that count, an EOS that does not, padding that does, a shift by one."""
-    model = random_model()
-    expected, expected_count = loss_by_hand(model, rows)
-    assert expected_count == count
-    assert -row_logprobs(model, rows, END, "cpu", autocast_off).sum().item() == pytest.approx(expected, rel=1e-5)
-    assert sft.held_out_loss(model, rows, END, "cpu", autocast_off) == pytest.approx(expected / count, rel=1e-5)
-
-
-def test_padded_rows_do_not_count(autocast_off):
-    """A loss that depends on the longest row of the batch."""
-    model, long = random_model(), ([END] + [3] * 12 + [4] * 12, 13)
-    alone, added, together = (row_logprobs(model, rows, END, "cpu", autocast_off).sum().item()
-                              for rows in (ROWS, [long], ROWS + [long]))
-    assert together == pytest.approx(alone + added, rel=1e-5)
-
-
-def test_held_out_loss_is_without_dropout(autocast_off):
-    """A held-out loss with dropout, or a model that stays in eval mode and trains without it from then on."""
-    model = random_model(dropout=0.5).train()
-    losses = {sft.held_out_loss(model, ROWS, END, "cpu", autocast_off) for _ in range(3)}
-    assert len(losses) == 1 and model.training
-    assert losses.pop() == pytest.approx(loss_by_hand(model.eval(), ROWS)[0] / 15, rel=1e-5)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("rows, count", [(ROWS, 3 + 2 + 5 + 1 + 4 + 12), (PACKED, 12)])
+def test_which_tokens_count(rows, count, dtype, tolerance, autocast_off):
+    """Prompt tokens that count, an EOS that does not, padding that does, a shift by one, a sum given to another row."""
+    model = random_model().to(dtype)
+    expected = [loss_by_hand(model, [row])[0] for row in rows]
+    assert loss_by_hand(model, rows)[1] == count
+    got = row_logprobs(model, rows, END, "cpu", autocast_off)
+    assert (-got).tolist() == pytest.approx(expected, abs=tolerance) and got.dtype == dtype
+    assert sft.held_out_loss(model, rows, END, "cpu", autocast_off) == pytest.approx(sum(expected) / count, abs=1e-5)
 
 
 def test_packed_rows_are_the_documents(checkpoints, tmp_path):
@@ -68,17 +55,6 @@ def test_packed_rows_are_the_documents(checkpoints, tmp_path):
     assert found[1:-1] != texts[:len(found) - 2]  # shuffled
     with pytest.raises(UserError, match="do not fill one row of --pack 5000"):
         sft.packed_rows(enc, tmp_path / "texts", 5000, 1)
-
-
-def test_response_rows(checkpoints, tmp_path):
-    """A response without its EOS, or a row that is longer than the model's block."""
-    data.write_jsonl(tmp_path / "demos", [{"prompt": "the film", "completion": " was good"},
-                                          {"prompt": "the film " * 20, "completion": " was good" * 20}])
-    enc, counts = data.load_tokenizer(checkpoints.vocab), Counter()
-    (ids, first), (long_ids, long_first) = sft.response_rows(enc, tmp_path / "demos", 32, counts)
-    assert enc.decode(ids[:first]) == data.END + "the film" and enc.decode(ids[first:]) == " was good" + data.END
-    assert len(long_ids) == 32 and long_first == 16 and long_ids[-1] != enc.eot_token
-    assert counts["prompts truncated"] == counts["responses truncated"] == 1
 
 
 def trained(checkpoints, folder, rows, **changes):
@@ -103,27 +79,24 @@ def test_base_and_sft_learn(checkpoints, tmp_path):
     assert math.log(3) / tokens - 0.01 < tuned[-1]["valid_loss"] < math.log(3) / tokens + 0.2
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_recompute_reaches_the_model(checkpoints, tmp_path, monkeypatch, fresh):
-    """A flag that one of the two ways to get a model forgets."""
-    calls = []
-    monkeypatch.setattr(model_module, "checkpoint", lambda block, *args, **_: calls.append(block) or block(*args))
-    trained(checkpoints, tmp_path, TEXTS, model="" if fresh else checkpoints.sft, max_steps=1, recompute=True)
-    assert calls
+def test_held_out_loss_is_without_dropout(autocast_off):
+    """A held-out loss with dropout, or a model that trains without it from then on."""
+    model = random_model(dropout=0.5).train()
+    assert len({sft.held_out_loss(model, ROWS, END, "cpu", autocast_off) for _ in range(3)}) == 1 and model.training
 
 
-def test_microbatches_change_no_run(checkpoints, tmp_path):
-    """A mean per microbatch in place of one per batch, in which short rows would weigh more."""
-    rows = [{"prompt": "the film"[:n], "completion": " was good and bad"[:5 * n]} for n in range(1, 4)] * 4
-    runs = [trained(checkpoints, tmp_path / str(size), rows, model=checkpoints.sft, microbatch=size, lr=1e-3, epochs=2)
-            for size in (1, 3, 5)]
-    for lines in runs[1:]:
-        for ours, first in zip(lines, runs[0], strict=True):
-            assert ours["valid_loss"] == pytest.approx(first["valid_loss"], abs=1e-4)
-            assert ours["loss"] == pytest.approx(first["loss"], abs=1e-4)
-            assert ours["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
-    for a, b in zip(load_model(tmp_path / "1").parameters(), load_model(tmp_path / "5").parameters()):
-        assert torch.allclose(a, b, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("stage, changes", [("sft", {"dropout": 0.0}), ("reward", {"dropout": 0.0}), ("dpo", {})])
+def test_microbatches_change_no_run(tmp_path, stage, changes):
+    """A mean per microbatch in place of one per batch: short rows weigh more, and memory decides the result."""
+    inputs = stages.make_inputs(tmp_path / "inputs")
+    for size in (4, 3, 1):
+        script, argv = stages.command(stage, inputs, tmp_path / str(size), microbatch=size, lr=1e-3, **changes)
+        script.main(load_config(script.Config, {}, argv))
+    for whole, *others in zip(*(log_of(tmp_path / size) for size in "431"), strict=True):
+        for name in ("loss", "grad_norm", "margin" if stage == "dpo" else "lr"):
+            assert [line[name] for line in others] == pytest.approx([whole[name]] * 2, rel=2e-3, abs=1e-4), name
+    weights = [load_model(tmp_path / size, kind="reward" if stage == "reward" else "lm").state_dict() for size in "41"]
+    assert all(torch.allclose(x, weights[1][name], rtol=0, atol=1e-3) for name, x in weights[0].items())
 
 
 def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
@@ -146,11 +119,3 @@ def test_nan_stops_before_the_step(checkpoints, tmp_path, monkeypatch):
         trained(checkpoints, tmp_path, TEXTS)
     assert stop.value.code == 1 and not (tmp_path / "model.pt").exists()
     assert "not finite" in log_of(tmp_path)[-1]["stopped"]
-
-
-@pytest.mark.parametrize("flags, message", [({"lr": math.nan}, "--lr is nan"), ({"evals": 0}, "--evals"),
-                                            ({"pack": 64}, "block size 32"), ({"width": 15}, "--width")])
-def test_bad_flags(checkpoints, tmp_path, flags, message):
-    """A traceback, or a run that cannot learn, where one line would do."""
-    with pytest.raises(UserError, match=message):
-        trained(checkpoints, tmp_path, TEXTS, **flags)

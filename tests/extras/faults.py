@@ -1,10 +1,10 @@
-"""Kill training at bad moments, give the same command again, and compare what is left with the unbroken run, bit for bit.
+"""Kill training at bad moments, give the same command again: what is left must equal the unbroken run's, bit for bit.
 
     python tests/extras/faults.py           per stage five steps of a save in a row, two kills and a SIGTERM
     python tests/extras/faults.py --long    per stage each step of each save, ten kills and five times SIGTERM
 
-The steps of a save: the file is open and empty; half of a .pt file is written; before it is flushed to the disk; before it
-gets its name; after that. The kills come at random moments. Prints a table; exit code 1 if anything differs.
+The steps of a save: the file is open and empty; half of a .pt file is written; then before fsync, before the file gets
+its name, and after that. Kills come at random moments. Prints a table; exit code 1 if anything differs.
 """
 import builtins
 import io
@@ -27,12 +27,12 @@ import stages  # noqa: E402
 
 
 def die_at(number):
-    """Have this process end at once at the step of its saves with this number (0: never); returns the counter of steps."""
+    """Have this process end at once at this step of its saves (0: never); returns the counter of steps."""
     steps, open, save, fsync, replace = itertools.count(1), builtins.open, torch.save, os.fsync, os.replace
 
-    def step(before_death=lambda: None):
+    def step(last_act=lambda: None):
         if next(steps) == number:
-            before_death()
+            last_act()
             os._exit(9)
 
     def opened(path, *args, **how):
@@ -42,28 +42,27 @@ def die_at(number):
         return file
 
     def saved(content, file):
-        def half():
-            save(content, whole := io.BytesIO())
-            file.write(whole.getvalue()[:whole.tell() // 2])
-            file.flush()
-        step(half)
+        save(content, whole := io.BytesIO())
+        step(lambda: (file.write(whole.getvalue()[:whole.tell() // 2]), file.flush()))
         save(content, file)
 
-    builtins.open, torch.save = opened, saved
-    os.fsync = lambda handle: (step(), fsync(handle))
+    builtins.open, torch.save, os.fsync = opened, saved, lambda handle: (step(), fsync(handle))
     os.replace = lambda source, target: (step(), replace(source, target), step())
     return steps
 
 
-def start(stage, inputs, out, number=0):
-    """A stage's run in a process of its own, which dies at a step of its saves: its process id. Output goes to out.txt,
-    the number of steps to out.steps."""
+def go(stage, inputs, out, number=0, kill=None, after=0.0):
+    """A stage's run in a process of its own, which dies at a step of its saves, or of a signal after some seconds: its
+    exit code, negative if a signal ended it. out.txt gets what it prints, out.steps the number of steps."""
     module, flags = stages.command(stage, inputs, out, save_every=0)
     if child := os.fork():
-        return child
+        if kill:
+            time.sleep(after)
+            os.kill(child, kill)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for handle in (1, 2):
         os.dup2(os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
-    code, steps = 0, die_at(number)
+    steps, code = die_at(number), 0
     try:
         common.run(module.main, module.Config, module.PRESETS, argv=flags)
     except SystemExit as end:
@@ -72,23 +71,13 @@ def start(stage, inputs, out, number=0):
     os._exit(code)
 
 
-def finish(child):
-    """Exit code of a process, negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def fault(stage, inputs, out, number=0, kill=None, after=0.0):
-    """Break a run at a step of its saves, or by a signal after some seconds, and run it again: (exit code of the broken
-    run, step from which the other resumed)."""
-    child = start(stage, inputs, out, number)
-    if kill:
-        time.sleep(after)
-        os.kill(child, kill)
-    code = finish(child)
+def fault(stage, inputs, out, **how):
+    """Break a run and give the command again: (exit code of the first, step from which the second resumed)."""
+    out.parent.mkdir()
+    code = go(stage, inputs, out, **how)
     for path in out.rglob("*.pt"):
         common.load(path)
-    again = finish(start(stage, inputs, out)) if code else 0
-    output = Path(f"{out}.txt").read_text()
+    again, output = go(stage, inputs, out) if code else 0, Path(f"{out}.txt").read_text()
     assert again == 0, f"{stage}: exit code {again}: {output[-500:]}"
     return code, int(output.rpartition("resuming from step ")[2].split()[0]) if "resuming" in output else 0
 
@@ -100,24 +89,21 @@ def main(long):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         inputs = stages.make_inputs(folder / "inputs")
-        print(f"{'stage':8}{'fault':18}{'runs':>5}  exit codes      resumed from step")
+        print(f"{'stage':8}{'fault':16}{'runs':>5}  exit codes      resumed from step")
         for stage in stages.SCRIPT:
-            began, reference = time.time(), folder / stage
-            assert finish(start(stage, inputs, reference)) == 0, Path(f"{reference}.txt").read_text()[-500:]
-            seconds, steps = time.time() - began, int(Path(f"{reference}.steps").read_text())
+            began, unbroken = time.time(), folder / stage
+            assert go(stage, inputs, unbroken) == 0, Path(f"{unbroken}.txt").read_text()[-500:]
+            seconds, steps = time.time() - began, int(Path(f"{unbroken}.steps").read_text())
             first = 1 if long else draw.randint(1, steps - 4)
-            faults = {"step of a save": [{"number": n} for n in range(first, (steps if long else first + 4) + 1)]}
+            faults = {"step of a save": [{"number": n} for n in range(first, 1 + (steps if long else first + 4))]}
             for number, runs in ((signal.SIGKILL, 10 if long else 2), (signal.SIGTERM, 5 if long else 1)):
                 faults[number.name] = [{"kill": number, "after": draw.uniform(0, seconds)} for _ in range(runs)]
             for name, cases in faults.items():
-                found = []
-                for i, case in enumerate(cases):
-                    out = folder / f"{stage} {name} {i}" / stage  # a folder's name may hold a space
-                    out.parent.mkdir()
-                    found.append(fault(stage, inputs, out, **case))
-                    wrong += stages.outcome(out) != stages.outcome(reference)
+                outs = [folder / f"{stage} {name} {i}" / stage for i in range(len(cases))]
+                found = [fault(stage, inputs, out, **case) for out, case in zip(outs, cases)]
+                wrong += sum(stages.outcome(out) != stages.outcome(unbroken) for out in outs)
                 codes, resumed = (" ".join(map(str, sorted(set(part)))) for part in zip(*found))
-                print(f"{stage:8}{name:18}{len(cases):5}  {codes:14}  {resumed}", flush=True)
+                print(f"{stage:8}{name:16}{len(cases):5}  {codes:14}  {resumed}", flush=True)
     print("every resumed run equals the unbroken one" if not wrong else f"{wrong} runs differ")
     return wrong
 

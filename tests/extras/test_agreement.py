@@ -106,7 +106,8 @@ def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, caps
     assert (ann["answers"], ann["skipped"], ann["all_equal"], ann["seconds"]) == (3, 1, 0, 4.0)
     assert ann["ties"] == pytest.approx(2 / 12, abs=1e-4) and ann["earlier_shown_wins"]["share"] == 1
     assert (bob["all_equal"], bob["none_acceptable"], bob["seconds"]) == (1, 1, None)
-    of = {(row["one"], row["two"][:2]): (row["samples"], row["agree"]["share"], row["tau"]) for row in facts["agreement"]}
+    of = {(row["one"], row["two"][:2]): (row["samples"], row["agree"]["share"], row["tau"])
+          for row in facts["agreement"]}
     expected = {("ann", "bo"): (2, 5 / 6, 4 / 6), ("ann", "cy"): (1, 0, -1), ("bob", "cy"): (1, 1 / 6, -4 / 6),
                 ("ann", "re"): (2, 1, (1 + 4 / math.sqrt(24)) / 2), ("bob", "re"): (2, 5 / 6, 4 / 6),
                 ("cy|<b>", "re"): (1, 0, -1)}  # bob ties all of s1: it has no tau

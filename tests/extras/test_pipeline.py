@@ -16,48 +16,40 @@ from prepare.reviews import train_bpe
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
 PAIRED = "base sft judge reward dpo ppo evaluate".split()
-# A service has no home, a notebook names a way to draw that is not installed here, and neither must stop a run.
-SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1"}
+# A service has no home, a notebook names a way to draw that is not installed here: neither must stop a run.
+SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1",
+                "PYTHON": sys.executable}
 
 
 def make_data(folder):
     """Files as prepare.reviews and prepare.hh write them, of sentences drawn from few words."""
-    draw, folder = random.Random(1), folder / "the data"
+    draw, folder, files = random.Random(1), folder / "the data", {}
     folder.mkdir()
 
     def text():
         return f" {' '.join(draw.choices('good bad funny sad slow film plot actor was and very so'.split(), k=8))}."
-
-    def prompts(n):
-        return [{"prompt": f"The {word}{text()[:9]}"} for word in draw.choices(["film", "plot", "actor"], k=n)]
-
-    def rankings(n):
-        return [{"prompt": "", "responses": [text() + str(i) for i in range(4)], "means": [2.0, 1.0, 0.5, -1.0],
-                 "domain": "movie"} for _ in range(n)]
-
-    def pairs(n):
-        return [{**row, "chosen": text() + "+", "rejected": text()} for row in prompts(n)]
-    files = {"corpus_train": [{"text": text()} for _ in range(300)], "prompts_label": prompts(40),
-             **{f"corpus_{part}": [{"text": text()} for _ in range(60)] for part in ("valid", "test")},
-             **{f"demos_{part}": [{**row, "completion": text()} for row in prompts(80)] for part in ("train", "valid")},
-             **{f"rankings_{part}": rankings(80) for part in ("labeler", "judge", "test")},
-             **{f"pairs_{part}": pairs(80) for part in ("judge", "reward", "test")},
-             **{f"prompts_{part}": prompts(64) for part in ("ppo", "eval", "amazon")}}
-    for name, rows in files.items():
-        data.write_jsonl(folder / f"{name}.jsonl", rows)
+    makers = {
+        "corpus": lambda i: {"text": text()}, "prompts": lambda i: {"prompt": f"Film {i}{text()[:9]}"},
+        "demos": lambda i: {"prompt": f"Film {i}", "completion": text()},
+        "pairs": lambda i: {"prompt": f"Film {i}", "chosen": text() + "+", "rejected": text()},
+        "rankings": lambda i: {"prompt": "", "responses": [f"{text()}{k}" for k in range(4)],
+                               "means": [2.0, 1.0, 0.5, -1.0]}}
+    for name in ("corpus_train corpus_valid corpus_test demos_train demos_valid rankings_labeler rankings_judge "
+                 "rankings_test pairs_judge pairs_reward pairs_test prompts_label prompts_ppo prompts_eval "
+                 "prompts_amazon").split():
+        files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
+        data.write_jsonl(folder / f"{name}.jsonl", files[name])
     data.save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
-    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": {
-        "movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}}))
+    agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
+    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
 
 
-def start(folder, out, preset="smoke", *flags, redirect="", **variables):
+def start(folder, out, preset="smoke", *flags, **variables):
     """train_all.sh, started in another folder, with data and output in paths that hold a space."""
-    command = f'bash "{ROOT}/train_all.sh" {preset} "$@" {redirect}'
-    env = {name: value for name, value in os.environ.items() if name != "HOME"}
-    return subprocess.Popen(["bash", "-c", command, "bash", *flags], cwd=folder, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
-                                **env, **SURROUNDINGS, "PYTHON": sys.executable, "DATA": str(folder / "the data"),
-                                "OUT": str(folder / out), **variables})
+    env = {**os.environ, **SURROUNDINGS, "DATA": str(folder / "the data"), "OUT": str(folder / out), **variables}
+    env.pop("HOME", None)
+    return subprocess.Popen(["bash", ROOT / "train_all.sh", preset, *flags], cwd=folder, text=True, env=env,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def train_all(*args, code=0, **how):
@@ -102,55 +94,55 @@ def test_every_stage_leaves_what_it_should(folder):
     assert pictures and all((out / "evaluate" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
-def test_a_second_call_does_nothing_and_a_change_runs_what_follows(folder):
-    """Stages trained anew by the same command; a policy of other prompts than those that are there now."""
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "the output").rglob("*.pt")}
-    assert train_all(folder, "the output").count("finished already") == len(RATED)
-    assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    prompts = folder / "the data" / "prompts_ppo.jsonl"
-    before = prompts.read_text()
-    prompts.write_text(before + '{"prompt": "Another one"}\n')
-    text = train_all(folder, "the output")
-    prompts.write_text(before)
-    assert text.count("finished already") == len(RATED) - 2
-    assert "ppo is overwritten: --prompts was" in text and "evaluate is overwritten: --policies was" in text
-    train_all(folder, "the output")
-
-
-def test_killed_and_started_again_it_ends_the_same(folder):
-    """A kill that costs the run or changes its result; a signal to the shell that leaves its stage running."""
-    for stage, number in (("labeler", signal.SIGKILL), ("ppo", signal.SIGTERM), ("evaluate", signal.SIGTERM)):
-        shell = start(folder, "killed")
-        begun = any(line == f"== {stage}\n" for line in shell.stdout)
-        assert begun and "threads" in shell.stdout.readline() + shell.stdout.readline() + shell.stdout.readline()
-        os.killpg(shell.pid, number) if number == signal.SIGKILL else shell.send_signal(number)
-        text = shell.communicate()[0]
-        assert shell.returncode == (-9 if number == signal.SIGKILL else 143), text
-        with pytest.raises(ProcessLookupError):
-            os.killpg(shell.pid, 0)
-    text = train_all(folder, "killed")
-    assert "another run" not in text and text.count("finished already") >= 8
-    assert results(folder / "killed") == results(folder / "the output")
-
-
-def test_without_a_terminal_it_runs(folder):
-    """A service without standard output and error: a script that dies of its first line."""
-    train_all(folder, "closed", redirect="<&- >&- 2>&-")
-    assert results(folder / "closed") == results(folder / "the output")
-
-
-def test_gpt2_and_dialogues(folder):
-    """The presets gpt2 and hh: a flag that is gone, a report that needs a labeler, another tokenizer, another base."""
-    subprocess.run([sys.executable, "-m", "tools.export", folder / "the output" / "base", folder / "a base"], cwd=ROOT,
-                   check=True, capture_output=True)
-    for preset, stages in (("gpt2", RATED), ("hh", PAIRED)):
-        train_all(folder, preset, preset, "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke")
-        assert finished(folder / preset) == sorted(stages)
-        assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
-
-
 def test_what_is_refused(folder):
     """SEED=2 that shows the results of seed 1; a typing error that runs the default preset; flags that nobody reads."""
     assert "not seed 2" in train_all(folder, "the output", code=2, SEED="2")
     assert "tinny" in train_all(folder, "none", "tinny", code=2)
     assert "smoke takes no flags" in train_all(folder, "none", "smoke", "--init", "gpt2", code=2)
+
+
+def test_killed_and_started_again_it_ends_the_same(folder):
+    """A kill that costs the run or changes its result; a signal to the shell that leaves its stage running."""
+    for stage, number in (("labeler", signal.SIGKILL), ("ppo", signal.SIGTERM)):
+        shell = start(folder, "killed")
+        for sign in (f"== {stage}\n", " threads | "):  # the second: its folder is open, and its training begins
+            assert any(sign in line for line in iter(shell.stdout.readline, "")), f"{stage} did not begin"
+        os.killpg(shell.pid, number) if number == signal.SIGKILL else shell.send_signal(number)
+        text = shell.communicate()[0]
+        assert shell.returncode == (-9 if number == signal.SIGKILL else 143), text
+        if number == signal.SIGTERM:
+            with pytest.raises(ProcessLookupError):  # nothing outlives the shell
+                os.killpg(shell.pid, 0)
+    text = train_all(folder, "killed")
+    assert "another run" not in text and text.count("finished already") == 8
+    assert results(folder / "killed") == results(folder / "the output")
+
+
+@pytest.mark.parametrize("preset, stages", [("gpt2", RATED), ("hh", PAIRED)])
+def test_gpt2_and_dialogues(folder, preset, stages):
+    """Presets for a base model that was not trained here: a flag that is gone, a report that needs a labeler."""
+    subprocess.run([sys.executable, "-m", "tools.export", folder / "the output" / "base", folder / "a base"], cwd=ROOT,
+                   check=True, capture_output=True)
+    train_all(folder, preset, preset, "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke")
+    assert finished(folder / preset) == sorted(stages)
+    assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
+
+
+def test_without_standard_streams_it_runs(folder):
+    """A script that dies of its first line under a service that has closed standard input, output and error."""
+    command = 'exec "$0" "$1" --max-steps 2 --vocab "$2/vocab.tiktoken" --train "$2/corpus_train.jsonl" ' \
+              '--valid "$2/corpus_valid.jsonl" --out "$3" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", command, sys.executable, ROOT / "sft.py", folder / "the data", folder / "closed"],
+                   check=True)
+    assert (folder / "closed" / "done.json").exists()
+
+
+def test_what_changed_runs_again_and_what_follows(folder):
+    """Finished stages that are trained anew; a policy of other prompts than those that are there now."""
+    before = {path: path.stat().st_mtime_ns for path in (folder / "the output").glob("*/model.pt")}
+    with open(folder / "the data" / "prompts_ppo.jsonl", "a") as file:
+        file.write('{"prompt": "Another one"}\n')
+    text = train_all(folder, "the output")
+    assert text.count("finished already") == len(RATED) - 2
+    assert "ppo is overwritten: --prompts was" in text and "evaluate is overwritten: --policies was" in text
+    assert [path.parent.name for path, when in before.items() if path.stat().st_mtime_ns != when] == ["ppo"]

@@ -11,7 +11,8 @@ from prepare import pretrained
 from prepare.pretrained import Config, main, read_folder, read_gpt2
 from sampling import sample
 
-SHAPES = [{"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 1}, {"vocab_size": 64, "n_embd": 12, "n_layer": 3, "n_head": 3},
+SHAPES = [{"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 1},
+          {"vocab_size": 64, "n_embd": 12, "n_layer": 3, "n_head": 3},
           {"vocab_size": 131, "n_embd": 32, "n_layer": 2, "n_head": 4, "activation_function": "gelu"},
           {"vocab_size": 70, "n_embd": 8, "n_layer": 1, "n_head": 2, "activation_function": "gelu_pytorch_tanh"}]
 
@@ -21,11 +22,9 @@ def their_model(folder, how="one file", **shape):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(attn_implementation="eager", n_positions=24, **shape)
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(config).to(torch.bfloat16 if how == "bfloat16" else torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1))
-    if how == "bfloat16":
-        model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4KB" if how == "sharded" else "1GB")
     if how == "bin":
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -44,20 +43,21 @@ def test_logits_and_samples_are_those_of_transformers(tmp_path, shape, how):
     tokens, pad = torch.randint(V, (4, 10), generator=torch.Generator().manual_seed(1)), torch.arange(4) * 2
     mask = (torch.arange(10) >= pad[:, None]).long()
     samples, lengths, _ = sample(ours, tokens, pad, 8, end=0, temperature=0)
-    drawn = theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=0)
+    drawn = theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=0,
+                            pad_token_id=0)
     for row, n, expected in zip(samples.tolist(), lengths.tolist(), drawn[:, 10:].tolist()):
         assert row[:n] == expected[:n]
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         logits = theirs.to(dtype)(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-        torch.testing.assert_close(ours.to(dtype)(tokens, pad)[mask.bool()], logits[mask.bool()], atol=tolerance, rtol=0)
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=tolerance, rtol=0)
+        torch.testing.assert_close(ours.to(dtype)(tokens), theirs(tokens).logits, atol=tolerance, rtol=0)
+        torch.testing.assert_close(ours(tokens, pad)[mask.bool()], logits[mask.bool()], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("settings, changes, problem", [
-    ({"model_type": "llama"}, {}, "model_type is 'llama'"), ({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is 1e-06"),
+    ({"model_type": "llama"}, {}, "model_type is 'llama'"), ({"layer_norm_epsilon": 1e-6}, {}, "epsilon is 1e-06"),
     ({"scale_attn_by_inverse_layer_idx": True}, {}, "inverse_layer"), ({"activation_function": "relu"}, {}, "'relu'"),
     ({}, {"score.weight": torch.ones(1, 8)}, "score.weight: no weights of"),
-    ({}, {"lm_head.weight": torch.ones(50, 8)}, "lm_head is not tied")])
+    ({}, {"lm_head.weight": torch.ones(50, 8)}, "lm_head: not tied")])
 def test_weights_that_would_compute_something_else_are_refused(tmp_path, settings, changes, problem):
     """A model that loads and computes something else than the one it was."""
     their_model(tmp_path, **SHAPES[0])
@@ -66,8 +66,8 @@ def test_weights_that_would_compute_something_else_are_refused(tmp_path, setting
         read_gpt2({**theirs, **settings}, {**weights, **changes}, 50)
 
 
-def test_a_checkpoint_from_weights_on_disk(tmp_path, checkpoints, capsys):
-    """Unused rows of a vocabulary that win the softmax, positions cut at the wrong end, a tokenizer with more tokens."""
+def test_a_checkpoint_from_weights_on_disk(tmp_path, checkpoints, capsys, monkeypatch):
+    """Unused rows of a vocabulary that win the softmax, positions cut at the wrong end, a longer tokenizer."""
     their_model(tmp_path / "theirs", **{**SHAPES[0], "vocab_size": 270})
     settings, weights = read_folder(tmp_path / "theirs")
     more = torch.cat([weights.pop("transformer.wte.weight"), torch.full((50, 8), 1e6)])
@@ -81,7 +81,8 @@ def test_a_checkpoint_from_weights_on_disk(tmp_path, checkpoints, capsys):
     assert (tmp_path / "base" / "vocab.tiktoken").read_bytes() == checkpoints.vocab.read_bytes()
     with pytest.raises(UserError, match="the weights know 320 tokens, the tokenizer 321"):
         read_gpt2(*read_folder(tmp_path / "theirs"), 321)
-    (tmp_path / "theirs" / "vocab.json").write_text('{"the": 5}')
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: data.load_tokenizer(checkpoints.vocab))
+    (tmp_path / "theirs" / "vocab.json").write_text('{"a": 5}')
     with pytest.raises(UserError, match="its tokenizer is not GPT-2's"):
         main(Config(init=cfg.init, out=str(tmp_path / "other")))
 

@@ -3,7 +3,7 @@ our own that answers as told. And VADER's rules, where the package is there."""
 import http.server
 import json
 import math
-import subprocess
+import re
 import sys
 import threading
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 from common import UserError
 from data import pair_accuracy, write_jsonl
 from labeling import rlaif
-from labeling.answers import ranking_of
-from labeling.rlaif import average, both_orders, expected_wins, people_card, position_card, probability_of_1, question
+from labeling.rlaif import average, both_orders, expected_wins, people_card, position_card, probability_of_1
 
-ROOT = Path(__file__).resolve().parents[2]
+RUBRIC = Path(rlaif.__file__).parent / "rubrics/mood.txt"
 MOODS = {"good": 2, "fine": 1, "dull": 0, "bad": -1}
+RIGHT = list(MOODS)
 SAMPLES = [{"id": f"s{i}", "prompt": f"The film {i}", "responses": [f" is {mood} {i}." for mood in order.split()]}
            for i, order in enumerate(["bad fine good dull", "dull bad fine good", "fine good bad dull"])]
 CALLS = 3 * 12 + 5 * 2  # every pair of four responses in both orders, and people's
@@ -42,7 +42,7 @@ def choice(text, *tokens):
     (choice("1", token("1", ("1", 0.9), ("x", 0.1))), 0.9),  # "2" is not listed: as unlikely as the least that is
     (choice("1", {"token": "1", "logprob": -0.1, "top_logprobs": []}), 1.0),
     (choice("The", token("The", ("The", 0.9), ("A", 0.1))), None), (choice("12"), None), (choice("2, not 1"), None),
-    (choice("1"), 1.0), (choice("Response 2."), 0.0), ({"message": {"content": None}}, None), ({"text": "1"}, None)])
+    (choice("1"), 1.0), (choice("Response 2."), 0.0), ({"message": {"content": None}}, None)])
 def test_probability_of_an_answer(given, expected):
     """The mass of the wrong token; an answer from a number that is part of another; a model that says nothing."""
     assert probability_of_1(given) == (expected if expected is None else pytest.approx(expected))
@@ -81,9 +81,6 @@ def test_agreement_with_people_does_not_credit_a_place():
     assert right["both orders"] == pair_accuracy(torch.tensor([0.1] * 80 + [-0.4] * 20), ends)
 
 
-# ---- against a server ------------------------------------------------------------------------------------------------
-
-
 class Stub(http.server.BaseHTTPRequestHandler):
     """Prefers by mood, and a little the first place; self.server.plan has what to do wrong first."""
 
@@ -92,8 +89,8 @@ class Stub(http.server.BaseHTTPRequestHandler):
         self.server.seen.append((self.path, dict(self.headers), body))
         status, headers, content = self.server.plan.pop(0) if self.server.plan else (200, {}, None)
         if content is None:
-            one, two = ([MOODS[mood] for mood in MOODS if mood in line][0] for line in
-                        body["messages"][0]["content"].splitlines() if line.startswith("Response "))
+            text = body["messages"][0]["content"]
+            one, two = (MOODS[mood] for mood in re.findall("Response . - .*?(good|fine|dull|bad)", text))
             p = 1 / (1 + math.exp(-(one - two) - 0.3))
             said = "1" if p > 0.5 else "2"
             tokens = [token(said, ("1", p), ("2", 1 - p))] if body.get("logprobs") else []
@@ -124,21 +121,21 @@ def server(monkeypatch):
 
 @pytest.fixture
 def ranked(tmp_path):
-    """A function: rlaif.rank by a labeler; rows of answers.jsonl."""
+    """A function: rlaif.rank by a labeler; the moods of each sample's responses, best first."""
     write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
-    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)])
+    pairs = [{"prompt": "", "chosen": f"good \x1b[2J {i}", "rejected": f"bad {i}"} for i in range(5)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
 
     def rank(labeler, **flags):
         rlaif.rank(rlaif.Config(**{"labeler": labeler, "model": "stub", "samples": str(tmp_path / "samples.jsonl"),
                                    "out": str(tmp_path / "out"), "pairs": str(tmp_path / "pairs.jsonl"),
-                                   "rubric": str(ROOT / "labeling/rubrics/mood.txt"), "parallel": 1, **flags}))
-        return [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+                                   "rubric": str(RUBRIC), "parallel": 1, **flags}))
+        return [[text.split()[1] for text in row["responses"]] for row in rows_of(tmp_path / "out/rankings.jsonl")]
     return rank
 
 
-def moods(row):
-    """The moods of an answer's responses, best first."""
-    return [text.split()[1] for text in ranking_of(row)["responses"]]
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("logprobs", [True, False])
@@ -147,106 +144,79 @@ def test_a_server_ranks_and_its_soft_labels_are_kept(ranked, tmp_path, server, c
     with pytest.raises(FileNotFoundError):
         ranked(server.url, dry_run=True)
     out = capsys.readouterr().out
-    assert f"{CALLS} calls" in out and "Response 2 - " in out and not server.seen and not (tmp_path / "out").exists()
-    rows = ranked(server.url, parallel=4, logprobs=logprobs)
-    assert [moods(row) for row in rows] == [["good", "fine", "dull", "bad"]] * 3 and len(server.seen) == CALLS
-    assert {row["labeler"] for row in rows} == {"stub"} and rows[0]["shown"] == SAMPLES[0]["responses"]
+    assert f"{CALLS} calls" in out and r"good \x1b[2J" in out and not server.seen and not (tmp_path / "out").exists()
+    assert ranked(server.url, parallel=4, logprobs=logprobs) == [RIGHT] * 3 and len(server.seen) == CALLS
+    row = rows_of(tmp_path / "out/answers.jsonl")[0]
     p = (1 / (1 + math.exp(2 - 0.3)) + 1 - 1 / (1 + math.exp(-2 - 0.3))) / 2  # bad against fine: 2 apart, both ways
-    assert rows[0]["preferences"][0] == [1, 2, pytest.approx(p, abs=1e-4) if logprobs else 0]
-    path, headers, body = server.seen[0]
+    assert row["preferences"][0] == [1, 2, pytest.approx(p, abs=1e-4) if logprobs else 0]
+    path, _, body = server.seen[0]
     assert path == "/v1/chat/completions" and body["model"] == "stub" and body["temperature"] == 0
-    assert body["messages"][0]["content"].startswith((ROOT / "labeling/rubrics/mood.txt").read_text().strip())
+    assert body["messages"][0]["content"].startswith(RUBRIC.read_text().strip())
     card = json.loads((tmp_path / "out/agreement.json").read_text())
     assert card["people"]["both orders"]["accuracy"] == 1 and card["samples"]["pairs"] == 18
     out = capsys.readouterr().out
-    assert out.index("agrees with people on 5 held-out pairs: 1.000") < out.index("samples: 18 pairs")
+    assert 0 < out.index("agrees with people on 5 held-out pairs: 1.000") < out.index("samples: 18 pairs")
+    assert "\x1b" not in out
     with pytest.raises(UserError, match="finished already"):
         ranked(server.url, logprobs=logprobs)
 
 
-@pytest.mark.parametrize("wrong, waits", [
-    ((500, {}, "oops"), [1, 2]), ((429, {"Retry-After": "7"}, "slow down"), [7, 7]), ((200, {}, "<html>"), [1, 2]),
-    ((200, {}, '{"error": "x"}'), [1, 2]), ((200, {}, '{"choices": [{"logprobs": {"content": [{"x": 1}]}}]}'), [1, 2]),
-    ((200, {}, '{"choices": [{"logprobs": {"content": [{"token": "1", "logprob": NaN}]}}]}'), [1, 2])])
-def test_what_passes_is_tried_again(ranked, server, wrong, waits):
-    """A run of hours that one hiccup ends; garbage, NaN among it, taken for an answer."""
-    server.plan = [wrong, wrong]
-    assert len(ranked(server.url)) == 3 and server.waits == waits and len(server.seen) == CALLS + 2
-
-
-@pytest.mark.parametrize("wrong, message, tries", [
-    ((401, {}, "bad key"), "HTTP 401 Unauthorized: bad key", 1), ((500, {}, "down"), "HTTP 500", 6),
-    ((302, {"Location": "http://127.0.0.1:1/steal"}, ""), "HTTP 302", 1), ((200, {}, "no json"), "not a chat completion", 6)])
-def test_what_does_not_pass_is_one_line_and_what_was_answered_stays(ranked, tmp_path, server, wrong, message, tries):
-    """Answers that are paid for and lost, or asked for twice."""
-    server.plan = [(200, {}, None)] * 4 + [wrong] * 6
+@pytest.mark.parametrize("wrong, message", [
+    ((500, {}, "oops"), "HTTP 500 Internal Server Error: oops"), ((429, {}, ""), "HTTP 429"),
+    ((200, {}, "<html>"), "not a chat completion"), ((200, {}, '{"error": "x"}'), "not a chat completion"),
+    ((200, {}, '{"choices": [{"logprobs": {"content": [{"token": "1", "logprob": NaN}]}}]}'), "not a chat completion"),
+    ((401, {}, "bad key"), "HTTP 401 Unauthorized: bad key"), ((302, {"Location": "/steal"}, ""), "HTTP 302")])
+def test_errors_that_pass_and_errors_that_stay(ranked, tmp_path, server, wrong, message):
+    """A run of hours that one hiccup ends; garbage taken for an answer; answers that are lost, or paid for twice."""
+    passing = wrong[0] not in (401, 302)
+    server.plan = [(200, {}, None)] * 4 + [wrong] * (6 if passing else 1)
     with pytest.raises(UserError, match=message):
         ranked(server.url)
-    assert len(server.seen) == 4 + tries and len((tmp_path / "out/calls.jsonl").read_text().splitlines()) == 4
-    server.plan = []
-    assert len(ranked(server.url)) == 3 and len(server.seen) == tries + CALLS
-
-
-def test_a_question_that_the_server_refuses_is_left_unread(ranked, tmp_path, server):
-    """One text that is too long for the server, and no run ever ends."""
-    server.plan = [(200, {}, None)] * 3 + [(400, {}, "too long")]
-    assert len(ranked(server.url)) == 3
-    assert json.loads((tmp_path / "out/agreement.json").read_text())["people"]["unread"] == 1
+    assert server.waits == [1, 2, 4, 8, 16] * passing and len(rows_of(tmp_path / "out/calls.jsonl")) == 4
+    server.plan = [wrong] * (2 if passing else 0)
+    assert ranked(server.url) == [RIGHT] * 3 and len(server.seen) == CALLS + (8 if passing else 1)
 
 
 def test_the_cap_stops_and_the_same_command_resumes(ranked, tmp_path, server):
-    """A cap that is overrun, or a run that asks and pays twice."""
-    for calls in (3, 6):
-        with pytest.raises(UserError, match="stopped at --max-calls 3"):
-            ranked(server.url, max_calls=3)
+    """A cap that is overrun; a run that asks and pays twice, or never ends for one text too long for the server."""
+    for calls in (12, 24):  # in the second batch of questions
+        with pytest.raises(UserError, match="stopped at --max-calls 12"):
+            ranked(server.url, max_calls=12)
         assert len(server.seen) == calls
     path = tmp_path / "out/calls.jsonl"
     path.write_bytes(path.read_bytes()[:-9])  # killed while writing: this one is asked again
-    assert len(ranked(server.url, max_calls=100)) == 3 and CALLS < len(server.seen) <= CALLS + 2
+    server.plan = [(200, {}, None), (400, {}, "too long")]
+    assert ranked(server.url, max_calls=100) == [RIGHT] * 3 and len(server.seen) == CALLS + 1
+    assert json.loads((tmp_path / "out/agreement.json").read_text())["samples"]["unread"] == 1
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(ranked, tmp_path, server, monkeypatch, capsys):
-    """A key in a log, in a file, in an error message, over plain http, or sent to whom a redirect names."""
+    """A key in a file, in an error message, over plain http, or sent to whom a redirect names."""
     monkeypatch.setenv("LABELER_API_KEY", "sk-secret")
-    server.plan = [(403, {}, "x" * 280 + " the key sk-secret is not valid")]
-    with pytest.raises(UserError, match="(the key)") as error:
-        ranked(server.url)
-    assert "sk-" not in str(error.value)
-    server.plan, asked = [(307, {"Location": f"{server.url}/thief"}, "")], len(server.seen)
-    with pytest.raises(UserError, match="HTTP 307"):
-        ranked(server.url)
-    assert len(server.seen) == asked + 1  # nobody was asked at the other address
+    server.plan = [(403, {}, "x" * 280 + " the key sk-secret"), (307, {"Location": f"{server.url}/thief"}, "")]
+    for message in "(the key)", "HTTP 307":
+        with pytest.raises(UserError, match=message) as error:
+            ranked(server.url)
+        assert "sk-" not in str(error.value)
+    assert len(server.seen) == 2  # nobody was asked at the other address
     ranked(server.url)
     assert all(headers["Authorization"] == "Bearer sk-secret" for _, headers, _ in server.seen)
     assert "sk-secret" not in capsys.readouterr().out
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for url, message in [("http://example.org/v1", "over https only"), ("http://u:sk-secret@127.0.0.1/v1", "LABELER_API_KEY"),
-                         ("https://host/v1?key=sk-secret", "LABELER_API_KEY"), ("ftp://host/v1", "http or https address")]:
+    for url, message in [("http://example.org/v1", "over https only"), ("ftp://host/v1", "http or https address"),
+                         ("http://u:sk-secret@host/v1", "into the environment")]:
         with pytest.raises(UserError, match=message) as error:
             ranked(url)
         assert "sk-secret" not in str(error.value)
 
 
-def test_an_error_cannot_act_on_the_terminal(tmp_path, server):
-    """Escape codes in what a server says, or in a text that --dry-run shows; a traceback."""
-    write_jsonl(tmp_path / "samples.jsonl", [{**SAMPLES[0], "prompt": "\x1b[2J"}])
-    server.plan = [(403, {}, "\x1b[2J down")]
-    for flags, code in (["--dry-run"], 0), ([], 1):
-        made = subprocess.run([sys.executable, "-m", "labeling.rlaif", "rank", "--labeler", server.url, "--model", "stub",
-                               "--samples", tmp_path / "samples.jsonl", "--pairs", "", "--out", tmp_path / "out", *flags],
-                              text=True, capture_output=True, timeout=60, cwd=ROOT)
-        assert made.returncode == code and r"\x1b[2J" in made.stdout + made.stderr
-        assert "\x1b" not in made.stdout + made.stderr and made.stderr.count("\n") == code
-
-
 def test_vader_ranks_by_its_rules(ranked, tmp_path, monkeypatch):
-    """Scores of the text without its prompt, or upside down; a traceback where the package is missing."""
-    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(UserError, match="pip install vaderSentiment==3.3.2"):
+    """Scores upside down, or ties broken; a traceback where the package is missing."""
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="pip install vaderSentiment==3.3.2"):
+        patched.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
         ranked("vader")
-    monkeypatch.undo()
-    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not there: pip install -r tests/requirements.txt")
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: VADER as a labeler was not tried")
     texts = [" is bad.", " is here.", " is great!", " was there."]
     write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": texts}])
-    row, = ranked("vader")
-    assert row["order"] == "3 2=4 1" and row["labeler"] == "vader"
+    assert ranked("vader") == [["great!", "here.", "bad."]]
+    assert rows_of(tmp_path / "out/answers.jsonl")[0]["order"] == "3 2=4 1"

@@ -1,0 +1,55 @@
+"""Each script reads its files through the one reader (see test_data.py): a bad line ends it, and nothing is written."""
+import importlib
+import io
+import re
+import shutil
+import sys
+
+import pytest
+
+import common
+import stages
+
+LABELER, SFT = {"labeler": "reward", "samples": "samples"}, {"model": "sft", "train": "demos", "valid": "demos"}
+BASE = {"vocab": "vocab", "block_size": 32, "pack": 16, "train": "texts", "valid": "texts"}
+REWARD = {"model": "sft", "sft": "sft", "prompts": "prompts", "train": "rankings", "test": "rankings", "pairs": "pairs",
+          "response_tokens": 6}
+EVALUATE = {"sft": "sft", "policies": "policy", "reward": "reward", "judge": "reward", "labeler": "", "text": "texts",
+            "prompts": "prompts", "others": "prompts", "response_tokens": 6}
+# Script, its flags (names of what stages.make_inputs and the fixture below make), and the flag whose file is bad.
+CASES = [("sft", SFT, "train"), ("sft", SFT, "valid"), ("sft", BASE, "train"), ("sft", BASE, "valid"),
+         *(("reward", REWARD, flag) for flag in ("train", "test", "prompts", "pairs")),
+         ("dpo", {"model": "sft", "train": "rankings", "test": "pairs"}, "train"),
+         ("ppo", {"sft": "sft", "reward": "reward", "prompts": "prompts", "response_tokens": 6}, "prompts"),
+         ("label sample", {"model": "sft", "prompts": "prompts", "response_tokens": 6}, "prompts"),
+         ("label rank", {**LABELER, "noise": 0.0}, "samples"),
+         ("label rank", {**LABELER, "calibrate": "rankings"}, "calibrate"),
+         *(("evaluate", EVALUATE, flag) for flag in ("prompts", "others", "text"))]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    inputs = stages.make_inputs(tmp_path_factory.mktemp("inputs"))
+    (inputs / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (inputs / "samples.jsonl").write_text('{"id": "a", "prompt": "b", "responses": ["c", "d"]}\n')
+    shutil.copytree(inputs / "sft", inputs / "policy")
+    return inputs
+
+
+@pytest.mark.parametrize("script, flags, bad", [*CASES, ("sample", {"model": "reward"}, "")])
+def test_a_bad_line_ends_the_script(inputs, tmp_path, monkeypatch, capsys, script, flags, bad):
+    """A traceback, a message without file and line, or an output folder for a run that cannot begin."""
+    expected = f"{inputs}/reward: this is a checkpoint of kind reward, expected lm"
+    if bad:
+        lines = (inputs / f"{flags[bad]}.jsonl").read_text().splitlines()
+        (tmp_path / "bad.jsonl").write_text(f'{lines[0]}\n{{"prompt": 7}}\n')
+        flags = {**flags, bad: tmp_path / "bad.jsonl", "out": tmp_path / "out"}
+        expected = rf"{tmp_path}/bad.jsonl:2: (id|prompt|text): [^;]+"
+    name, _, step = script.partition(" ")
+    module = importlib.import_module(name)
+    main, Config = module.STEPS[step][:2] if step else (module.main, module.Config)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as stop:
+        common.run(main, Config, argv=stages.arguments({"device": "cpu", **flags}, inputs))
+    assert stop.value.code == 2 and re.fullmatch(f"error: {expected}\n", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
