@@ -1,7 +1,7 @@
 """Run plumbing that a reader may skip: flags, device and precision, optimizer, files, exact resume, log.
 
-Nothing here knows about RLHF. A stage's folder holds model.pt and vocab.tiktoken (weights, what they are, tokenizer),
-config.json (flags, sha256 of inputs), log.jsonl, resume.pt (until it is finished) and done.json (written last).
+A stage's folder holds model.pt and vocab.tiktoken (weights, what they are, tokenizer), config.json (flags, sha256 of
+inputs), log.jsonl, resume.pt (until it is finished) and done.json (written last). Nothing here knows about RLHF.
 """
 import argparse
 import dataclasses
@@ -37,7 +37,6 @@ class UserError(Exception):
 
 
 def check(condition, message, code=2):
-    """Raise UserError(message, code) unless the condition holds."""
     if not condition:
         raise UserError(message, code)
 
@@ -94,8 +93,7 @@ def run(main, Config, presets=(), words=(), argv=None):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|alloc.* memory|bad_alloc", str(error)):
             raise
-        flags = [f"--{name}" for name in ("microbatch", "response_tokens", "batch_size") if hasattr(Config, name)]
-        problem, code = f"error: out of memory: lower {' or '.join(flags[:2])}".replace("_", "-"), 1
+        problem, code = "error: out of memory: lower --microbatch or --response-tokens", 1
     print(visible(problem).replace("\n", " "), file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
@@ -148,15 +146,14 @@ def learning_rate(step, steps, peak, warmup=0, schedule="cosine", floor=0.0):
 
 def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     """Fused AdamW. Weight decay applies to matrices and embeddings only, not to biases and norms."""
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = list(parameters)
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def optimizer_step(optimizer, parameters, lr, grad_clip, log):
-    """Clip the gradients to a global norm (0: no clipping), log it, step at this learning rate, zero the gradients.
-    If the norm, or anything logged since the last write, is not finite, the run stops before the step."""
+    """Clip the gradients to a global norm (0: none), log it, stop if anything logged is not finite, step at this lr."""
     log.add(grad_norm=torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf).item())
     log.check_finite(log.sums)
     for group in optimizer.param_groups:
@@ -167,7 +164,7 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
 
 
 def write_atomic(path, content):
-    """Write a text, or what content(file) writes, flush it, then rename: a crash leaves the old file or the new one."""
+    """Write a text, or what content(file) writes, flush it, rename it: a crash leaves the old file or the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             content(file) if callable(content) else file.write(content.encode())
@@ -184,10 +181,9 @@ def write_json(path, content):
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def digest(path, but=0):
-    """sha256 in hexadecimal of a file, except for so many bytes at its end."""
-    content = Path(path).read_bytes()
-    return hashlib.sha256(memoryview(content)[:max(0, len(content) - but)]).hexdigest()
+def digest(path):
+    """sha256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def save(path, content):
@@ -201,8 +197,9 @@ def save(path, content):
 
 def load(path):
     """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
-    sealed = Path(path).read_bytes()[-64:] == digest(path, 64).encode()
-    check(sealed, f"{path}: damaged, or not a checkpoint of this version (delete it and run again)")
+    content = memoryview(Path(path).read_bytes())
+    check(hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:],
+          f"{path}: damaged, or not a checkpoint of this version (delete it and run again)")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -227,7 +224,7 @@ def read_checkpoint(folder, kind):
 
 
 def open_folder(folder):
-    """Make an output folder and keep other processes out of it until this one ends, however it does: its Path."""
+    """Make an output folder and keep other processes out of it until this one ends: its Path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() not in LOCKED:
@@ -247,12 +244,13 @@ def state_of(part):
 
 
 class Stage:
-    """One run in its output folder: skipped if finished, resumed if interrupted, refused if the folder holds the work
-    of other flags or inputs (unless --overwrite). In main: Stage(cfg, flags that name inputs), open() once the input is
-    known to be good, resume() before the loop, keep() after each step, save() and finish()."""
+    """One run in its output folder: skipped if finished, resumed if interrupted, refused if the folder holds other work
+    (unless --overwrite). In main: Stage(cfg, flags that name inputs), open() once the input is known to be good,
+    resume() before the loop, keep() after each step, save(), finish()."""
 
     def __init__(self, cfg, *inputs, folder=None):
-        self.cfg, self.folder, self.began, self.changed = cfg, Path(folder or cfg.out), time.time(), ""
+        check(folder or cfg.out, "--out is empty: name a folder")
+        self.cfg, self.folder, self.began = cfg, Path(folder or cfg.out), time.time()
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
             value = getattr(cfg, name)
@@ -261,21 +259,30 @@ class Stage:
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("model.*"))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
-        done, config = self.folder / "done.json", self.folder / "config.json"
-        if config.is_file() and (done.is_file() or (self.folder / "resume.pt").is_file()):
-            now, before = ({**run["stage"], **run["inputs"]} for run in (self.facts, json.loads(config.read_text())))
-            self.changed = "; ".join(f"--{name.replace('_', '-')} was {before.get(name)}, is {now.get(name)}"
-                                     for name in now | before if name not in FREE.split()
-                                     and str(before.get(name)) != str(now.get(name)))  # as text, nan equals nan
-        check(cfg.overwrite or not self.changed,
+        self.compare()
+
+    def compare(self):
+        """Leave in self.changed how this run differs from the one whose work the folder holds; stop if finished."""
+        work = [name for name in ("done.json", "resume.pt", "model.pt") if (self.folder / name).is_file()]
+        before, self.changed = self.folder / "config.json", ""
+        if work and before.is_file():
+            runs = self.facts, json.loads(before.read_text())
+            now, then = ({**run["stage"], **run.get("inputs", {})} for run in runs)
+            self.changed = "; ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}"
+                                     for name in now | then if name not in FREE.split()
+                                     and str(then.get(name)) != str(now.get(name)))  # as text, nan equals nan
+        check(self.cfg.overwrite or not self.changed,
               f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
-        written = json.loads(done.read_text())["files"] if done.is_file() else []
-        check(self.changed or not written or not all((self.folder / name).is_file() for name in written),
-              f"{self.folder}: finished already", 0)
+        if "done.json" in work and not self.changed:
+            files = json.loads((self.folder / "done.json").read_text())["files"]
+            if all((self.folder / name).is_file() for name in files):
+                (self.folder / "resume.pt").unlink(missing_ok=True)
+                raise UserError(f"{self.folder}: finished already", 0)
 
     def open(self):
         """Make and lock the folder, note in config.json which run it is for, print the configuration."""
         open_folder(self.folder)
+        self.compare()  # again: another process may have finished it meanwhile
         if self.changed:
             print(f"{self.folder} is overwritten: {self.changed}")
         if self.changed or not (self.folder / "resume.pt").exists():
@@ -285,8 +292,8 @@ class Stage:
         print(torch.get_num_threads(), "threads |", *(f"{k}={v}" for k, v in self.facts["stage"].items() if v != ""))
 
     def resume(self, steps, **parts):
-        """How many of the steps an earlier run has done, whose state goes into the parts: all that changes from step to
-        step (modules, optimizers, logs, generators, dicts). Until the last step SIGINT and SIGTERM wait for keep."""
+        """How many of the steps are done. parts: all that changes from step to step (modules, optimizers, log,
+        generators, dicts); they get the saved state. Until the last step SIGINT and SIGTERM wait for keep."""
         self.steps, self.parts, self.received, self.saved, done = steps, parts, 0, time.time(), 0
         if (path := self.folder / "resume.pt").is_file():
             state = load(path)
@@ -295,12 +302,12 @@ class Stage:
             for name, part in parts.items():
                 state_of(part)[1](state["parts"][name])
             print(f"resuming from step {done} of {steps}")
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if done < steps else ():
             signal.signal(number, lambda number, _: setattr(self, "received", number))
         return done
 
     def keep(self, step):
-        """After each step: save the state if it is time, after the last step, or if a signal has come; that ends it."""
+        """After each step: save the state if it is time, after the last step, or if a signal has come to end it."""
         if step == self.steps or self.received or time.time() - self.saved >= self.cfg.save_every:
             parts = {name: state_of(part)[0]() for name, part in self.parts.items()}
             save(self.folder / "resume.pt",
@@ -316,18 +323,16 @@ class Stage:
         return time.time() - self.began  # earlier parts included
 
     def save(self, model, vocab, **facts):
-        """Write weights, configuration and tokenizer of a model (facts: JSON facts that belong to the weights)."""
         save_checkpoint(self.folder, model, self.cfg, vocab, inputs=self.facts["inputs"], **facts)
         self.saved = 0.0  # then keep saves the state, too: a model in a folder without it looks finished
 
     def finish(self, **facts):
-        """Write done.json, the file that makes the stage count as finished."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         facts = {"seconds": round(self.seconds(), 1), "peak_memory_mb": round(peak), **facts}
         if torch.cuda.is_available():
             facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        files = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name != "resume.pt")
-        write_json(self.folder / "done.json", {**facts, "files": files})
+        files = [path.name for path in self.folder.glob("*") if path.suffix in (".pt", ".json", ".jsonl")]
+        write_json(self.folder / "done.json", {**facts, "files": sorted({*files} - {"resume.pt", "done.json"})})
         (self.folder / "resume.pt").unlink(missing_ok=True)
         print(f"{self.folder}:", ", ".join(f"{key} {value}" for key, value in facts.items()))
 
@@ -340,8 +345,7 @@ class Log:
         self.steps, self.text, self.sums, self.counts = 0, "", {}, {}  # steps of the optimizer, lines so far
 
     def add(self, weight=1.0, **metrics):
-        """Collect one value per metric towards the weighted mean of this interval. A one-element tensor is summed on
-        its device: a GPU is asked for values once per optimizer step, not per microbatch."""
+        """Collect one value per metric (a number or a tensor, summed on its device) towards the interval's mean."""
         for name, value in metrics.items():
             value = value.detach() if torch.is_tensor(value) else value
             self.sums[name] = self.sums.get(name, 0.0) + weight * value
@@ -353,7 +357,7 @@ class Log:
                 self.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")
 
     def stop(self, problem):
-        """End the run before it does harm: UserError with folder, optimizer step, problem, and what is still good."""
+        """End the run before it does harm, in one line: folder, optimizer step, problem, and what is still good."""
         means = {name: float(x / self.counts[name]) for name, x in self.sums.items() if math.isfinite(x)}
         self.append({"stopped": problem, "optimizer_step": self.steps + 1, **means})
         good = [str(path) for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]

@@ -47,11 +47,11 @@ def load_tokenizer(where):
     return tiktoken.Encoding("plainrlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
-def check_same_vocab(*folders):
+def check_same_vocab(first, *others):
     """UserError unless these checkpoint folders have the same vocabulary: the ids of one model go into the others."""
-    first, *others = [Path(folder) / "vocab.tiktoken" for folder in folders]
-    for path in others:
-        check(path.read_bytes() == first.read_bytes(), f"{path} and {first} differ: these models do not share ids")
+    for folder in others:
+        check((Path(folder) / "vocab.tiktoken").read_bytes() == (Path(first) / "vocab.tiktoken").read_bytes(),
+              f"{folder} and {first} do not share a vocabulary")
 
 
 def save_ranks(ranks, path):
@@ -94,19 +94,16 @@ def encode_rankings(enc, rows, block_size, counts):
 def report_truncated(counts, log):
     """Print what encode_texts has truncated, and note it in the log."""
     prompts, responses = counts["prompts truncated"], counts["responses truncated"]
-    if prompts:
+    if prompts or responses:
         print(f"{prompts:,} of {counts['prompts']:,} prompts are truncated")
-    if responses:
         print(f"{responses:,} of {counts['responses']:,} responses are truncated: they have no EOS, and the model will "
               "not learn to stop")
-    if prompts or responses:
         log.append({"truncated": {"prompts": prompts, "responses": responses, "of": counts["responses"]}})
 
 
 def prompt_limit(block_size, response_tokens):
     """How many ids a prompt may have before a response of this length is sampled."""
-    check(block_size - response_tokens >= 2,
-          f"--response-tokens {response_tokens} leaves no room for a prompt in block size {block_size}")
+    check(block_size > response_tokens + 1, f"--response-tokens {response_tokens}: no room in block size {block_size}")
     return block_size - response_tokens
 
 
@@ -127,8 +124,7 @@ def pad_responses(responses, pad_id):
     return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
 
 
-def length_mask(lengths, size):
-    """(B, size) with 1.0 in the first lengths[b] places of row b."""
+def length_mask(lengths, size):  # (B,): (B, size) with 1.0 in the first lengths[b] places of row b
     return (torch.arange(size, device=lengths.device) < lengths[:, None]).float()
 
 
@@ -153,9 +149,6 @@ def split_by_prompt(rows, test_share, seed):
     order = torch.randperm(len(names), generator=generator(seed)).tolist()
     held = {names[i] for i in order[:max(1, round(test_share * len(names)))]}
     return [[row for key, row in zip(keys, rows) if (key in held) == chosen] for chosen in (False, True)]
-
-
-# ---- pair accuracy -------------------------------------------------------------------------------------------------
 
 
 def pair_accuracy(margins, ends):
@@ -221,8 +214,8 @@ def read_rows(path, accept, expected="an object"):
 
 
 def read_jsonl(path, *layouts):
-    """Rows of a JSONL file, each checked to have these fields: {"prompt": str, "responses": list, ...}; a list is one
-    of two or more different texts. Of several layouts the first row decides, the others must be like it."""
+    """Rows of a JSONL file, each with these fields: {"prompt": str, "responses": list, ...}; a list is one of two or
+    more different texts. Of several layouts the first row decides, the others must be like it."""
     left = list(layouts)
 
     def accept(row):

@@ -14,7 +14,6 @@ Left out on purpose: a loss on demonstrations beside it, other losses of the fam
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +114,10 @@ def main(cfg):
     stage = Stage(cfg, "model", "train", "test")
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
-    if cfg.test:
-        test_rows = read_rankings(cfg.test)
-    else:
-        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed)  # as in reward.py: the same are held out
+    rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, cfg.seed)
     counts, block_size = Counter(), policy.config.block_size
     rankings = encode(enc, rows, block_size, cfg.comparisons, counts)
-    test = encode(enc, test_rows, block_size, "all", Counter())
+    test = encode(enc, held_out, block_size, "all", Counter())
     optimizer = adamw(policy.parameters(), cfg.lr, weight_decay=0.0)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
@@ -162,7 +158,7 @@ def main(cfg):
     print("held out: loss {0[loss]:.3f} margin {0[margin]:.3f} accuracy {1[accuracy]:.3f} ({1[interval][0]:.3f}-"
           "{1[interval][1]:.3f}), {1[pairs]} pairs".format(held_out, card))
     write_json(stage.folder / "report_card.json", {"held-out rankings": card})
-    stage.save(policy, Path(cfg.model) / "vocab.tiktoken", held_out={**held_out, "accuracy": card["accuracy"]})
+    stage.save(policy, f"{cfg.model}/vocab.tiktoken", held_out={**held_out, "accuracy": card["accuracy"]})
     stage.finish(held_out_accuracy=card["accuracy"])
 
 

@@ -35,11 +35,8 @@ class GPTConfig:
 
 
 def attention(q, k, v, bias):
-    """Scaled dot-product attention: q (B, H, t, D), k and v (B, H, T, D): (B, H, t, D).
-
-    bias (B or 1, 1, t, T) is added to the attention scores: 0 where a query may look, -inf where it may not. None:
-    plain causal attention, where a query that comes alone is the newest token and may look at everything.
-    """
+    """Scaled dot-product attention: q (B, H, t, D), k and v (B, H, T, D): (B, H, t, D). bias (B or 1, 1, t, T): 0 where
+    a query may look, -inf where not; None: causal, a query that comes alone being the newest token."""
     t, T = q.size(2), k.size(2)
     # The same in one kernel. On a CPU it is slower than the lines below, five times in bf16, but for this one case.
     if q.device.type != "cpu" or bias is None and q.dtype == torch.float32:
@@ -114,9 +111,8 @@ class Trunk(nn.Module):
     def forward(self, tokens, pad=None, cache=None, at=EVERY):
         """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
 
-        Positions count from the first real token, which attends to nothing before it. With a cache, tokens are those
-        after the ones in the cache. at: an index of (B, T), the positions whose hidden states are wanted (np.s_[:, P -
-        1:], or one position per row); the last block computes no others, and the result has no others.
+        Positions count from the first real token. With a cache, tokens are those after the ones in it. at: an index of
+        (B, T), the positions that are wanted (np.s_[:, P - 1:], or one per row); the last block computes no others.
         """
         T, past = tokens.size(1), cache.length if cache is not None else 0  # tokens now, tokens before
         place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
@@ -203,11 +199,9 @@ def full_precision(head, hidden):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """Log-probability in nats of tokens[:, 1:], each given what stands before it: (B, T-1).
-
-    logits (B, T, V), divided by the temperature here, or (B, T-1, V) without the last, which predicts nothing in
-    tokens (B, T). The one place that shifts, divides and gathers, so that PPO, DPO and evaluation agree to the bit.
-    """
+    """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). logits (B, T, V), divided by the
+    temperature here, or (B, T-1, V) without the last, which predicts nothing in tokens (B, T). The one place that
+    shifts, divides and gathers, so that PPO, DPO and evaluation agree to the bit."""
     targets = tokens[:, 1:]
     logits = logits[:, :targets.size(1)]
     logits = logits if logits.dtype == torch.float64 else logits.float()

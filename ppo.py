@@ -12,7 +12,6 @@ Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, 
 import math
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -179,9 +178,9 @@ def forward(policy, value, batch, temperature):
 def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, random):
     """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
 
-    The rollout is a dict of tensors with one row per response, in order of length, prompt and response, so that
-    neighbouring rows need little padding: tokens (B, T); pad (B,) and lengths (B,), of responses, both on the CPU;
-    scores (B,); and (B, R): mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
+    The rollout is a dict of tensors with one row per response, in order of length, so that neighbouring rows need
+    little padding: tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B, R):
+    mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
     """
     device, (tokens, pad) = next(policy.parameters()).device, pad_prompts(prompts, end)
     with autocast():  # once per rollout: it casts each weight once
@@ -254,9 +253,6 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 
-# ---- guards, and what to look at -------------------------------------------------------------------------------------
-
-
 def guard_ratio(error, log):
     """Stop a run whose ratio, before anything was learned from a rollout, is off by more than 0.5 at some token."""
     log.add(first_ratio_error=error)
@@ -312,7 +308,7 @@ def main(cfg):
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # values begin at 0
-    enc, vocab = load_tokenizer(cfg.sft), Path(cfg.sft) / "vocab.tiktoken"
+    enc, vocab = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken"
     check_same_vocab(cfg.sft, *rewards)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
     prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]

@@ -4,20 +4,20 @@
 
 Three of them in a run of train_all.sh: the labeler, from half of the people's ratings, stands in for a person in
 label.py; the judge, from the other half, only examines; the reward model learns from the labeler's rankings of the SFT
-model's samples, and is what PPO optimises. Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et
-al. 2022, eq. 1 (K ranked responses). Left out on purpose: several GPUs.
+model's samples, and is what PPO optimises.
+
+Papers: Ziegler et al. 2019 (normalisation); Stiennon et al. 2020; Ouyang et al. 2022, eq. 1 (K ranked responses).
 """
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
-                    say, set_up, visible, write_json)
-from data import (batches, check_same_vocab, encode_prompt, encode_rankings, load_tokenizer, pad_responses,
+from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up, visible,
+                    write_json)
+from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer, pad_responses,
                   pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated,
                   split_by_prompt)
 from model import load_model, load_trunk, score_many
@@ -56,8 +56,7 @@ class Config:
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
 
 
-# Ziegler et al. 2019's code for GPT-2 124M: 5e-5, batches of 32, one epoch, normalised on 256 samples.
-GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}
+GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}  # as Ziegler et al. 2019
 SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
     "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
@@ -71,8 +70,8 @@ PRESETS = {
 def ranking_loss(scores, mask):
     """scores (B, K) of a prompt's responses, best first; mask (B, K) 1.0 where a response exists: a scalar.
 
-    Mean over the prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of one
-    prompt stay in one element of the batch: a response is one forward pass and one vote, however many pairs it is in.
+    Mean over a prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of a
+    prompt stay in one element of the batch: a response is one forward pass, however many pairs it is in.
     """
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K), better - worse above the diagonal
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)  # (B, K, K)
@@ -109,10 +108,8 @@ def score_rankings(model, rankings, device):
         tokens, real = pad_responses([flat[i] for i in order[start:start + 32]], 0)
         scores.append(model.score(tokens.to(device), None, real.sum(1).long().to(device) - 1))
     place = torch.tensor(order).argsort().to(device)  # where each text's score is now
-    scores = torch.cat(scores)[place].split(counts)
-    scores = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True)  # (B, K)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in counts], batch_first=True)
-    return scores, mask.to(device)
+    scores = torch.nn.utils.rnn.pad_sequence(torch.cat(scores)[place].split(counts), batch_first=True)  # (B, K)
+    return scores, length_mask(torch.tensor(counts), max(counts)).to(device)
 
 
 def train(model, rankings, counts, cfg, stage, device, autocast):
@@ -166,12 +163,11 @@ def human_accuracy(model, enc, rows, autocast):
     """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, a group for each "domain" and "sample"
     that they name: {"movie, random": {"reward model": pair_accuracy}}."""
     texts = sorted({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
-    number = {text: i for i, text in enumerate(texts)}
     single = [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
     with autocast():
         scores = score_many(model, [ids for ids, in encode_rankings(enc, single, model.config.block_size, Counter())])
+    number, groups = {text: i for i, text in enumerate(texts)}, {}
     ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
-    groups = {}
     for i, row in enumerate(rows):
         groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append(i)
     return {name: {"reward model": pair_accuracy(scores[ends[ids, 0]] - scores[ends[ids, 1]], ends[ids])}
@@ -181,21 +177,17 @@ def human_accuracy(model, enc, rows, autocast):
 def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
-    model = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute)
-    enc, block_size, counts = load_tokenizer(cfg.model), model.config.block_size, Counter()
+    model, counts = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute), Counter()
+    enc, block_size = load_tokenizer(cfg.model), model.config.block_size
     rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
-    if cfg.test:
-        test_rows = read_rankings(cfg.test)
-    else:
-        rows, test_rows = split_by_prompt(rows, cfg.test_share, cfg.seed if cfg.split_seed == -1 else cfg.split_seed)
+    split_seed = cfg.seed if cfg.split_seed == -1 else cfg.split_seed
+    rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, split_seed)
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
-    test = without_duplicates(encode_rankings(enc, test_rows, block_size, Counter()))
+    test = without_duplicates(encode_rankings(enc, held_out, block_size, Counter()))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
-    policy = load_model(cfg.sft, device) if cfg.sft else None
-    prompts = read_jsonl(cfg.prompts, {"prompt": str}) if cfg.sft else []
-    if policy:
-        prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)  # said before the training
-        check_same_vocab(cfg.model, cfg.sft)
+    policy, prompts = (load_model(cfg.sft, device), read_jsonl(cfg.prompts, {"prompt": str})) if cfg.sft else (None, [])
+    check_same_vocab(cfg.model, cfg.sft or cfg.model)
+    prompt_limit(block_size, cfg.response_tokens if policy else 0)  # said before the training
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage.open()
 
@@ -212,7 +204,7 @@ def main(cfg):
     if policy:
         normalise(model, policy, prompts, cfg, enc, device, autocast)
     write_json(stage.folder / "report_card.json", card)
-    stage.save(model, Path(cfg.model) / "vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
+    stage.save(model, f"{cfg.model}/vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
     stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])
 
 

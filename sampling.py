@@ -30,7 +30,6 @@ class KVCache:
         return keys[:, :, :self.length + t], values[:, :, :self.length + t]
 
     def keep(self, rows):
-        """Drop all but these rows."""
         for layer, (keys, values) in self.layers.items():  # one by one: the memory of one layer twice, not of all
             self.layers[layer] = keys[rows], values[rows]
 

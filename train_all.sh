@@ -10,6 +10,8 @@
 # below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh runs the stages of
 # hh with the few steps of smoke.
 set -euo pipefail
+{ true >&1; } 2>/dev/null || exec >/dev/null  # a service may have no output
+{ true >&2; } 2>/dev/null || exec 2>/dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")"
 preset=${1:-tiny}
 [ $# = 0 ] || shift

@@ -5,7 +5,6 @@
 FILE: answers.jsonl or rankings.jsonl of people, pages and machines, best after labeling.merge. Writes report.md, which
 it prints, and report.json. Two labelers agree on a pair of responses if both put the same one first; pairs that either
 ties are left out. Kendall's tau-b (1945), which counts ties, is averaged over the samples in which neither ties all.
-Bradley-Terry (1952): how noisy a labeler looks around a reward model, whose errors count as the labeler's noise.
 """
 import itertools
 import math
@@ -48,8 +47,7 @@ def tau_b(one, two):
 
 
 def share(rows, resamples, random):
-    """{"share" of 1 among the 1s and -1s in rows of signs, "interval": 95 %, bootstrap over the rows, "pairs"}; None if
-    there are neither."""
+    """The share of 1 among the 1s and -1s in rows of signs, with a 95 % bootstrap interval over the rows; or None."""
     counted = [(row.count(1), row.count(1) + row.count(-1)) for row in rows if any(row)]
     if not counted:
         return None
@@ -70,8 +68,7 @@ def compare(one, two, resamples, random):
 
 
 def describe(answers, resamples, random):
-    """What one labeler did: counts, ties, seconds, and how often the response shown earlier wins (0.5 if the order,
-    which was drawn at random, does not matter)."""
+    """What one labeler did; "earlier_shown_wins" is 0.5 if the order, drawn at random, does not matter."""
     levels = list(map(levels_of, answers))
     pairs = [sign for row in levels for sign in signs(row).values()]
     seconds = [answer["seconds"] for answer in answers if "seconds" in answer]
@@ -93,22 +90,6 @@ def score_samples(folder, samples, device, autocast):
     return dict(zip([(row["prompt"], text) for row in samples for text in row["responses"]], scores))
 
 
-def noise(answers, scores):
-    """Bradley-Terry, P(better above worse) = sigmoid(margin / t): the maximum-likelihood temperature t of a labeler
-    around a reward model, in units of its score (None if the answers go against the scores, or say nothing)."""
-    margins = torch.tensor([scores[answer["prompt"], better] - scores[answer["prompt"], worse] for answer in answers
-                            for one, two in itertools.combinations(levels_of(answer), 2)
-                            for better in one for worse in two], dtype=torch.double)
-    if not len(margins) or margins.mean() <= 0:
-        return None
-    low, high = 0.01, 100.0  # of 1 / t, in which the log-likelihood is concave: bisect for where its slope is 0
-    for _ in range(30):
-        middle = math.sqrt(low * high)
-        slope = (margins * torch.sigmoid(-middle * margins)).sum()
-        low, high = (middle, high) if slope > 0 else (low, middle)
-    return round(1 / low, 4)
-
-
 def table(title, rows, note):
     """A section of report.md: a table of dicts with the same keys, whose texts may be anything."""
     def cell(value):
@@ -122,13 +103,12 @@ def table(title, rows, note):
 
 def report(facts):
     """report.md from the numbers."""
-    return "\n".join(table(title, facts[part], note) for part, title, note in (
-        ("labelers", "Labelers", "Ties: share of the pairs. Seconds: median. Earlier shown wins: 0.5 if the order does "
-                                 "not matter."),
-        ("agreement", "Agreement", "A reward model agrees better with rankings that it has learned from than with new "
-                                   "ones."),
-        ("noise", "Noise around a reward model (Bradley-Terry)", "Temperature: in the reward model's scores."),
-    ) if facts[part])
+    text = table("Labelers", [{"labeler": name, **row} for name, row in facts["labelers"].items()],
+                 "Ties: share of the pairs. Seconds: median. Earlier shown wins: 0.5 if the order does not matter.")
+    if facts["agreement"]:
+        text += "\n" + table("Agreement", facts["agreement"], "A reward model agrees better with rankings that it has "
+                                                              "learned from than with new ones.")
+    return text
 
 
 def main(cfg):
@@ -141,8 +121,6 @@ def main(cfg):
         if levels := levels_of(answer):
             samples[answer["id"]] = {"prompt": answer["prompt"], "responses": sorted(sum(levels, []))}
     (device, autocast), random = set_up(cfg), generator(cfg.seed)
-    facts = {"labelers": [{"labeler": name, **describe([*answers.values()], cfg.bootstrap, random)}
-                          for name, answers in labelers.items()], "noise": []}
     everyone = {name: {id: signs(levels_of(answer)) for id, answer in answers.items() if levels_of(answer)}
                 for name, answers in labelers.items()}
     for folder in filter(None, cfg.rewards.split(",")):
@@ -150,10 +128,10 @@ def main(cfg):
         orders = {id: sorted(row["responses"], key=lambda text: -scores[row["prompt"], text])
                   for id, row in samples.items()}
         everyone[f"{name} (reward model)"] = {id: signs([[text] for text in order]) for id, order in orders.items()}
-        facts["noise"] += [{"labeler": labeler, "reward": name, "temperature": noise(answers.values(), scores)}
-                           for labeler, answers in labelers.items()]
-    facts["agreement"] = [{"one": one, "two": two, **compare(everyone[one], everyone[two], cfg.bootstrap, random)}
-                          for one, two in itertools.combinations(everyone, 2) if one in labelers]
+    facts = {"labelers": {name: describe([*answers.values()], cfg.bootstrap, random)
+                          for name, answers in labelers.items()},
+             "agreement": [{"one": one, "two": two, **compare(everyone[one], everyone[two], cfg.bootstrap, random)}
+                           for one, two in itertools.combinations(everyone, 2) if one in labelers]}
     folder, text = open_folder(cfg.out), visible(report(facts))
     write_json(folder / "report.json", facts)
     write_atomic(folder / "report.md", text)

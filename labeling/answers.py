@@ -54,9 +54,6 @@ def ranking_of(answer):
             "ties": [level for level in levels if len(level) > 1], "labeler": answer["labeler"]}
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def check_answer(row):
     """The row, if it is an answer or a ranking; else ValueError."""
     texts = row.get("shown" if "order" in row else "responses")
@@ -70,13 +67,12 @@ def check_answer(row):
 
 
 def read_answers(folder, labeler=None):
-    """The answers that a folder holds. UserError if they are another labeler's, which must not be overwritten."""
+    """The answers in a folder; UserError if they are another labeler's (None: anybody's will do), or a model's."""
     path = folder / "answers.jsonl"
     answers = read_rows(path, check_answer) if path.exists() and path.stat().st_size else []
-    if labeler:
-        only_rankings = (folder / "rankings.jsonl").exists() and not path.exists()  # a reward model's
-        check(not only_rankings and all(answer["labeler"] == labeler for answer in answers),
-              f"{folder} holds another labeler's work: change --out")
+    others = [answer for answer in answers if labeler not in (None, answer["labeler"])]
+    by_model = (folder / "rankings.jsonl").exists() and not path.exists()  # a reward model writes no answers
+    check(not others and not by_model, f"{folder} holds another labeler's work: change --out")
     return answers
 
 

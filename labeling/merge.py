@@ -3,11 +3,10 @@
 FILE: answers.jsonl or rankings.jsonl of people, pages and machines. Each line is checked against the samples;
 duplicates count once; what does not fit is refused with file and line, and nothing is written.
 """
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import check, open_folder, run, visible
+from common import check, open_folder, run
 from data import read_rows
 from labeling.answers import check_answer, levels_of, read_answers, read_samples, same_order, write_answers
 
@@ -20,8 +19,7 @@ class Config:
 
 
 def collect(files, samples):
-    """{(labeler, id): answer} of several files, each checked against the samples (a path). UserError names the line of
-    what does not fit."""
+    """{(labeler, id): answer} of several files, each checked against the samples (a path)."""
     known, collected, where = {row["id"]: row for row in read_samples(samples)}, {}, {}
 
     def accept(row):
@@ -47,11 +45,7 @@ def main(cfg):
     lost = {(row["labeler"], row["id"]) for row in read_answers(folder)} - answers.keys()
     check(not lost, f"{folder}/answers.jsonl holds {len(lost)} answers that are in none of the files: name it, too, "
                     "or change --out")
-    check(not (folder / "done.json").exists(), f"{folder} holds another stage's work: change --out")
-    open_folder(folder)
-    for labeler, count in Counter(labeler for labeler, _ in answers).items():
-        print(f"{visible(labeler)}: {count} different answers")
-    write_answers(folder, list(answers.values()))
+    write_answers(open_folder(folder), list(answers.values()))
 
 
 if __name__ == "__main__":

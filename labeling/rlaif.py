@@ -4,12 +4,11 @@
     python -m labeling.rlaif rank --labeler http://localhost:8080/v1 --model NAME     (--dry-run calls nothing)
     python -m labeling.rlaif rank --labeler vader  (pip install vaderSentiment==3.3.2)
 
-The idea is from Bai et al. 2022 (arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267): a preamble with
-the rubric, two responses, and the probabilities of the answers "1" and "2". Which response is shown first sways a
-model, so each pair is asked about in both orders and the two probabilities averaged. More than two responses, which the
-paper does not rank, are ordered by the expected number of others that each beats. A response may try to give orders to
-its judge: nothing here can stop that. Left out on purpose: chain of thought, examples in the preamble (write them into
-the rubric), training on the soft labels.
+The idea is from Bai et al. 2022 (arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267): the rubric, two
+responses, and the probabilities of the answers "1" and "2". Which response is shown first sways a model, so each pair
+is asked about in both orders and the two probabilities averaged. More than two responses, which the paper does not
+rank, are ordered by the expected number of others that each beats. A response may try to give orders to its judge:
+nothing here can stop that. Left out: chain of thought, examples (write them into the rubric), soft labels in training.
 """
 import functools
 import hashlib
@@ -22,22 +21,20 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import torch
 
-from common import Stage, UserError, check, generator, progress, run, visible, write_json
+from common import Stage, UserError, check, progress, run, visible, write_json
 from data import pair_accuracy, read_jsonl, read_text
+from label import shuffled
 from labeling.answers import read_answers, read_samples, write_answers, write_order
 
 WAITS = (1, 2, 4, 8, 16)  # seconds between the six tries of a call
 STORED = "(the answers so far are stored: the same command resumes)"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass
@@ -72,18 +69,15 @@ def question(rubric, prompt, first, second):
 def probability_of_1(choice):
     """The probability of "1" against "2" in one choice of a chat completion: from the log-probabilities at the token
     that answers, if there are any, else 1 or 0 from the text. None if it holds no answer."""
-    text = (choice.get("message") or {}).get("content") or ""
     tokens = (choice.get("logprobs") or {}).get("content") or []
     answers = [token for token in tokens if token["token"].strip() in ("1", "2")]
     for token in answers[:1] or tokens[:1]:  # without an answer: what it might have said at once
-        listed = [(each["token"].strip(), math.exp(each["logprob"])) for each in token.get("top_logprobs") or [token]]
-        if not all(math.isfinite(p) for _, p in listed):
-            raise ValueError("a log-probability that is not a number")
-        one, two = (sum(p for said, p in listed if said == number) for number in ("1", "2"))
-        if one + two > 0:  # what is not listed is no likelier than the least that is
-            least = min(p for _, p in listed) if len(listed) > 1 else 0.0
-            return (one or least) / ((one or least) + (two or least))
-    said = set(re.findall(r"\b[12]\b", text))
+        listed = token.get("top_logprobs") or [token]
+        one, two = (sum(math.exp(each["logprob"]) for each in listed if each["token"].strip() == number)
+                    for number in ("1", "2"))
+        if one + two > 0:
+            return one / (one + two)
+    said = set(re.findall(r"\b[12]\b", choice["message"]["content"] or ""))
     return float(said == {"1"}) if len(said) == 1 else None
 
 
@@ -97,22 +91,17 @@ class Server:
     (LABELER_API_KEY), goes over https or to this machine only, and into no file."""
 
     def __init__(self, cfg, path):
-        self.cfg, self.path, self.url = cfg, path, f"{cfg.labeler.rstrip('/')}/chat/completions"
-        self.key = os.environ.get("LABELER_API_KEY", "")
-        address = urlsplit(cfg.labeler)
-        check("@" not in address.netloc and not address.query,
-              "--labeler: put the key into the environment as LABELER_API_KEY, not into the address")
-        check(address.scheme in ("http", "https") and address.hostname,
-              f"--labeler {cfg.labeler}: expected vader, or a server's http or https address")
-        check(not self.key or address.scheme == "https" or address.hostname in LOCAL,
+        address, self.key = urlsplit(cfg.labeler), os.environ.get("LABELER_API_KEY", "")
+        local = address.hostname in ("localhost", "127.0.0.1", "::1")
+        check(address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc,
+              "--labeler: expected vader, or a server's http(s) address (its key: in the environment, LABELER_API_KEY)")
+        check(not self.key or address.scheme == "https" or local,
               f"--labeler {cfg.labeler}: LABELER_API_KEY is sent over https only (or to this machine)")
         check(cfg.model, "--model is empty: the name under which the server knows the model")
-        direct = [urllib.request.ProxyHandler({})] if address.hostname in LOCAL else []  # no proxy for this machine
-        self.opener = urllib.request.build_opener(NoRedirect, *direct)
-        self.rubric, self.calls, self.answered, self.problem, self.known = read_text(cfg.rubric), 0, 0, "", {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with suppress(ValueError):  # a crash truncated it: it is asked again
-                self.known |= {(row := json.loads(line))["key"]: row["first"]}
+        self.cfg, self.path, self.rubric, self.calls = cfg, path, read_text(cfg.rubric), 0
+        self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler({} if local else None))
+        stored = path.read_text().splitlines() if path.exists() else []
+        self.known = {row["key"]: row["first"] for row in map(json.loads, stored)}
 
     def key_of(self, pair):
         """What an answer is stored under: it depends on everything that was asked, and on whom."""
@@ -128,53 +117,44 @@ class Server:
         allowed = new[:self.cfg.max_calls - self.calls]
         self.calls += len(allowed)
         with ThreadPoolExecutor(self.cfg.parallel) as pool:
-            list(pool.map(self.ask, allowed))  # raises the first problem
+            list(pool.map(self.ask, allowed))  # raises the first problem; what has not begun is not asked
         check(allowed == new, f"stopped at --max-calls {self.cfg.max_calls} {STORED}", 1)
         return [self.known[self.key_of(pair)] for pair in pairs]
 
     def ask(self, pair):
-        """Ask one question, up to six times where that may help, and store the answer; UserError if it can't be had."""
+        """Ask one question, up to six times if the server is busy or away, and store the answer in one write."""
         for wait in (*WAITS, None):
-            if self.problem:  # of this thread or another one
-                break
-            passing = True  # may it pass?
             try:
                 choice = self.post(question(self.rubric, *pair))
-                answer = probability_of_1(choice), (choice.get("message") or {}).get("content")
+                first, text = probability_of_1(choice), choice["message"]["content"]
+                break
             except HTTPError as error:
-                said = error.read(2**16).decode("utf-8", "replace").replace(self.key or "\0", "(the key)")
-                problem = f"HTTP {error.code} {error.reason}: {' '.join(said.split())[:300]}"
-                if error.code in (400, 413, 422) and self.answered:  # others were answered: this one is too long, say
-                    return self.store(pair, None, problem)
-                passing = error.code in (408, 429) or error.code >= 500
-            except (OSError, HTTPException) as error:
-                problem = f"cannot be reached: {error}"
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                problem = "its answer is not a chat completion of OpenAI's API"
-            else:
-                self.answered += 1
-                return self.store(pair, *answer)
-            if passing and wait:
-                time.sleep(wait)
-            else:
-                self.problem = f"{self.cfg.labeler}: {problem} {STORED}"
-        raise UserError(self.problem, 1)
+                said = error.read().decode("utf-8", "replace").replace(self.key or "\0", "(the key)")[:300]
+                problem, temporary = f"HTTP {error.code} {error.reason}: {said}", error.code in (429, *range(500, 600))
+            except OSError as error:
+                problem, temporary = f"cannot be reached: {error}", True
+            except (ValueError, KeyError, IndexError, TypeError):
+                problem, temporary = "its answer is not a chat completion of OpenAI's API", False
+            if not temporary or not wait:
+                raise UserError(f"{self.cfg.labeler}: {problem} {STORED}", 1)
+            time.sleep(wait)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"key": self.key_of(pair), "first": first, "text": str(text)[:100]}) + "\n")
+        self.known[self.key_of(pair)] = first
 
     def post(self, text):
         """The first choice of the server's completion."""
         body = {"model": self.cfg.model, "max_tokens": 4, "temperature": 0,  # some begin with a space or a newline
-                "messages": [{"role": "user", "content": text}],
-                **({"logprobs": True, "top_logprobs": 20} if self.cfg.logprobs else {})}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+                "messages": [{"role": "user", "content": text}]}
+        if self.cfg.logprobs:
+            body |= {"logprobs": True, "top_logprobs": 20}
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        url = f"{self.cfg.labeler.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with self.opener.open(request, timeout=self.cfg.timeout) as response:
             return json.load(response)["choices"][0]
-
-    def store(self, pair, first, text):
-        """Append an answer to calls.jsonl, in one write."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"key": self.key_of(pair), "first": first, "text": str(text)[:100]}) + "\n")
-        self.known[self.key_of(pair)] = first
 
 
 def vader():
@@ -192,17 +172,13 @@ def vader():
     return prefer
 
 
-# ---- from preferences between two to rankings ------------------------------------------------------------------------
-
-
 def both_ways(pairs):
     """Each pair (prompt, a, b), followed by the same in the other order."""
     return [way for prompt, a, b in pairs for way in ((prompt, a, b), (prompt, b, a))]
 
 
 def both_orders(prefer, pairs):
-    """Ask about each pair (prompt, a, b) in both orders: [(probability of a from a first, from b first)], None where an
-    answer could not be read."""
+    """Probabilities of a, shown first and shown second, for each pair (prompt, a, b); None: an unreadable answer."""
     turned = prefer(both_ways(pairs))
     return [(p, None if q is None else 1 - q) for p, q in zip(turned[::2], turned[1::2])]
 
@@ -221,9 +197,8 @@ def expected_wins(K, preferences):
 
 
 def position_card(name, pairs):
-    """How much the order sways, printed: of pairs of probabilities as both_orders gives them, the share with another
-    choice in the other order and the share of choices that went to the first shown, both of the pairs that were decided
-    in both orders ("read"); and the number of answers that could not be read."""
+    """How much the order sways, printed: of the pairs decided in both orders ("read"), the share with another choice in
+    the other order, and the share of choices that went to the first shown; and how many answers could not be read."""
     read = [(p, q) for p, q in pairs if p is not None and q is not None and 0.5 not in (p, q)]
     first = [x for p, q in read for x in (p > 0.5, q < 0.5)]
     card = {"pairs": len(pairs), "read": len(read), "unread": sum(x is None for pair in pairs for x in pair),
@@ -239,8 +214,8 @@ def people_card(pairs, probabilities):
     number = {text: i for i, text in enumerate(sorted({text for _, *texts in pairs for text in texts}))}
     ends = torch.tensor([[number[text] for text in texts] for _, *texts in pairs])
     card = pair_accuracy(torch.tensor([average(p, q) - 0.5 for p, q in probabilities]), ends)
-    print("agrees with people on {pairs} held-out pairs: {accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-          .format(**card))
+    low, high = card["interval"]
+    print(f"agrees with people on {card['pairs']} held-out pairs: {card['accuracy']:.3f} ({low:.3f} to {high:.3f})")
     return {"both orders": card, **position_card("people's pairs", probabilities)}
 
 
@@ -248,13 +223,12 @@ def people_pairs(cfg):
     """Held-out pairs that people ordered; of the built-in data, random pairs of film reviews, as the task is."""
     rows = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     rows = [row for row in rows if (row.get("domain"), row.get("sample")) == ("movie", "random")] or rows
-    order = torch.randperm(len(rows), generator=generator(cfg.seed)).tolist()
-    return [(rows[i]["prompt"], rows[i]["chosen"], rows[i]["rejected"]) for i in order[:cfg.pairs_count or len(rows)]]
+    rows = shuffled(rows, cfg.seed)[:cfg.pairs_count or None]
+    return [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
 
 
 def rank(cfg):
-    """Rank the samples by a server or by VADER: answers.jsonl, rankings.jsonl, and agreement.json, how far it agrees
-    with people and with itself."""
+    """answers.jsonl, rankings.jsonl, and agreement.json: how far the labeler agrees with people and with itself."""
     rules = cfg.labeler == "vader"
     labeler, folder = "vader" if rules else cfg.model, Path(cfg.out or f"out/tiny/label-{'vader' if rules else 'ai'}")
     samples, human = read_samples(cfg.samples, cfg.limit), people_pairs(cfg)
@@ -281,12 +255,8 @@ def rank(cfg):
     stage.finish(answers=len(answers), rankings=write_answers(folder, answers))
 
 
-STEPS = {"rank": (rank, Config)}  # the first word of the command line
+STEPS = {"rank": (rank, Config)}  # the first word of the command line, which may be left out
 
 if __name__ == "__main__":
-    step = (sys.argv[1:] or [""])[0]
-    if step in STEPS:
-        run(*STEPS[step], argv=sys.argv[2:])
-    else:
-        print(__doc__)
-        sys.exit(0 if step in ("-h", "--help") else 2)
+    words = sys.argv[1:]
+    run(rank, Config, argv=words[1:] if words[:1] == ["rank"] else words)

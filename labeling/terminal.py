@@ -4,7 +4,6 @@
 
 The answer is on disk before the next question; the same command resumes, and its undo reaches into earlier sessions.
 """
-import itertools
 import re
 import shutil
 import textwrap
@@ -16,7 +15,7 @@ from pathlib import Path
 from common import check, open_folder, run, visible
 from data import write_jsonl
 from label import shuffled
-from labeling.answers import levels_of, parse_order, read_answers, read_samples, write_answers, write_order
+from labeling.answers import parse_order, read_answers, read_samples, write_answers, write_order
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"  # of a person, as it is written in files and folders
 HELP = """Which response would you rather read after the prompt? Type the numbers, best first.
@@ -43,18 +42,11 @@ def shown_to(labeler, sample):
 
 
 def show(title, prompt, responses):
-    """Print one question: the responses side by side if each gets 36 columns, else one below the other."""
-    width = max(20, shutil.get_terminal_size().columns - 1)
-    column = min(60, (width - 3 * (len(responses) - 1)) // len(responses))
-    texts = [f"{number}  ...{visible(text)}" for number, text in enumerate(responses, start=1)]
-    print(f"\n{'-' * min(100, width)}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', min(100, width))}\n")
-    if column >= 36:
-        blocks = [textwrap.wrap(text, column, subsequent_indent="   ") for text in texts]
-        for lines in itertools.zip_longest(*blocks, fillvalue=""):
-            print("   ".join(line.ljust(column) for line in lines).rstrip())
-    else:
-        for text in texts:
-            print(textwrap.fill(text, min(100, width), initial_indent="  ", subsequent_indent=" " * 8))
+    """Print one question, in lines of at most 100 columns."""
+    width = min(100, max(20, shutil.get_terminal_size().columns - 1))
+    print(f"\n{'-' * width}\n{title}\n\n{textwrap.fill(visible(prompt) + ' ...', width)}\n")
+    for number, text in enumerate(responses, start=1):
+        print(textwrap.fill(f"  {number}  ...{visible(text)}", width, subsequent_indent=" " * 8))
     print(f"\n{'best to worst' if len(responses) > 2 else '1 or 2'}, = for a tie; s skip, u undo, q quit, ? help")
 
 
@@ -69,8 +61,7 @@ def ask(question):
 
 def rank(samples, labeler, folder):
     """Ask for the order of one sample after another and store each answer before the next question: all answers."""
-    check(re.fullmatch(NAME, labeler), f"{labeler!r} is not a name: letters and digits, then also dots, hyphens, "
-                                       "underscores (the first word of the command line)")
+    check(re.fullmatch(NAME, labeler), f"your name comes first: letters and digits, then also . _ - ({labeler!r})")
     open_folder(folder)  # locked: two terminals must not write one file
     stored, ids, asked = read_answers(folder, labeler), {sample["id"] for sample in samples}, None
     print(f"you rank as {labeler}; your answers are in {folder / 'answers.jsonl'}\n\n{HELP}")
@@ -102,9 +93,7 @@ def rank(samples, labeler, folder):
                            "order": write_order(levels), "seconds": round(time.monotonic() - start, 1),
                            **({} if acceptable or not levels else {"acceptable": False})})
         write_jsonl(folder / "answers.jsonl", stored)
-    preferences = sum(len(levels_of(answer)) > 1 for answer in answered)
-    print(f"\n{len(answered)} answered, {preferences} of them with a preference, {len(left)} left; the same command "
-          "resumes, or undoes")
+    print(f"\n{len(answered)} answered, {len(left)} left; the same command resumes")
     return stored
 
 

@@ -1,6 +1,5 @@
 """Files of the Hugging Face hub: downloaded once, and used only if their sha256 is right."""
 import os
-import socket
 from http.client import HTTPException
 from pathlib import Path
 
@@ -17,7 +16,6 @@ def download(address, path, sha256):
     if not path.exists():
         say(f"downloading {url}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(60)  # seconds without a byte
         try:
             download_url_to_file(url, str(path), hash_prefix=sha256)
         except (OSError, HTTPException, RuntimeError, ValueError) as error:

@@ -5,8 +5,8 @@
 
 Source: Bai et al. 2022, arXiv:2204.05862; MIT licence. The content can be offensive: people were asked to provoke it.
 A pair, {"chosen", "rejected"}, is two whole dialogues that differ in their last response only; what comes before it is
-the prompt. Every pair is kept, or counted under the reason why not. The same conversation comes back with one more
-turn, so pairs that begin with the same message of the person are one group, and a group is in one part only.
+the prompt. The same conversation comes back with one more turn, so pairs that begin with the same message of the person
+are one group, and a group is in one part only.
 
     demos_train.jsonl, demos_valid.jsonl        prompt, completion: the chosen responses of reward and of valid
     pairs_reward.jsonl, _judge, _test           prompt, chosen, rejected
@@ -36,8 +36,7 @@ SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d
 @dataclass
 class Config:
     out: str = "data/hh"       # folder for the prepared files; the downloads go into its subfolder raw
-    train: str = ""            # files on disk instead of the downloads, .jsonl or .jsonl.gz, commas between them
-    test: str = ""             # the same for the held-out part; with --train alone it is a tenth of the groups there
+    train: str = ""            # files on disk instead of the downloads, with commas between them
     valid_share: float = 0.02  # share of the training groups that select a checkpoint of SFT
     seed: int = 1              # parts and order depend on it
 
@@ -95,12 +94,10 @@ def prompts(rows):
 
 def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json. The same seed gives the same bytes."""
-    paths, counts = {}, {}
-    for part, given in (("train", cfg.train), ("test", cfg.test)):
-        paths[part] = [Path(name) for name in given.split(",") if name]
-        if not given and not (part == "test" and cfg.train):
-            paths[part] = [download(SOURCE.format(*key), f"{cfg.out}/raw/{'-'.join(key)}.jsonl.gz", sha256)
-                           for key, sha256 in SHA256.items() if key[1] == part]
+    paths, counts = {"train": [Path(name) for name in cfg.train.split(",")], "test": []}, {}
+    if not cfg.train:
+        paths = {part: [download(SOURCE.format(*key), f"{cfg.out}/raw/{'-'.join(key)}.jsonl.gz", sha256)
+                        for key, sha256 in SHA256.items() if key[1] == part] for part in ("train", "test")}
     train = read_pairs(paths["train"], counts)
     test = read_pairs(paths["test"], counts, {key_of(row) for row in train})
     parts = split(train, test if paths["test"] else None, cfg.valid_share, cfg.seed)

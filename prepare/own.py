@@ -7,24 +7,23 @@ A file has one JSON object per line, in UTF-8, all of one kind; the fields tell 
 
     corpus           {"text"}
     demonstrations   {"prompt", "completion"}, or {"messages"}
-    pairs            {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: what both begin with is the prompt
+    pairs            {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"}: an empty prompt
     rankings         {"prompt", "responses"}, best to worst
     prompts          {"prompt"}
 
 They are texts or, but for rankings, lists of messages {"role", "content"} as in TRL, of which the last is the response;
-pairs without a prompt may be transcripts as in Anthropic's HH. Messages become one text as in HH: "\\n\\nHuman: ...",
+chosen and rejected alone may be dialogues as in Anthropic's HH. Messages become one text as in HH: "\\n\\nHuman: ...",
 "\\n\\nAssistant: ...", a system message as it is before them. Other fields are left out and counted, except "id" and
 "domain"; where content would be lost, that is an error. Nothing is written unless every file is good.
 """
 import hashlib
 import itertools
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median_low
 
-from common import UserError, check, open_folder, progress, run, visible, write_json
+from common import check, open_folder, progress, run, visible, write_json
 from data import REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
 
 
@@ -42,12 +41,12 @@ class Config:
 
 
 LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fields
-    "chosen": ("pairs", ("prompt", "chosen", "rejected")), "rejected": ("pairs", ("prompt", "chosen", "rejected")),
-    "responses": ("rankings", ("prompt", "responses")), "completion": ("demonstrations", ("prompt", "completion")),
-    "messages": ("demonstrations", ("messages",)), "text": ("corpus", ("text",)), "prompt": ("prompts", ("prompt",))}
+    "chosen": ("pairs", ("prompt", "chosen", "rejected")), "responses": ("rankings", ("prompt", "responses")),
+    "completion": ("demonstrations", ("prompt", "completion")), "messages": ("demonstrations", ("messages",)),
+    "text": ("corpus", ("text",)), "prompt": ("prompts", ("prompt",))}
 # Fields that hold content. Beside a layout that does not use them it would be lost, and the rest would mislead.
 CONTENT = set("question instruction query input output response answer answers completion completions system history "
-              "context conversations messages tools images parent_id label labels rank ranks scores".split())
+              "context conversations messages rejected tools images parent_id label labels rank ranks scores".split())
 BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}  # what a message of a role begins with
 
 
@@ -88,16 +87,10 @@ def pair(row):
     if any(isinstance(value, list) for value in (given, *both)):
         before = given if isinstance(given, list) else []
         (prompt, chosen), (other, rejected) = (dialogue(name, before, row[name]) for name in ("chosen", "rejected"))
-    elif "prompt" in row:
+    elif "prompt" in row or not any(mark in str(text) for mark in (TURN, REPLY) for text in both):
         return given, *both
     else:
-        for name in ("chosen", "rejected"):
-            check_text(row[name], name)
-        if not any(mark in text for mark in (TURN, REPLY) for text in both):
-            common = os.path.commonprefix(both)
-            n = max((i for i, letter in enumerate(common) if letter.isspace()), default=0)  # no word is split
-            return common[:n], both[0][n:], both[1][n:]
-        (prompt, chosen), (other, rejected) = map(split_transcript, both)
+        (prompt, chosen), (other, rejected) = map(split_transcript, map(str, both))
     if prompt != other or isinstance(given, str) and given.strip() not in prompt:
         raise ValueError("prompt: not what chosen and rejected begin with")
     return prompt, chosen, rejected
@@ -147,13 +140,10 @@ def read_own(path, counts, skip_bad):
         try:  # None: tables have a column for each field of any row
             return convert({name: value for name, value in row.items() if value is not None}, counts)
         except ValueError as error:
-            bad[f"rows left out: {error}"] += 1
             if not skip_bad:
-                raise
-    try:
-        rows = read_rows(path, accept)
-    except UserError as error:
-        raise UserError(f"{error} (--skip-bad leaves bad rows out)" if bad else str(error)) from None
+                raise ValueError(f"{error} (--skip-bad leaves it out)") from None
+            bad[f"rows left out: {error}"] += 1
+    rows = read_rows(path, accept)
     check(10 * bad.total() <= len(rows), f"{path}: more than a tenth of the rows are bad: {'; '.join(list(bad)[:3])}")
     counts.update(bad)
     kinds = sorted({row[0] for row in rows if row})
@@ -162,8 +152,7 @@ def read_own(path, counts, skip_bad):
 
 
 def describe(rows, enc, block_size, counts, name):
-    """{field: [median, largest] of its lengths in tokens}. Counts what is worth a look. What is truncated is what
-    training truncates; a corpus is packed, never truncated."""
+    """Count what is worth a look. What is truncated is what training truncates; a corpus is packed, never truncated."""
     lengths, seen = {"prompt": [], "response": []}, set()
     for row in progress(rows, name):
         prompt = row.get("prompt", "")
@@ -178,7 +167,9 @@ def describe(rows, enc, block_size, counts, name):
                 prompt[-1:].strip() != "" and text[0].isalnum() for text in texts)
             if texts:
                 encode_texts(enc, prompt, texts, block_size, counts)
-    return {field: [median_low(values), max(values)] for field, values in lengths.items() if values}
+    for field, values in lengths.items():
+        counts[f"tokens in the median {field}"] = median_low(values or [0])
+        counts[f"tokens in the longest {field}"] = max(values, default=0)
 
 
 def key_of(row):
@@ -205,11 +196,10 @@ def split(rows, cfg, counts):
 
 
 def main(cfg):
-    """Convert cfg.files into cfg.out; returns the content of summary.json, written last."""
+    """Convert cfg.files into cfg.out; returns what summary.json says of the files, written last."""
     paths, out = [Path(name) for name in cfg.files.split(",") if name], Path(cfg.out)
     check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
-    check(cfg.valid_share + cfg.test_share < 1, "--valid-share and --test-share: below 1 together")
-    enc, files, content, keys = load_tokenizer(cfg.vocab), {}, {}, {}
+    enc, files, content = load_tokenizer(cfg.vocab), {}, {}
     for path in paths:
         kind, rows = read_own(path, counts := Counter(), cfg.skip_bad)
         if cfg.pairs and kind == "rankings":
@@ -222,25 +212,18 @@ def main(cfg):
             check(target not in content, f"{path}: another file is written to {target}, too (rename one)")
             check(target.resolve() not in [path.resolve() for path in paths], f"{target} is an input (another --out)")
         content |= parts
-        files[str(path)] = {"kind": kind, "rows": {str(target): len(kept) for target, kept in parts.items()},
-                            "tokens": describe(rows, enc, cfg.block_size, counts, path.name),
-                            "counts": {what: n for what, n in counts.items() if n}}
-        keys[str(path)] = {key for row in rows if (key := key_of(row))}  # an empty prompt tells nothing
+        describe(rows, enc, cfg.block_size, counts, path.name)
+        counts = {what: n for what, n in counts.items() if n}
+        sizes = {str(target): len(kept) for target, kept in parts.items()}
+        files[str(path)] = {"kind": kind, "rows": sizes, "counts": counts}
+        print(visible(f"{path}: {len(rows):,} rows of {kind} (block size {cfg.block_size})"))
+        for what, n in counts.items():
+            print(visible(f"{n:>9,} {what}"))
     open_folder(out)
     for target, rows in content.items():
         write_jsonl(target, rows)
-    for path, facts in files.items():
-        print(visible(f"{path}: {facts['kind']}, {sum(facts['rows'].values()):,} rows (block size {cfg.block_size})"))
-        for field, (median, largest) in facts["tokens"].items():
-            print(f"          tokens per {field}: median {median:,}, at most {largest:,}")
-        for what, n in facts["counts"].items():
-            print(visible(f"{n:>9,} {what}"))
-    common = {f"{a} and {b}": len(keys[a] & keys[b]) for a, b in itertools.combinations(files, 2) if keys[a] & keys[b]}
-    for both, n in common.items():
-        print(visible(f"warning: {n:,} prompts or texts are in both of {both}"))
-    summary = {"config": asdict(cfg), "files": files, "in_common": common}
-    write_json(out / "summary.json", summary)
-    return summary
+    write_json(out / "summary.json", {"config": asdict(cfg), "files": files})
+    return files
 
 
 if __name__ == "__main__":

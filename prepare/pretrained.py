@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from common import Stage, check, run, say
+from common import Stage, UserError, check, run, say
 from data import load_tokenizer, save_ranks
 from model import GPT, GPTConfig
 from prepare.download import download
@@ -32,10 +32,9 @@ SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its mode
 # Within a block: our name, GPT-2's. Its linear layers are stored (in, out), ours (out, in).
 LINEAR = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 NORM = {"norm1": "ln_1", "norm2": "ln_2"}
-# What model.py computes, in the words of their config.json.
-EXPECTED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their activation function: ours
+POSSIBLE = {"model_type": ["gpt2"], "activation_function": list(GELU), "layer_norm_epsilon": [1e-5],  # default first
+            "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False]}
 
 
 @dataclass
@@ -73,11 +72,9 @@ def read_folder(folder):
 def read_gpt2(settings, weights, vocab_size, block_size=0):
     """GPT in eval mode, in float32, from GPT-2's settings (those of config.json) and weights. Rows of the token
     embedding beyond vocab_size are dropped, and positions beyond block_size (0: none)."""
-    settings = {**EXPECTED, "activation_function": "gelu_new", **settings}
-    for name, value in EXPECTED.items():
-        check(settings[name] == value, f"{name} is {settings[name]!r}: only {value!r} can be computed here")
-    activation = settings["activation_function"]
-    check(activation in GELU, f"activation_function is {activation!r}: only {', '.join(GELU)} can be computed here")
+    for name, values in POSSIBLE.items():
+        value = settings.get(name, values[0])
+        check(value in values, f"{name} is {value!r}: model.py computes only {', '.join(map(str, values))}")
     weights = {name.removeprefix("transformer."): x for name, x in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # these are masks
     embedding, positions = weights["wte.weight"], len(weights["wpe.weight"])
@@ -88,7 +85,7 @@ def read_gpt2(settings, weights, vocab_size, block_size=0):
         say(f"{rows - vocab_size} rows of the token embedding are dropped: the tokenizer has no such tokens")
     check(block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
     config = GPTConfig(vocab_size, block_size or positions, settings["n_layer"], settings["n_head"], width,
-                       gelu=GELU[activation])
+                       gelu=GELU[settings.get("activation_function", "gelu_new")])
     state = {}
     for ours, theirs, transposed in names(config.n_layer):
         x = weights.pop(theirs).float()
@@ -107,7 +104,11 @@ def read_ranks(folder, vocab=""):
     once. UserError if the folder has another tokenizer than that."""
     if vocab or (folder / "vocab.tiktoken").is_file():
         return load_tokenizer(vocab or folder)._mergeable_ranks
-    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    try:
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except OSError as error:
+        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
+                        "to a folder in which tiktoken.get_encoding('gpt2') has run with a network") from None
     for name in ("vocab.json", "tokenizer.json"):
         if (folder / name).is_file():
             ids = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """The built-in human feedback: 23,700 sentences rated by people become a corpus, demonstrations, rankings and prompts.
 
     python -m prepare.reviews                               fetches the source through pip, writes data/reviews
-    python -m prepare.reviews --archive FILE --seed 2       from the source package on disk, with other splits
+    python -m prepare.reviews --out data/other --seed 2     with other splits
 
 Source: C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014. Sentences of four domains (movie reviews, product reviews, newspaper editorials, tweets), each rated
@@ -19,7 +19,6 @@ import sys
 import tarfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +41,6 @@ K = 4  # sentences in a ranked group
 @dataclass
 class Config:
     out: str = "data/reviews"  # folder for the prepared files
-    archive: str = ""          # the source package vaderSentiment-3.3.2.tar.gz, if it is already on disk
     vocab_size: int = 4096     # size of the byte-pair vocabulary, EOS included
     seed: int = 1              # splits, groups and the borders between prompt and completion depend on it
 
@@ -55,16 +53,16 @@ class Sentence(NamedTuple):
     mean: float  # of the ratings; its 4 decimals keep any two different means of up to 99 ratings apart
 
 
-def fetch(out, archive=""):
-    """The verified source package: the file archive, or the one in folder out, into which it is fetched through pip."""
-    path = Path(archive or out / ARCHIVE)
-    if not archive and not path.exists():
+def fetch(out):
+    """The verified source package in folder out, into which it is fetched through pip unless it is there."""
+    path = out / ARCHIVE
+    if not path.exists():
         say(f"fetching {ARCHIVE} through pip")
         command = [sys.executable, "-m", *DOWNLOAD.split(), "--require-hashes", "-r", "/dev/stdin", "--dest", out]
         pinned = f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n"  # pip checks it before it runs anything
         result = subprocess.run(command, input=pinned, capture_output=True, text=True)
-        check(path.exists(), f"pip could not fetch {ARCHIVE}: {result.stderr.strip()[-200:]} (put the file at {path}, "
-              f"or give --archive FILE; python -m {DOWNLOAD} vaderSentiment==3.3.2 gets it elsewhere)")
+        check(path.exists(), f"pip could not fetch {ARCHIVE}: {result.stderr.strip()[-200:]} (put the file at {path}; "
+              f"python -m {DOWNLOAD} vaderSentiment==3.3.2 gets it elsewhere)")
     check(digest(path) == SHA256, f"{path}: not the expected file: expected sha256 {SHA256}, found {digest(path)}")
     return path
 
@@ -275,16 +273,10 @@ def fit_temperature(margins):
     return round(1 / low, 4)
 
 
-def texts_of(row):
-    """The texts in a row of any of the files; a prompt and its completion are one."""
-    alone = [row[name] for name in ("text", "chosen", "rejected") if name in row]
-    return alone or row.get("responses") or [row["prompt"] + row.get("completion", "")]
-
-
 def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json, written last."""
     out, dropped = open_folder(cfg.out), Counter()
-    source = read_archive(fetch(out, cfg.archive))
+    source = read_archive(fetch(out))
     (out / "summary.json").unlink(missing_ok=True)  # an interrupted run must not look finished
     sentences = [s for domain, (truth, ratings) in source.items() for s in parse(domain, truth, ratings, dropped)]
     parts = split(without_duplicates(sentences, dropped), cfg.seed)
@@ -309,25 +301,16 @@ def main(cfg):
     files["pairs_test.jsonl"] = sample_pairs(parts["test"], rng)
     for name, rows in files.items():
         write_jsonl(out / name, rows)
-    say(f"training a vocabulary of {cfg.vocab_size:,} tokens on {len(train):,} sentences")
     save_ranks(train_bpe([s.text for s in train], cfg.vocab_size), out / "vocab.tiktoken")
-
-    def mean(values):
-        return round(np.mean(values or [0]).item(), 2)
-    enc, margins = load_tokenizer(out), person_margins([s for s in train if s.domain == "movie"])
+    margins = person_margins([s for s in train if s.domain == "movie"])
     summary = {
-        "source_sha256": SHA256, "seed": cfg.seed, "vocab_size": enc.n_vocab,
-        "files": {name: {"rows": len(rows), "words": mean([len(x.split()) for row in rows for x in texts_of(row)])}
-                  for name, rows in files.items()},
+        "source_sha256": SHA256, "seed": cfg.seed, "vocab_size": load_tokenizer(out).n_vocab,
+        "files": {name: {"rows": len(rows)} for name, rows in files.items()},
         "sentences": {part: {domain: len(rows) for domain, rows in parts[part].items()} for part in parts},
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
-        "tokens_per_sentence": {domain: mean([len(enc.encode_ordinary(s.text)) for s in train + test
-                                              if s.domain == domain]) for domain in FILES},
         "agreement": {domain: {"random": agreement(rows, False, cfg.seed), "same_sign": agreement(rows, True, cfg.seed)}
                       for domain, rows in parts["test"].items() if rows},
-        "temperature": fit_temperature(margins), "person_comparisons": len(margins),
-        "person_agreement": round(float((margins > 0).sum() / max(1, (margins != 0).sum())), 4),
-    }
+        "temperature": fit_temperature(margins), "person_comparisons": len(margins)}
     write_json(out / "summary.json", summary)
     print(f"{out}: {len(files)} files of {sum(map(len, files.values())):,} rows, described in summary.json")
     return summary

@@ -72,11 +72,8 @@ def autocast_off():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-def make_checkpoints(folder):
     """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     vocab = folder / "vocab.tiktoken"
     data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     size = data.load_tokenizer(vocab).n_vocab

@@ -12,7 +12,7 @@ from common import UserError
 from conftest import both_precisions, close, log_of, ragged_mask
 from dpo import dpo_loss
 from model import load_model, token_logprobs
-from reward import ranking_loss
+from reward import ranking_loss, without_duplicates
 
 
 @both_precisions
@@ -74,27 +74,27 @@ def test_log_probabilities_are_the_responses_alone(checkpoints, autocast_off):
         assert token_logprobs(policy(tokens), tokens)[0, first - 1:].sum().item() == pytest.approx(total, abs=1e-3)
 
 
-def test_pairs_of_a_ranking(checkpoints):
-    """Chosen and rejected that truncation has made equal: a margin of 0; --comparisons ends of the first two."""
+def test_texts_that_truncation_has_made_equal_are_no_comparison(checkpoints):
+    """A pair of which nothing is left but the same beginning: a margin of 0, a label that contradicts itself."""
     enc, counts = data.load_tokenizer(checkpoints.vocab), Counter()
-    rows = [{"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}]
-    (ranking,) = dpo.encode(enc, rows, 16, "all", counts)
+    three = {"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}
+    two = {"prompt": "the", "responses": three["responses"][::2]}
+    (ranking,) = dpo.encode(enc, [three, two], 16, "all", counts)
     assert len(ranking) == 2 and enc.decode(ranking[1][0]).endswith("y<|endoftext|>")
-    assert counts["responses truncated"] == 2
+    assert counts["responses truncated"] == 4
+    assert without_duplicates(data.encode_rankings(enc, [three, two], 16, counts)) == [[ids for ids, _ in ranking]]
     with pytest.raises(UserError, match="nothing to compare"):
-        dpo.encode(enc, [{"prompt": "the", "responses": rows[0]["responses"][::2]}], 16, "all", counts)
+        dpo.encode(enc, [two], 16, "all", counts)
+    with pytest.raises(UserError, match="no ranking is left"):
+        without_duplicates(data.encode_rankings(enc, [two], 16, counts))
     (ranking,) = dpo.encode(enc, [{"prompt": "the", "responses": [" a", " b", " c"]}], 16, "ends", counts)
     assert [enc.decode(ids[first:]) for ids, first in ranking] == [" a<|endoftext|>", " c<|endoftext|>"]
 
 
-def config(checkpoints, folder, **changes):
-    return dpo.Config(**{"out": str(folder), "model": checkpoints.sft, "train": checkpoints.rankings, "epochs": 20,
-                         "lr": 3e-3, "batch_size": 8, "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
-
-
 def test_a_run_learns_the_order(checkpoints, tmp_path):
     """A reference that moves with the policy, the halves of a batch swapped, or a checkpoint that PPO cannot read."""
-    dpo.main(config(checkpoints, tmp_path))
+    dpo.main(dpo.Config(out=str(tmp_path), model=checkpoints.sft, train=checkpoints.rankings, epochs=20, lr=3e-3,
+                        batch_size=8, log_every=1, device="cpu", dtype="float32"))
     lines = log_of(tmp_path)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["margin"] == pytest.approx(0, abs=1e-5)
     last = [line["accuracy"] for line in lines[-10:]]  # a line is one batch of a few pairs

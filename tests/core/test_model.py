@@ -1,4 +1,5 @@
 """The architecture against an independent one, padding that changes nothing, log-probabilities, checkpoints."""
+import itertools
 import math
 import pickle
 from pathlib import Path
@@ -9,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import common
-import model as model_module
 from common import UserError
 from conftest import END, both_precisions, close, random_model
 from data import pad_prompts
-from model import (GPT, Ensemble, GPTConfig, ScalarModel, attention, entropy, load_reward, load_trunk, score_many,
-                   token_logprobs)
+from model import (GPT, Ensemble, GPTConfig, ScalarModel, attention, entropy, load_model, load_reward, load_trunk,
+                   score_many, token_logprobs)
 from sampling import sample
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
@@ -95,15 +95,14 @@ def test_initial_loss_and_weights():
         std = 0.02 / math.sqrt(8) if name.endswith(("proj.weight", "down.weight")) else 0.02
         assert not (name.endswith("bias") and parameter.any()), name
         assert parameter.dim() < 2 or parameter.std().item() == pytest.approx(std, rel=0.1), name
-
-
-def test_scalar_head_initialisation_and_normalisation(checkpoints):
-    """A fresh head of another scale, a trunk that was not loaded, or gain and bias on one of two paths only."""
-    fresh, language = load_trunk(checkpoints.sft), model_module.load_model(checkpoints.sft)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
-    torch.manual_seed(0)
     head = ScalarModel(GPTConfig(vocab_size=1, block_size=1, n_layer=0, width=4095, n_head=1)).head
     assert head.weight.std().item() == pytest.approx(1 / 64, rel=0.1)
+
+
+def test_a_scalar_models_trunk_and_normalisation(checkpoints):
+    """A trunk that was not loaded, or gain and bias on one of two paths only."""
+    fresh, language = load_trunk(checkpoints.sft), load_model(checkpoints.sft)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
     model, tokens = random_model(ScalarModel), torch.tensor([PROMPTS[0]])
     before, last = model(tokens), torch.tensor([4])
     model.gain.fill_(2.0)
@@ -182,10 +181,9 @@ def test_token_logprobs(dtype, temperature):
     logits, tokens = torch.randn(2, 5, 7, dtype=dtype) * 3, torch.randint(7, (2, 5))
     got = token_logprobs(logits, tokens, temperature)
     assert got.shape == (2, 4) and got.dtype == dtype
-    for b in range(2):
-        for t in range(4):
-            powers = [math.exp(x / temperature) for x in logits[b, t].tolist()]
-            assert got[b, t].item() == pytest.approx(math.log(powers[tokens[b, t + 1]] / sum(powers)), **close(dtype))
+    for b, t in itertools.product(range(2), range(4)):
+        powers = [math.exp(x / temperature) for x in logits[b, t].tolist()]
+        assert got[b, t].item() == pytest.approx(math.log(powers[tokens[b, t + 1]] / sum(powers)), **close(dtype))
     assert torch.equal(token_logprobs(logits[:, :-1], tokens, temperature), got)  # the last logits predict nothing
     assert token_logprobs(logits.bfloat16(), tokens).dtype == torch.float32  # a softmax in bf16 would lose the KL
     every = torch.arange(7).expand(5, 7)  # log-probabilities of all tokens: the entropy is minus their mean
@@ -198,11 +196,11 @@ def test_a_loaded_model_is_the_saved_one_and_runs_no_code(checkpoints, tmp_path)
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
-    model, tokens = model_module.load_model(checkpoints.sft, dropout=0.5), torch.tensor([[1, 2, 3]])
-    assert torch.equal(model(tokens), model_module.load_model(checkpoints.sft)(tokens))
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_model(checkpoints.sft, dropout=0.5)(tokens), load_model(checkpoints.sft)(tokens))
     with pytest.raises(UserError, match="kind reward, expected lm"):
-        model_module.load_model(checkpoints.reward)
+        load_model(checkpoints.reward)
     common.save(tmp_path / "model.pt", {"weights": Evil()})
     with pytest.raises((UserError, pickle.UnpicklingError)):
-        model_module.load_model(tmp_path)
+        load_model(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -209,7 +209,6 @@ def test_another_run_is_refused_or_overwritten(inputs, runs, tmp_path, capsys, s
     assert same(out, tmp_path / "new")
 
 
-@pytest.mark.xfail(strict=True, reason="common.Stage.open deletes what it looked at before it had the lock")
 def test_a_run_that_finished_meanwhile_is_kept(inputs, runs, tmp_path, monkeypatch, capsys):
     """The same command twice: the second reads its data while the first one finishes, and then deletes its model."""
     def finish_and_open(folder, plain=common.open_folder):
@@ -220,7 +219,6 @@ def test_a_run_that_finished_meanwhile_is_kept(inputs, runs, tmp_path, monkeypat
     assert same(tmp_path / "out", runs("dpo") / "unbroken")
 
 
-@pytest.mark.xfail(strict=True, reason="common.Stage.resume puts handlers up that only keep takes down")
 def test_after_the_last_step_signals_end_the_run(inputs, tmp_path):
     """A normalisation or an evaluation after the training that cannot be interrupted, once the run was resumed."""
     interrupt(stages.STEPS["dpo"], "dpo", inputs, tmp_path)

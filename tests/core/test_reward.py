@@ -2,14 +2,12 @@
 import itertools
 import json
 import math
-from collections import Counter
 
 import pytest
 import torch
 
 import data
 import reward
-from common import UserError
 from conftest import END, both_precisions, close, ragged_mask, random_model
 from data import pair_accuracy, ranking_accuracy
 from model import ScalarModel, load_model, score_many
@@ -92,32 +90,14 @@ def test_scores_do_not_depend_on_the_batch():
     assert score_many(model, sum(rankings, []), batch_size=2).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_texts_that_truncation_has_made_equal_are_no_comparison(checkpoints, capsys):
-    """A pair of which nothing is left but the same beginning: a label that contradicts itself."""
-    enc = data.load_tokenizer(checkpoints.vocab)
-    rows = [{"prompt": "the", "responses": ["x" * 20 + "a", "x" * 20 + "b"]},
-            {"prompt": "the", "responses": ["x" * 20 + "a", "y", "x" * 20 + "b"]}]
-    rankings = data.encode_rankings(enc, rows, 16, Counter())
-    assert [len(texts) for texts in reward.without_duplicates(rankings)] == [2]
-    assert "1 rankings dropped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no ranking is left"):
-        reward.without_duplicates(rankings[:1])
-
-
-def config(checkpoints, folder, **changes):
-    """The reward model's configuration on the tiny checkpoints, for a short training."""
-    return reward.Config(**{"out": str(folder), "model": checkpoints.sft, "sft": checkpoints.sft, "pairs": "",
-                            "prompts": checkpoints.prompts, "train": checkpoints.rankings, "test_share": 0.25,
-                            "samples": 40, "response_tokens": 8, "batch_size": 4, "epochs": 2, "lr": 1e-2,
-                            "log_every": 1, "device": "cpu", "dtype": "float32", **changes})
-
-
-def test_training_learns_and_normalises(checkpoints, tmp_path, monkeypatch):
+def test_training_learns_and_normalises(checkpoints, tmp_path):
     """A model that cannot learn three words, or whose scores of the SFT model's samples are not mean 0, deviation 1."""
     rows = [{"prompt": f"the film {i}", "responses": [f" good {i % 7}", " plain", " bad bad"][:2 + i % 2]}
             for i in range(80)]
     data.write_jsonl(tmp_path / "rankings.jsonl", rows)  # 20 held out: enough for their accuracy to mean something
-    cfg = config(checkpoints, tmp_path / "out", train=str(tmp_path / "rankings.jsonl"), epochs=8)
+    cfg = reward.Config(out=str(tmp_path / "out"), model=checkpoints.sft, sft=checkpoints.sft, pairs="",
+                        prompts=checkpoints.prompts, train=str(tmp_path / "rankings.jsonl"), test_share=0.25,
+                        samples=40, response_tokens=8, batch_size=4, epochs=8, lr=1e-2, device="cpu", dtype="float32")
     reward.main(cfg)
     card = json.loads((tmp_path / "out/report_card.json").read_text())
     assert card["held-out rankings"]["accuracy"] > 0.8 and list(card) == ["held-out rankings"]
@@ -138,6 +118,14 @@ def test_no_prompt_is_on_both_sides_of_the_split():
     train, test = ({row["prompt"] for row in side} for side in sides)
     assert len(train) == 8 and len(test) == 2 and not train & test and sum(map(len, sides)) == 30
     assert sides == data.split_by_prompt(rows, 0.25, 1) != data.split_by_prompt(rows, 0.25, 2)
+
+
+def test_rankings_of_one_prompt_are_held_out_one_by_one(capsys):
+    """A task of a single prompt that cannot be trained on, or whose held-out rankings are all or none of it."""
+    rows = [{"prompt": "write", "responses": [f" good {k}", " bad"]} for k in range(12)]
+    train, test = data.split_by_prompt(rows, 0.25, 1)
+    assert len(test) == 3 and sorted(train + test, key=rows.index) == rows
+    assert "all rankings share one prompt" in capsys.readouterr().out
 
 
 def test_human_accuracy_of_a_model_that_counts_tokens(checkpoints, monkeypatch, autocast_off):

@@ -9,7 +9,6 @@ from model import token_logprobs
 from sampling import KVCache, draw, sample, sample_many, sample_prompts
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
-ragged_or_not = pytest.mark.parametrize("padded", [True, False])
 
 
 def drawn(padded=True, temperature=0.7):
@@ -39,7 +38,7 @@ def test_cache_takes_tokens_in_any_portions(pad):
     assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
 
 
-@ragged_or_not
+@pytest.mark.parametrize("padded", [True, False])
 def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
     """A row that gets a neighbour's cache, padding, uniform number or place when another row leaves the batch."""
     sizes, keep = [], KVCache.keep
@@ -110,9 +109,8 @@ def test_top_k_and_top_p(top_k, top_p, expected):
 
 def test_sampling_follows_the_temperature():
     """A sampler that draws at temperature 1 while it reports another, or divides by zero at temperature 0."""
-    model, B, prompt = random_model(), 20_000, torch.tensor([PROMPTS[0]])
-    random = torch.Generator().manual_seed(0)
-    tokens = sample(model, prompt.expand(B, -1), None, 1, END, temperature=0.5, random=random)[0]
+    model, prompt, random = random_model(), torch.tensor([PROMPTS[0]]), torch.Generator().manual_seed(0)
+    tokens = sample(model, prompt.expand(20_000, -1), None, 1, END, temperature=0.5, random=random)[0]
     expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
-    assert torch.allclose(torch.bincount(tokens[:, 0], minlength=11) / B, expected, atol=0.015)
+    assert torch.allclose(torch.bincount(tokens[:, 0], minlength=11) / 20_000, expected, atol=0.015)
     assert sample(model, prompt, None, 1, END, temperature=0)[0].item() == expected.argmax()

@@ -1,6 +1,7 @@
 """People who rank: the format of answers, the terminal, what merge accepts and refuses, the blind test."""
 import contextlib
 import json
+import re
 
 import pytest
 
@@ -56,8 +57,8 @@ def test_order_ties_skip_undo_and_typing_errors(ranked, tmp_path, capsys):
     one, two, three = shown_to("me", SAMPLES[0])
     assert [(row["responses"], row["ties"]) for row in rankings] == [([one, two], [[one, three]])]
     out = capsys.readouterr().out
-    assert "nothing to undo" in out and "each of 1 to 3" in out and "3 answered, 1 of them with a preference" in out
-    assert f"--train '{tmp_path}/label me/rankings.jsonl' --epochs 1280 --out '{tmp_path}/reward me'" in out
+    assert "nothing to undo" in out and "each of 1 to 3" in out and "3 answered, 1 left" in out
+    assert f"--train '{tmp_path}/label me/rankings.jsonl' --epochs 1280 --out '{tmp_path}/reward-label me'" in out
     rows, _ = ranked("u", "u", "321!", "s", end=StopIteration)  # killed: every answer is on disk
     assert [(row["order"], row.get("acceptable")) for row in rows] == [("1=3 2", None), ("3 2 1", False), ("", None)]
 
@@ -81,15 +82,13 @@ def test_labelers_see_different_orders_and_do_not_overwrite_each_other(ranked, t
         ranked("123", labeler="ann")
 
 
-def test_nasty_text_side_by_side_where_there_is_room(monkeypatch, capsys):
-    """Columns that run into each other, a line wider than the terminal, or a response that acts on it."""
-    for columns, beside in [(160, True), (60, False)]:
-        monkeypatch.setenv("COLUMNS", str(columns))
-        terminal.show("1 of 2", "The film", ["\x1b[2J" + " good" * 20, " \u202ebad" * 30, " x"])
-        lines = capsys.readouterr().out.splitlines()
-        assert all(len(line) < columns and line.isprintable() for line in lines)
-        assert any("1  ..." in line and "3  ..." in line for line in lines) == beside
-        assert sum("\\x1b" in line for line in lines) == 1 and " ".join(lines).count("good") == 20
+def test_nasty_text_stays_text_and_within_the_terminal(monkeypatch, capsys):
+    """A line wider than the terminal, or a response that acts on it."""
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal.show("1 of 2", "The film", ["\x1b[2J" + " good" * 20, " \u202ebad" * 30])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) < 60 and line.isprintable() for line in lines)
+    assert sum("\\x1b" in line for line in lines) == 1 and " ".join(lines).count("good") == 20
 
 
 @pytest.fixture
@@ -135,26 +134,22 @@ def test_what_does_not_fit_is_refused_by_its_line(merged, tmp_path, row, message
 
 def test_blind_result_by_hand(tmp_path, monkeypatch, capsys):
     """The wrong policy credited; ties or skips counted as losses; agreement with the judge on ties; names that show."""
-    choice = {1.0: "ppo", 2.0: "=", -1.0: "ppo", 0.5: ""}  # by the judge's margin: what ann prefers
-    rows = [{"prompt": f"P{i}", "sft": f" dull {i}", "ppo": f" fine {i}", "judge": {"sft": 0.0, "ppo": margin}}
-            for i, margin in enumerate(choice)]
-    write_jsonl(tmp_path / "samples.jsonl", [*rows, {**rows[0], "prompt": "equal", "ppo": " dull 0"}])
-    cfg = blind.Config("page", str(tmp_path))
-    blind.main(cfg)
-    assert "labeling.blind answers-NAME.jsonl --evaluate" in capsys.readouterr().out
-    pairs, answers = blind.read_pairs(cfg), []
-    for sample in rows_of(tmp_path / "blind-sft-ppo/samples.jsonl"):
-        better = "1 2" if "fine" in sample["responses"][0] else "2 1"
-        answers.append(given("ann", sample, {"ppo": better, "=": "1=2", "": ""}[choice[pairs[sample["id"]]["margin"]]]))
-    write_jsonl(tmp_path / "ann.jsonl", answers)
-    blind.main(blind.Config(str(tmp_path / "ann.jsonl"), str(tmp_path)))
-    row = json.loads((tmp_path / "blind-sft-ppo/result-ann.json").read_text())
+    choice = {1.0: "ppo", 2.0: "=", -1.0: "ppo", 0.5: "s"}  # by the judge's margin: what ann prefers
+    rows = [{"prompt": f"P{margin}", "sft": f" dull {margin}", "ppo": f" fine {margin}",
+             "judge": {"sft": 0.0, "ppo": margin}} for margin in choice]
+    write_jsonl(tmp_path / "samples.jsonl", [*rows, {**rows[0], "prompt": "equal", "ppo": " dull 1.0"}])
+
+    def reply(_):
+        asked.append(capsys.readouterr().out)
+        number, text, margin = re.findall(r"(1) .*(fine|dull) (\S+)", asked[-1])[-1]
+        return ("1" if text == "fine" else "2") if choice[float(margin)] == "ppo" else choice[float(margin)]
+    asked = []
+    monkeypatch.setattr(terminal, "ask", lambda question: "q" if "all answered" in question else reply(question))
+    blind.main(blind.Config("ann", str(tmp_path)))
+    assert len(asked) == 4 and "sft" not in "".join(asked[1:]) and "ppo" not in "".join(asked[1:])
+    assert "ann prefers ppo to sft: 0.833" in capsys.readouterr().out
+    row = json.loads((tmp_path / "blind-sft-ppo/ann/result.json").read_text())
     assert row["win_rate"] == pytest.approx((1 + 0.5 + 1) / 3, abs=1e-4) and row["answers"] == 3
     assert (row["ties"], row["skipped"], row["judged"], row["judge_agrees"]) == (1, 1, 2, 0.5)
     assert row["judge_win_rate"] == pytest.approx(2 / 3, abs=1e-4)
     assert 0.5 <= row["interval"][0] < row["win_rate"] < row["interval"][1] <= 1
-    keys = iter(["1", "2", "q"])
-    monkeypatch.setattr("builtins.input", lambda question: next(keys))
-    blind.main(blind.Config("bob", str(tmp_path)))
-    asked, found = capsys.readouterr().out.split("1 of 4")[1].split("bob prefers ppo to sft: ")
-    assert "dull" in asked and "ppo" not in asked and "sft" not in asked and "2 answers" in found
