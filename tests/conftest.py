@@ -73,8 +73,7 @@ def autocast_off():
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    vocab = folder / "vocab.tiktoken"
+    vocab = (folder := tmp_path_factory.mktemp("checkpoints")) / "vocab.tiktoken"
     data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     size = data.load_tokenizer(vocab).n_vocab
     torch.manual_seed(0)
@@ -84,9 +83,9 @@ def checkpoints(tmp_path_factory):
         common.save_checkpoint(folder / name, model, ppo_config(), vocab)
     prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
     data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    rows = [{"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
-            for i, prompt in enumerate(prompts)]
-    data.write_jsonl(folder / "rankings.jsonl", rows)
+    data.write_jsonl(folder / "rankings.jsonl", [
+        {"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
+        for i, prompt in enumerate(prompts)])
     return SimpleNamespace(vocab=vocab, sft=str(folder / "sft"), reward=str(folder / "reward"),
                            prompts=str(folder / "prompts.jsonl"), rankings=str(folder / "rankings.jsonl"))
 

@@ -3,9 +3,9 @@
     python -m tools.bench                             4 layers of width 256, vocabulary 2048, in float32
     python -m tools.bench --dtype bfloat16 --peers    and the peers: pip install trl==1.12.0 (the last one with PPO)
 
-On a CPU one thread, and the CPU time of this process, which a neighbour on the machine can hardly disturb; on a GPU the
-time on the wall. One warm-up, then --repeats runs: the median. A peer does the same work in the same process with its
-own defaults. Floor: the operations that this code runs (see flop), at the speed of a matrix product.
+On a CPU one thread and the CPU time of this process, on a GPU the time on the wall. One warm-up, then --repeats runs:
+the median. A peer does the same work in the same process with its own defaults. Floor: the operations that this code
+runs (see flop), at the speed of a matrix product.
 """
 import math
 import os
@@ -27,13 +27,12 @@ from sampling import sample
 
 @dataclass
 class Config:
-    only: str = "train,sample,ppo,reward,dpo,dpo-ranked"  # figures
-    peers: bool = False      # transformers (train, sample) and TRL (the others), too
-    value: str = "separate"  # value model of ppo: separate, or shared (TRL's is separate in any case)
-    dtype: str = "float32"   # float32, bfloat16 (autocast; the weights stay float32)
-    device: str = "auto"     # auto, cpu, cuda
-    repeats: int = 5         # timed runs per figure, after one warm-up
-    seed: int = 1            # weights, tokens
+    only: str = "train,sample,ppo,ppo-shared,reward,dpo,dpo-ranked"  # figures
+    peers: bool = False     # transformers (train, sample) and TRL (the others; its value model is separate), too
+    dtype: str = "float32"  # float32, bfloat16 (autocast; the weights stay float32)
+    device: str = "auto"    # auto, cpu, cuda
+    repeats: int = 5        # timed runs per figure, after one warm-up
+    seed: int = 1           # weights, tokens
 
 
 MODEL = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256)
@@ -63,10 +62,8 @@ class Bench:
         self.cfg, self.random, n = cfg, generator(cfg.seed), 2048
         self.device, self.autocast = set_up(cfg)
         a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, cfg.dtype))
-        source, target = torch.ones(2, 2**28, dtype=torch.uint8, device=self.device)
         self.flops = 2 * n**3 / min(products := self.time(lambda: a @ b))
         self.record("matrix product", products, 2e-9 * n**3, "GFLOP/s")
-        self.record("copy", self.time(lambda: target.copy_(source)), 2e-9 * 2**28, "GB/s")
 
     def clock(self):
         """Seconds from some start, after all work handed to the GPU is done."""
@@ -130,9 +127,9 @@ def sampling(bench, _):
             bench.record("sample transformers", seconds, B * R, "tokens/s")
 
 
-def ppo_iteration(bench, _):
+def ppo_iteration(bench, figure):
     """An iteration of PPO: sampling, scoring, 4 epochs of 4 minibatches."""
-    (B, P, R), device, shared, log = SAMPLE, bench.device, bench.cfg.value == "shared", Log("")
+    (B, P, R), device, shared, log = SAMPLE, bench.device, figure == "ppo-shared", Log("")
     cfg = ppo.Config(episodes=B, minibatches=4, microbatch=B, response_tokens=R, temperature=TEMPERATURE)
     policy, ref, reward = (kind(MODEL).to(device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
@@ -145,8 +142,8 @@ def ppo_iteration(bench, _):
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
     forward, values = flop(MODEL, P + R - 1, R, True), 0 if shared else flop(MODEL, P + R - 1, R)
     collect = sample_flop(MODEL, P, R) + 2 * forward + values + flop(MODEL, P + R, 1)
-    bench.record("ppo", bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
-    if bench.cfg.peers:
+    bench.record(figure, bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
+    if bench.cfg.peers and not shared:
         models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
         how = {"num_mini_batches": 4, "num_ppo_epochs": 4, "response_length": R, "temperature": TEMPERATURE,
                "stop_token": "eos", "total_episodes": B * (bench.cfg.repeats + 1), "num_sample_generations": 0,
@@ -212,11 +209,14 @@ def trl_steps(bench, name, rows, data, models, **how):
     return [end - start for start, end in zip(ends, ends[1:])]
 
 
+FIGURES = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration}  # others: ranked
+
+
 def main(cfg):
     torch.set_num_threads(1)
     bench = Bench(cfg)
-    for name in cfg.only.split(","):
-        {"train": train, "sample": sampling, "ppo": ppo_iteration, **dict.fromkeys(RANKINGS, ranked)}[name](bench, name)
+    for figure in cfg.only.split(","):
+        FIGURES.get(figure, ranked)(bench, figure)
 
 
 if __name__ == "__main__":

@@ -17,53 +17,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
-from common import check, digest, run, visible
+from common import check, run, visible
 
 COMMITTED = Path(__file__).parents[1] / "results" / "tiny"  # healthy runs: what is normal
 # kind: of stage; metric: a field of log.jsonl, or a file and a place in it; limit: when it counts as broken.
 Symptom = namedtuple("Symptom", "kind metric limit why tries")
-HELD_OUT, PEOPLE = "report_card.json: held-out rankings: accuracy", "results.json: reward_models"
-KEPT, WINS = "done.json: order_kept", "results.json: policies: ppo: win_rate_judge"
+HELD_OUT, KEPT = "report_card.json: held-out rankings: accuracy", "done.json: order_kept"
+WINS = "results.json: policies: ppo: win_rate_judge"
 SYMPTOMS = {
     "stopped": Symptom("any", "stopped", "the log ends with it", "a guard or a non-finite number ended the run",
         "read its message; one of the findings below may be the cause"),
     "truncated responses": Symptom("any", "truncated", "more than 10 % of the responses",
-        "without an EOS in its examples the model will not learn to stop, and a score is read in mid-sentence",
-        "leave long responses out, shorten them, or train a base with a larger --block-size"),
+        "a model does not learn to stop without EOS", "shorter responses, or a base with a larger --block-size"),
     "gradient far above the clip": Symptom("any", "grad_norm", "median above 10 times --grad-clip (not of DPO)",
         "every batch counts the same, whatever its gradient", "--kl-coef, --value-coef too large? a sum, not a mean?"),
     # PPO: is what is computed right?
     "negative KL": Symptom("ppo", "kl", "mean below -0.1, four of five rollouts below 0",
-        "an estimate is below 0 only by chance: the responses are not samples of the policy",
-        "see `sampler differs`; is the mask 1 up to the EOS and no further? are policy and reference exchanged?"),
+        "the responses are not samples of the policy", "see `sampler differs`; policy and reference exchanged?"),
     "first ratio": Symptom("ppo", "first_ratio_error", "above 0.1 (the guard stops a run at 0.5)",
-        "before the first step old and new log-probabilities are of the same weights: the ratio is 1 up to rounding",
-        "look for dropout, temperature, mask or positions that differ in rollout and update; for weights in bf16"),
+        "the weights are still the same", "dropout, temperature, mask, positions: equal in rollout and update?"),
     "sampler differs": Symptom("ppo", "sampler_difference", "above 0.05 nats per token",
         "sampler and training graph are not the same model: KL and ratio are of responses it did not sample",
-        "compare token by token: temperature, positions under left padding, a shift by one, top-k, dropout"),
+        "compare token by token: temperature, mask, positions under left padding, a shift by one, dropout"),
     "rewards do not add up": Symptom("ppo", "rewards", "not score - kl_coef * kl, within 1 % and responses without EOS",
         "the KL penalty has the wrong sign, or the score is not in them once", "compare `ppo.py: shape_rewards`"),
     "wrong way": Symptom("ppo", "kl_coef", "moves away from the target in half of the rollouts",
         "it must rise while KL is above its target, and fall while it is below", "compare `ppo.py: AdaptiveKL`"),
     "first scores off": Symptom("ppo", "score", "mean beyond 0.5 or deviation outside 0.5 to 2, and beyond chance",
-        "the reward model was normalised to mean 0 and deviation 1: it reads another position, or other prompts",
-        "read `model.py: ScalarModel.score` at the last real token; reward.py --sft, --prompts, --temperature"),
-    "another start": Symptom("ppo", "config.json of the reward model", "its --model is not this run's --sft",
-        "one that started from the SFT model knows its responses", "reward.py --model SFT, unless another is meant"),
+        "the reward model was normalised to mean 0 and deviation 1 on SFT samples: it reads another position, or text",
+        "`model.py: ScalarModel.score` at the last real token; reward.py --sft, --prompts, --temperature"),
     # PPO: does it learn, and what?
     "KL runs away": Symptom("ppo", "kl", "above three times --kl-target, without a controller above 30 nats",
         "far from what the reward model has seen", "a lower --lr, fewer --epochs, a larger --kl-coef; look at samples"),
     "flat score": Symptom("ppo", "score", "rises by less than 0.2 standard deviations",
-        "nothing is gained from the reward model: no steps (KL at 0, too), or steps in no direction (KL rises)",
-        "a larger --lr, more --episodes, a lower --kl-coef; is the reward model near chance? the advantages' sign?"),
+        "no steps (KL at 0, too), or no direction", "larger --lr, lower --kl-coef; a reward model near chance?"),
     "KL stays at 0": Symptom("ppo", "kl_k3", "below 0.05 nats at the end",
-        "the policy is still the SFT model, or (if the score rises) the reference is trained along with it",
-        "a larger --lr, a lower --kl-coef (an adaptive one takes many rollouts to fall)"),
-    "length grows": Symptom("ppo", "length", "by more than 40 %", "the reward model may like length itself",
-        "compare win rates at equal length; accuracy of `longer wins` on the reward model's report card"),
-    "length shrinks": Symptom("ppo", "length", "by more than 40 %", "an early EOS pays less KL, or pleases the model",
-        "a lower --kl-coef; does the reward model see whole responses?"),
+        "it is still the SFT model, or the reference is trained along with it", "a larger --lr, a lower --kl-coef"),
+    "length changes": Symptom("ppo", "length", "by more than 40 %", "the reward model likes length, or an early EOS",
+        "compare win rates at equal length; is it shown whole responses?"),
     "no EOS": Symptom("ppo", "eos_rate", "falls below 0.5, or ends below 0.05", "the score is of half a response",
         "was the EOS learned in SFT, is it inside the mask? a larger --response-tokens; --missing-eos-score -1"),
     "entropy collapse": Symptom("ppo", "entropy", "below 0.3 of what it was", "the policy has stopped exploring",
@@ -79,20 +70,17 @@ SYMPTOMS = {
     "clip binds": Symptom("ppo", "clip_fraction", "above 0.3 in a quarter of the rollouts",
         "a third of the tokens give no gradient: steps too large", "a lower --lr, fewer --epochs or --minibatches"),
     "clip never binds": Symptom("ppo", "clip_fraction", "0 all the time, with more than one step per rollout",
-        "tiny steps; or, if KL moves all the same, old log-probabilities that are taken from the current pass",
-        "KL near 0: a larger --lr. Else compare `ppo.py: policy_loss` and what it is given"),
+        "tiny steps; if KL moves all the same, old log-probabilities are new ones", "a larger --lr; `ppo.py: update`"),
     # the other stages
     "near chance": Symptom("reward", HELD_OUT, "surely below 0.6 (its interval)", "PPO would follow noise",
         "more rankings, more --epochs; do the labels agree with each other (python -m labeling.agreement)?"),
-    "worse than bag of words": Symptom("reward", PEOPLE, "surely below a bag of words or length, in all domains",
-        "it learned less than counting does", "a larger model or --lr; was the base trained long enough?"),
     "memorised": Symptom("reward", "accuracy", "in training more than 0.1 above the interval held out",
         "it knows its rankings, not what they have in common", "fewer --epochs, more rankings, --weight-decay"),
-    "labels are noise": Symptom("label", KEPT, "below 0.6; agreement with people not surely above 0.5",
-        "noise hides the labeler's opinion, or nobody shares it", "--noise 1, --flip 0; another --rubric or --model"),
+    "labels are noise": Symptom("label", KEPT, "below 0.6",
+        "noise hides the labeler's opinion", "--noise 1, --flip 0"),
     "overfit": Symptom("sft", "valid_loss", "ends more than 0.02 nats above its lowest",
         "the last steps memorised the training set; the checkpoint is that of the lowest", "fewer --epochs"),
-    "not learning": Symptom("any", "loss", "never lower in the second half than at first; SFT: as a uniform guess",
+    "not learning": Symptom("reward", "loss", "never lower in the second half than at first (DPO, too)",
         "the stage has learned nothing", "--lr, up or down by ten; are the labels what they should be?"),
     "chosen falls": Symptom("dpo", "chosen_logprobs", "by more than 30 %",
         "what chosen and rejected lose goes to texts that nobody ranked", "a larger --beta, a lower --lr"),
@@ -108,22 +96,21 @@ SYMPTOMS = {
 class Record:
     """What a stage left: name, path (of its log), kind (of its script; "" if unknown), flags, lines of log.jsonl, stop
     (the line of what ended it early), truncated (counts), and files: {name: content, {} if there is none}."""
-    FILES = {"config": "config.json", "card": "report_card.json", "done": "done.json", "agreement": "agreement.json",
-             "results": "results.json"}
-    KINDS = {"kl_coef": "ppo", "beta": "dpo", "evals": "sft", "best_of": "evaluate", "test_share": "reward"}
+    FILES = {"config": "config.json", "card": "report_card.json", "done": "done.json", "results": "results.json"}
+    KINDS = {"kl_coef": "ppo", "beta": "dpo", "evals": "sft", "best_of": "evaluate", "order_kept": "label",
+             "test_share": "reward"}  # by a flag that only this stage has, or what it writes into done.json
 
     def __init__(self, name, path, lines):
         """lines: as those of a stage in a logs.jsonl."""
-        self.name, self.path, self.same_start = name, path, True
+        self.name, self.path = name, path
         self.files = {self.FILES[part]: next((line[part] for line in lines if part in line), {}) for part in self.FILES}
         self.stop = next((line for line in lines if "stopped" in line), {})
         self.truncated = [line["truncated"] for line in lines if "truncated" in line]
         self.lines = [line for line in lines if "stopped" not in line and ("step" in line or "iteration" in line)]
         config = self.files["config.json"]
         self.flags = config.get("stage", config)  # in a logs.jsonl the flags alone
-        self.vocab_size = config["model"]["vocab_size"] if {"stage", "model"} <= config.keys() else 0  # 0: unknown
-        machine = self.files["agreement.json"] or "order_kept" in self.files["done.json"]
-        self.kind = "label" if machine else next((kind for flag, kind in self.KINDS.items() if flag in self.flags), "")
+        facts = {**self.flags, **self.files["done.json"]}
+        self.kind = next((kind for fact, kind in self.KINDS.items() if fact in facts), "")
 
     def column(self, metric):
         """The values of a metric: in the lines that have it, or the one at a place in a file."""
@@ -152,14 +139,8 @@ def read_lines(path):
 
 def read_stage(folder):
     """The Record of a stage in its own folder."""
-    lines = [{part: read_json(folder / file)} for part, file in Record.FILES.items()]
-    record = Record(folder.resolve().name, folder / "log.jsonl", read_lines(folder / "log.jsonl") + lines)
-    if record.kind == "ppo" and (model := Path(record.flags["reward"]) / "model.pt").is_file():
-        inputs = record.files["config.json"]["inputs"]
-        if inputs["reward"] == f"sha256 {digest(model)}":
-            start = read_json(model.with_name("config.json")).get("inputs", {}).get("model")
-            record.same_start = start in (inputs["sft"], None)
-    return record
+    files = [{part: read_json(folder / file)} for part, file in Record.FILES.items()]
+    return Record(folder.resolve().name, folder / "log.jsonl", read_lines(folder / "log.jsonl") + files)
 
 
 def records(folder):
@@ -208,8 +189,7 @@ def ppo(record):
         high = [i for i, x in enumerate(column(metric)) if x > limit]
         peak = max(column(metric) + [record.stop.get(metric, 0.0)])  # a guard may have noted it
         return [(name, f"up to {peak:.2f}", high)] if peak > limit else []
-    stopped = [("first ratio", "as the guard says", None)] if "the ratio is" in record.stop.get("stopped", "") else []
-    yield from (above("first ratio", 0.1) or stopped) + above("sampler differs", 0.05)
+    yield from above("first ratio", 0.1) + above("sampler differs", 0.05)
     if not lines:  # stopped in the first rollout
         return
     wrong = []
@@ -231,8 +211,6 @@ def ppo(record):
     least = flags["ensemble"] == "min" and "," in flags["reward"]  # of several, which is lower than each
     if score > 0.5 + chance or not (least or score > -0.5 - chance and 0.5 / (1 + chance) < deviation < 2 + 2 * chance):
         yield "first scores off", f"mean {score:.2f}, deviation {deviation:.2f}", [0]
-    if not record.same_start:
-        yield "another start", f"it started from another model than {flags['sft']}", None
     yield from above("KL runs away", 3 * target if flags["kl_horizon"] else 30.0)  # a horizon of 0: no controller
     if record.judged:
         yield from ppo_learning(record)
@@ -248,8 +226,7 @@ def ppo_learning(record):
     for name, is_broken in {
             "flat score": lambda early, late: late - early < 0.2 and half_way,
             "KL stays at 0": lambda early, late: late < 0.05 and half_way,
-            "length grows": lambda early, late: late > 1.4 * early,
-            "length shrinks": lambda early, late: late < 0.6 * early,
+            "length changes": lambda early, late: not 0.6 * early < late < 1.4 * early,
             "no EOS": lambda early, late: late < 0.05 and asks_for_eos or late < 0.5 <= early,
             "entropy collapse": lambda early, late: late < 0.3 * early,
             "identical responses": lambda early, late: late < 0.7,
@@ -298,26 +275,20 @@ def dpo(record):
 
 def sft(record):
     """Supervised training."""
-    losses, uniform = record.column("valid_loss"), math.log(record.vocab_size or 1)
-    if record.judged and record.vocab_size and losses[-1] > uniform - 0.05:
-        yield "not learning", f"{losses[-1]:.3f} held out; all tokens alike are {uniform:.3f}", None
+    losses = record.column("valid_loss")
     if losses[-1] > min(losses) + 0.02:
         lowest = losses.index(min(losses))
         yield "overfit", f"{losses[-1]:.3f}, it was {losses[lowest]:.3f}", range(lowest, len(losses))
 
 
 def label(record):
-    """Rankings by a stand-in, or by a machine that was asked about people's pairs as well."""
-    for kept in [x for x in record.column(KEPT) if x < 0.6]:
+    """Rankings by a simulated labeler."""
+    if (kept := record.files["done.json"]["order_kept"]) < 0.6:
         yield "labels are noise", f"{kept:.2f} of the pairs are in the labeler's own order", None
-    people = record.files["agreement.json"].get("people", {}).get("both orders")
-    if people and people["interval"][0] <= 0.5:
-        seen = "as people in {accuracy:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) of the pairs"
-        yield "labels are noise", seen.format(**people), None
 
 
 def evaluate(record):
-    """The comparison of all policies, and of the reward models with what counting does."""
+    """The comparison of all policies."""
     results = record.files["results.json"]
     count = min(results["prompts"], results["config"]["snapshot_count"])  # prompts of a snapshot
     least = max(0.25, 3 * math.sqrt(2 / count))  # three standard errors of a difference of means, of deviation 1
@@ -330,11 +301,6 @@ def evaluate(record):
         low, high = results["policies"][policy].get("win_rate_judge_interval", (0.5, 1.0))
         if high < 0.5 or results["prompts"] >= 200 and low < 0.5:
             yield "no better than SFT", f"{policy}: {low:.3f} to {high:.3f}", None
-    for name, card in results["reward_models"].items():
-        rows = [row for group, row in card.items() if group.endswith(", random") and "bag of words" in row]
-        if rows and all(row["reward model"]["interval"][1] < max(row["bag of words"]["accuracy"], length, 1 - length)
-                        for row in rows for length in [row["longer wins"]["accuracy"]]):
-            yield "worse than bag of words", f"{name}, in each of {len(rows)} domains", None
 
 
 def examine(record):
@@ -361,7 +327,7 @@ def committed(metric, *stages):
 
 def report(record):
     """Print what there is to say of a stage; whether something was found."""
-    findings, last, stages = examine(record), record.lines[-1] if record.lines else {}, (record.name, record.kind)
+    findings, stages = examine(record), (record.name, record.kind)
     for name, seen, where in findings:
         kind, metric, limit, why, tries = SYMPTOMS[name]
         unit = "iteration" if record.kind == "ppo" else "step"
@@ -369,17 +335,12 @@ def report(record):
         if runs := committed(metric, *stages):
             place += f"; healthy runs: {span(sum(runs, []))}, at the end {span(values[-1] for values in runs)}"
         print(visible(f"{record.name}: {name}: {metric}: {seen} ({place}): {why}. Try: {tries}."))
-    for line in [line for line in record.lines if "sample" in line and findings][-1:]:
-        print(visible("{}: look at iteration {}: [{prompt!r}]{response!r} score {score} kl {kl}".format(
-            record.name, line["iteration"], **line["sample"])))
     if not findings:
-        few = ", as far as so few steps show" if record.lines and not record.judged else ""
-        far = f", not finished: iteration {last['iteration']} of {record.flags['iterations']}" if (
-            "iteration" in last and not record.files["done.json"]) else ""
+        far = "" if record.files["done.json"] else f", not finished ({len(record.lines)} lines of its log)"
         metrics = dict.fromkeys(symptom.metric for symptom in SYMPTOMS.values() if symptom.kind == record.kind)
         numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({span(values[-1] for values in committed(metric, *stages))})"
                    for metric in metrics if (x := record.column(metric))]
-        print(f"{record.name}: healthy{few}{far}: {', '.join(numbers)}")
+        print(f"{record.name}: healthy{far}: {', '.join(numbers)}")
     return bool(findings)
 
 

@@ -48,7 +48,7 @@ def test_encode_prompt_and_prompt_limit(enc):
     ids = encode_prompt(enc, "\n\nHuman: " + "word " * 50 + "\n\nAssistant:", 20)  # the only turn is too long
     assert len(ids) == 20 and enc.decode(ids).endswith("word \n\nAssistant:")
     assert prompt_limit(32, 8) == 24 and prompt_limit(32, 30) == 2
-    with pytest.raises(UserError, match="--response-tokens 31 leaves no room for a prompt in block size 32"):
+    with pytest.raises(UserError, match="--response-tokens 31.* no room .* block size 32"):
         prompt_limit(32, 31)
 
 
@@ -90,15 +90,12 @@ def test_what_encode_texts_truncates(enc, block, prompt, responses, kept, prompt
     assert ranking == [ids + text for text in encoded] and counts["prompts"] == 2
 
 
-def test_report_truncated(enc, tmp_path, capsys):
+def test_what_is_truncated_is_reported(tmp_path, capsys):
     """A model that never learns to stop, and nobody was told why."""
-    counts, log = Counter(), common.Log(tmp_path)
-    data.report_truncated(counts, log)
-    assert capsys.readouterr().out == "" and not log.path.exists()
-    data.encode_rankings(enc, [{"prompt": "x", "responses": ["y" * 40, "z" * 41]}] * 30, 16, counts)
-    data.report_truncated(counts, log)
-    assert "60 of 60 responses are truncated: they have no EOS, and the model will not" in capsys.readouterr().out
-    assert log_of(tmp_path) == [{"truncated": {"prompts": 0, "responses": 60, "of": 60}}]
+    for truncated, told in ((0, ""), (60, "60 of 90 responses are truncated: they have no EOS")):
+        data.report_truncated(Counter({"responses": 90, "responses truncated": truncated}), common.Log(tmp_path))
+        assert capsys.readouterr().out.startswith(told) and (tmp_path / "log.jsonl").exists() == bool(told)
+    assert log_of(tmp_path) == [{"truncated": {"prompts": 0, "responses": 60, "of": 90}}]
 
 
 GOOD = b'{"prompt": "the film", "completion": " was good"}\n'

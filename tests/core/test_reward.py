@@ -131,7 +131,7 @@ def test_rankings_of_one_prompt_are_held_out_one_by_one(capsys):
 def test_human_accuracy_of_a_model_that_counts_tokens(checkpoints, monkeypatch, autocast_off):
     """Scores given to the wrong text, chosen and rejected exchanged, or a text scored without its prompt."""
     sides, seen = [(" yy", " y")] * 3 + [(" z", " zzz")], []
-    rows = [{"prompt": "x", "chosen": better, "rejected": worse, "domain": "film", "sample": "random", "gap": 0.1 + i}
+    rows = [{"prompt": "x", "chosen": better, "rejected": worse, "domain": "film", "sample": ["random", "close"][i > 1]}
             for i, (better, worse) in enumerate(sides)]
     monkeypatch.setattr(reward, "score_many", lambda model, texts: seen.extend(texts) or torch.tensor(
         [float(len(ids)) for ids in texts]))
@@ -139,4 +139,4 @@ def test_human_accuracy_of_a_model_that_counts_tokens(checkpoints, monkeypatch, 
     card = reward.human_accuracy(random_model(ScalarModel), enc, rows, autocast_off)
     assert {enc.decode(ids) for ids in seen} == {f"{data.END}x {word}{data.END}" for word in ("y", "yy", "z", "zzz")}
     accuracy = {name: row["reward model"]["accuracy"] for name, row in card.items()}
-    assert accuracy == {"film, random": 0.75, **{f"film, gap from {i}": int(i < 3) for i in range(4)}}
+    assert accuracy == {"film, random": 1, "film, close": 0.5}

@@ -101,8 +101,7 @@ def test_microbatches_change_no_run(tmp_path, stage, changes):
 
 def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
     """The last weights saved in place of the best, or a held-out loss that is not that of the saved weights."""
-    other = tmp_path / "other.jsonl"
-    data.write_jsonl(other, [{"prompt": "the plot", "completion": " z y x w"}] * 4)
+    data.write_jsonl(other := tmp_path / "other.jsonl", [{"prompt": "the plot", "completion": " z y x w"}] * 4)
     lines = trained(checkpoints, tmp_path / "out", DEMOS, valid=str(other), model=checkpoints.sft, epochs=20, lr=3e-2)
     best = min(line["valid_loss"] for line in lines)
     assert best < lines[-1]["valid_loss"]  # the training set says nothing about the other, and it overfits
