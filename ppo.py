@@ -1,7 +1,7 @@
 """PPO: the policy learns to write what the reward model scores highly, with a KL penalty to the SFT model.
 
-    python ppo.py --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
-    python ppo.py --kl-coef 0 --kl-horizon 0 --kl-ceiling 0 --out out/tiny/ppo-free    no KL penalty: over-optimisation
+    python ppo.py --preset tiny --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
+    python ppo.py --preset tiny --kl-coef 0 --kl-ceiling 0 --out out/tiny/ppo-free    no KL penalty: over-optimisation
 
 One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
 (KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
@@ -24,13 +24,13 @@ from sampling import sample_prompts
 
 
 @dataclass
-class Config:
+class Config:  # the comments are the --help texts
     out: str = "out/tiny/ppo"           # folder for the checkpoint
     sft: str = "out/tiny/sft"           # the policy starts here, and the reference stays here
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate, from the reward model; sft: from SFT; shared: policy's trunk; none
+    value: str = "separate"             # separate (from reward model), sft (from SFT), shared (policy's trunk), none (--lam 1)
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -39,7 +39,7 @@ class Config:
     response_tokens: int = 32           # longest response
     temperature: float = 0.7            # divides the logits, in sampling and in every log-probability
     lr: float = 1e-4                    # first learning rate, linear to 0 over the iterations (0: nothing is learned)
-    adam_eps: float = 1e-5              # of Adam, as in the 2019 code, whose root is uncorrected: smaller first steps
+    adam_eps: float = 1e-5              # Adam's, as in the 2019 code (which adds it before the bias correction)
     grad_clip: float = 1.0              # global norm of the gradient of policy and value together; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
     clip: float = 0.2                   # clip range of the ratio
@@ -54,7 +54,7 @@ class Config:
     missing_eos_score: float = -1.0     # replaces the score of a response without EOS; nan: keep the score
     whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
     whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout
-    snapshots: int = 8                  # policies kept along the way, for the evaluation
+    snapshots: int = 8                  # policies kept along the way for the evaluation, at least
     sample_every: int = 10              # iterations between printed samples
     save_every: float = 300.0           # seconds between saves of the resume state
     overwrite: bool = False             # replace another run that --out holds, instead of refusing
@@ -66,7 +66,7 @@ class Config:
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    # Ziegler et al. 2019's sentiment task, with a tenth of its million episodes.
+    # Ziegler et al. 2019's sentiment task, with a tenth of its code's million episodes.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
              "kl_horizon": 10000.0},
     # trlx's examples/hh for 125M (12,000 episodes), but for the learning-rate schedule, temperature and KL control.
@@ -92,8 +92,8 @@ def whiten(x, mask, shift_mean=True):
 
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last masked token
-    (Ziegler et al. 2019, eq. 2, with the log-ratio spread over the tokens)."""
+    """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last real token, where
+    the mask ends (Ziegler et al. 2019, eq. 2, with the log-ratio spread over the tokens)."""
     place = torch.arange(1, mask.size(1) + 1, device=mask.device)
     last = (place * mask).amax(1, keepdim=True)  # (B, 1)
     at_last = (place == last) * mask  # (B, R), all 0 in a row without tokens
@@ -132,7 +132,7 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 class AdaptiveKL:
-    """The controller of Ziegler et al. 2019, section 2.2: raises the KL coefficient while KL is above the target."""
+    """The controller of Ziegler et al. 2019, section 2.2: raises the KL coefficient while KL is above target."""
 
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
@@ -164,7 +164,7 @@ def forward(policy, value, batch, temperature):
     """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R). The logits at
     P-1+t predict response token t, and the value there is that of the state before it."""
     tokens, pad, P = batch["tokens"], batch["pad"].to(batch["tokens"].device), prompt_columns(batch)
-    hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C)
+    hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C): positions P-1 .. P+R-2
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
     if value is None:
@@ -182,15 +182,17 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
     little padding: tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B, R):
     mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
     """
-    device, (tokens, pad) = next(policy.parameters()).device, pad_prompts(prompts, end)
-    with autocast():  # once per rollout: it casts each weight once
+    device = next(policy.parameters()).device
+    tokens, pad = pad_prompts(prompts, end)  # to one length; the sampler pads its own groups
+    with autocast():  # one context: its cache of bf16 weights serves the whole rollout
         responses, lengths, sampler_logprobs = sample_prompts(
             policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
         order = (lengths.cpu() - pad).argsort(stable=True)  # by length of prompt and response, less P, the same for all
-        tokens, pad, lengths = torch.cat([tokens.to(device), responses], dim=1)[order], pad[order], lengths[order]
+        tokens, responses, pad, lengths, sampler_logprobs = (
+            x[order] for x in (tokens.to(device), responses, pad, lengths, sampler_logprobs))
         mask = length_mask(lengths, responses.size(1))
-        rollout = {"tokens": tokens, "pad": pad, "mask": mask, "lengths": lengths.cpu(),
-                   "sampler_logprobs": sampler_logprobs[order], "scores": torch.zeros(len(mask), device=device)}
+        rollout = {"tokens": torch.cat([tokens, responses], dim=1), "pad": pad, "mask": mask, "lengths": lengths.cpu(),
+                   "sampler_logprobs": sampler_logprobs, "scores": torch.zeros(len(mask), device=device)}
 
         # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
         names = ("old_logprobs", "ref_logprobs", "values", "entropy")
@@ -206,9 +208,9 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
             for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
                 rollout[name][rows, :x.size(1)] = x * batch["mask"]
 
-    scores, ended = rollout["scores"], responses[order].gather(1, lengths[:, None] - 1).squeeze(1) == end
-    judged = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
-    rewards = shape_rewards(judged, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
+    scores, ended = rollout["scores"], responses.gather(1, lengths[:, None] - 1).squeeze(1) == end
+    paid = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
+    rewards = shape_rewards(paid, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
     rewards = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
     advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
     rollout.update(advantages=whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns=returns)
@@ -223,7 +225,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "eos_rate": ended.float().mean(), "unique_responses": len(torch.unique(responses, dim=0)) / len(responses),
-        "repetition": repetition(responses[order], mask), **explained,
+        "repetition": repetition(responses, mask), **explained,
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask)}
 
 
@@ -234,21 +236,21 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
         shuffled = torch.randperm(cfg.episodes, generator=random)
         for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
             rows = rows.sort().values  # by length again: which rows are in a minibatch matters, not their order
-            counted = rollout["lengths"][rows].sum().item()  # tokens
+            all_tokens = rollout["lengths"][rows].sum().item()  # of the minibatch
             for part in rows.split(cfg.microbatch):
                 batch = select(rollout, part)
-                mask, old_logprobs, tokens = batch["mask"], batch["old_logprobs"], batch["lengths"].sum().item()
+                mask, old_logprobs, part_tokens = batch["mask"], batch["old_logprobs"], batch["lengths"].sum().item()
                 with autocast():
                     logprobs, values = forward(policy, value, batch, cfg.temperature)[1:]  # the logits are freed
                 pg_loss, clip_fraction = policy_loss(logprobs, old_logprobs, batch["advantages"], mask, cfg.clip)
                 v_loss, v_clip_fraction = value_loss(values, batch["values"], batch["returns"], mask, cfg.value_clip)
                 # Weighted by its share of the minibatch's tokens: how a minibatch is split changes nothing.
-                ((pg_loss + cfg.value_coef * v_loss) * (tokens / counted)).backward()
+                ((pg_loss + cfg.value_coef * v_loss) * (part_tokens / all_tokens)).backward()
                 with torch.no_grad():
                     moved = (logprobs - old_logprobs) * mask
                     if epoch == 0 and minibatch == 0:  # nothing has been learned yet: 0 up to rounding
                         guard_ratio((moved.exp() - 1).abs().max(), log)
-                    log.add(tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
+                    log.add(part_tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
@@ -262,7 +264,7 @@ def guard_ratio(error, log):
 
 
 def guard(kl, streak, kl_ceiling, log):
-    """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below zero in five rollouts in a row:
+    """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below -0.1 in five rollouts in a row:
     streak, {"below_zero": rollouts}, counts them."""
     streak["below_zero"] = streak["below_zero"] + 1 if kl < -0.1 else 0
     if kl > (kl_ceiling or math.inf):
@@ -293,41 +295,42 @@ def one_response(enc, rollout, iteration):
 def main(cfg):
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
     check(cfg.gamma <= 1 and cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
+    check(cfg.temperature > 0 and cfg.kl_target > 0, "--temperature and --kl-target must be above 0")
     check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "sft", "reward", "prompts")
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
-    reward, rewards = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
+    reward, reward_folders = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
     value = None
     if cfg.value == "separate":
-        value = load_model(rewards[0], device, kind="reward", recompute=cfg.recompute)
+        value = load_model(reward_folders[0], device, kind="reward", recompute=cfg.recompute)
     elif cfg.value == "sft":
         value = load_trunk(cfg.sft, device, recompute=cfg.recompute)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
-        value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # values begin at 0
+        value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first
     enc, vocab = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken"
-    check_same_vocab(cfg.sft, *rewards)
+    check_same_vocab(cfg.sft, *reward_folders)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
     prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     stage.open()
-    trained = {"policy": policy, "value": value} if value else {"policy": policy}
+    trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], cfg.lr, 0.0, eps=cfg.adam_eps)
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
-    log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row
+    log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row; a dict, which resume fills in place
     per_epoch, every = len(prompts) // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
     first = stage.resume(cfg.iterations, **trained, optimizer=optimizer, log=log, controller=vars(controller),
-                         sampling=sampling, streak=streak)  # vars: the live dict
+                         sampling=sampling, streak=streak)  # vars(): what is written to it sets the attributes
     if first == 0:
         shutil.rmtree(stage.folder / "snapshots", ignore_errors=True)  # of an earlier run
 
     for iteration in (bar := progress(range(first, cfg.iterations), "ppo")):
         place = iteration % per_epoch  # in an epoch over the prompts; the few that are left over wait for the next
-        order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()
+        order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()  # one an epoch
         batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
 
         rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,

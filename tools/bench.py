@@ -23,6 +23,7 @@ from dpo import Config as DPOConfig, measure, response_logprobs
 from model import GPT, GPTConfig, ScalarModel, row_logprobs
 from reward import ranking_loss, score_rankings
 from sampling import sample
+from tools.export import exported_config
 
 
 @dataclass
@@ -177,11 +178,8 @@ def ranked(bench, figure):
 def peer_model(bench, scalar=False):
     """The same model in transformers, with the language-model head or a scalar one."""
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-    end = MODEL.vocab_size - 1
-    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(GPT2Config(
-        vocab_size=end + 1, n_positions=MODEL.block_size, n_embd=MODEL.width, n_layer=MODEL.n_layer, num_labels=1,
-        n_head=MODEL.n_head, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        pad_token_id=end - 1, eos_token_id=end)).to(bench.device)
+    config = GPT2Config(**{**exported_config(MODEL, "lm"), "pad_token_id": MODEL.vocab_size - 2})
+    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(config).to(bench.device)
 
 
 def trl_steps(bench, name, rows, data, models, **how):
@@ -209,14 +207,12 @@ def trl_steps(bench, name, rows, data, models, **how):
     return [end - start for start, end in zip(ends, ends[1:])]
 
 
-FIGURES = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration}  # others: ranked
-
-
 def main(cfg):
     torch.set_num_threads(1)
     bench = Bench(cfg)
+    work = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration}
     for figure in cfg.only.split(","):
-        FIGURES.get(figure, ranked)(bench, figure)
+        work.get(figure, ranked)(bench, figure)
 
 
 if __name__ == "__main__":

@@ -35,17 +35,15 @@ SYMPTOMS = {
     "negative KL": Symptom("ppo", "kl", "mean below -0.1, four of five rollouts below 0",
         "the responses are not samples of the policy", "see `sampler differs`; policy and reference exchanged?"),
     "first ratio": Symptom("ppo", "first_ratio_error", "above 0.1 (the guard stops a run at 0.5)",
-        "the weights are still the same", "dropout, temperature, mask, positions: equal in rollout and update?"),
+        "old and new log-probabilities are of the same weights", "dropout left on? another mask or temperature?"),
     "sampler differs": Symptom("ppo", "sampler_difference", "above 0.05 nats per token",
-        "sampler and training graph are not the same model: KL and ratio are of responses it did not sample",
-        "compare token by token: temperature, mask, positions under left padding, a shift by one, dropout"),
+        "sampler and training graph are two models", "compare temperature, mask, left padding, shift by one, dropout"),
     "rewards do not add up": Symptom("ppo", "rewards", "not score - kl_coef * kl, within 1 % and responses without EOS",
         "the KL penalty has the wrong sign, or the score is not in them once", "compare `ppo.py: shape_rewards`"),
     "wrong way": Symptom("ppo", "kl_coef", "moves away from the target in half of the rollouts",
         "it must rise while KL is above its target, and fall while it is below", "compare `ppo.py: AdaptiveKL`"),
     "first scores off": Symptom("ppo", "score", "mean beyond 0.5 or deviation outside 0.5 to 2, and beyond chance",
-        "the reward model was normalised to mean 0 and deviation 1 on SFT samples: it reads another position, or text",
-        "`model.py: ScalarModel.score` at the last real token; reward.py --sft, --prompts, --temperature"),
+        "on SFT samples they are 0 and 1", "is the last real token read? the same --sft, --prompts, --temperature?"),
     # PPO: does it learn, and what?
     "KL runs away": Symptom("ppo", "kl", "above three times --kl-target, without a controller above 30 nats",
         "far from what the reward model has seen", "a lower --lr, fewer --epochs, a larger --kl-coef; look at samples"),
@@ -57,31 +55,24 @@ SYMPTOMS = {
         "compare win rates at equal length; is it shown whole responses?"),
     "no EOS": Symptom("ppo", "eos_rate", "falls below 0.5, or ends below 0.05", "the score is of half a response",
         "was the EOS learned in SFT, is it inside the mask? a larger --response-tokens; --missing-eos-score -1"),
-    "entropy collapse": Symptom("ppo", "entropy", "below 0.3 of what it was", "the policy has stopped exploring",
-        "a lower --lr, fewer --epochs, a larger --kl-coef"),
     "identical responses": Symptom("ppo", "unique_responses", "fewer than 0.7 of a rollout differ",
         "collapse, or a policy that cannot see its prompt", "a larger --kl-coef; does this response always win?"),
     "repetition": Symptom("ppo", "repetition", "above 0.2, and twice the beginning's",
         "the same words again and again", "a larger --kl-coef; a reward model that has seen such text ranked last"),
     "values explain nothing": Symptom("ppo", "explained_variance", "below 0 at the end",
         "advantages are noisier than without it", "--value separate; are values and returns shifted by one?"),
-    "value loss explodes": Symptom("ppo", "value_loss", "above three times the beginning's",
-        "returns move faster than the value model", "a lower --lr or --value-coef; returns of whitened advantages?"),
     "clip binds": Symptom("ppo", "clip_fraction", "above 0.3 in a quarter of the rollouts",
         "a third of the tokens give no gradient: steps too large", "a lower --lr, fewer --epochs or --minibatches"),
     "clip never binds": Symptom("ppo", "clip_fraction", "0 all the time, with more than one step per rollout",
-        "tiny steps; if KL moves all the same, old log-probabilities are new ones", "a larger --lr; `ppo.py: update`"),
+        "tiny steps, or old log-probabilities of the current pass (if KL moves)", "larger --lr; see `ppo.py: update`"),
     # the other stages
     "near chance": Symptom("reward", HELD_OUT, "surely below 0.6 (its interval)", "PPO would follow noise",
         "more rankings, more --epochs; do the labels agree with each other (python -m labeling.agreement)?"),
     "memorised": Symptom("reward", "accuracy", "in training more than 0.1 above the interval held out",
         "it knows its rankings, not what they have in common", "fewer --epochs, more rankings, --weight-decay"),
-    "labels are noise": Symptom("label", KEPT, "below 0.6",
-        "noise hides the labeler's opinion", "--noise 1, --flip 0"),
+    "labels are noise": Symptom("label", KEPT, "below 0.6", "it hides the labeler's opinion", "--noise 1, --flip 0"),
     "overfit": Symptom("sft", "valid_loss", "ends more than 0.02 nats above its lowest",
         "the last steps memorised the training set; the checkpoint is that of the lowest", "fewer --epochs"),
-    "not learning": Symptom("reward", "loss", "never lower in the second half than at first (DPO, too)",
-        "the stage has learned nothing", "--lr, up or down by ten; are the labels what they should be?"),
     "chosen falls": Symptom("dpo", "chosen_logprobs", "by more than 30 %",
         "what chosen and rejected lose goes to texts that nobody ranked", "a larger --beta, a lower --lr"),
     "margins not 0 at first": Symptom("dpo", "loss", "first line further than 0.05 from log 2",
@@ -220,7 +211,7 @@ def ppo_learning(record):
     """What takes some rollouts to show. The beginning: the first 512 responses; the end: the last quarter."""
     column, flags, lines = record.column, record.flags, record.lines
     first = max(1, sum(line["episodes"] <= 512 for line in lines))
-    last, later = (range(len(lines) - len(lines) // part, len(lines)) for part in (4, 2))
+    last = range(len(lines) - len(lines) // 4, len(lines))
     half_way = len(lines) >= 0.5 * flags["iterations"]  # slow is not broken
     asks_for_eos, values = not math.isnan(flags["missing_eos_score"]), flags["value_coef"] and flags["value"] != "none"
     for name, is_broken in {
@@ -228,7 +219,6 @@ def ppo_learning(record):
             "KL stays at 0": lambda early, late: late < 0.05 and half_way,
             "length changes": lambda early, late: not 0.6 * early < late < 1.4 * early,
             "no EOS": lambda early, late: late < 0.05 and asks_for_eos or late < 0.5 <= early,
-            "entropy collapse": lambda early, late: late < 0.3 * early,
             "identical responses": lambda early, late: late < 0.7,
             "repetition": lambda early, late: late > max(0.2, 2 * early),
             "values explain nothing": lambda early, late: late < 0 and half_way and values}.items():
@@ -236,9 +226,6 @@ def ppo_learning(record):
         early, late = mean(numbers[:first]), mean(numbers[last.start:])
         if is_broken(early, late):
             yield name, f"{early:.2f} at the beginning, {late:.2f} at the end", last
-    early, late = mean(column("value_loss")[:first]), max(column("value_loss")[later.start:])
-    if late > 3 * early and values:
-        yield "value loss explodes", f"up to {late:.2f}, {early:.2f} at the beginning", later
     clipped = column("clip_fraction")
     if len(high := [i for i, x in enumerate(clipped) if x > 0.3]) >= len(clipped) / 4:
         yield "clip binds", f"for up to {max(clipped):.2f} of the tokens", high
@@ -248,13 +235,8 @@ def ppo_learning(record):
 
 def reward(record):
     """The reward model, the labeler or the judge, from its log and report card."""
-    if not record.judged:
-        return
-    accuracy, losses, card = record.column("accuracy"), record.column("loss"), record.files["report_card.json"]
-    half = len(losses) // 2  # the best of the second half: a line may be of few rankings
-    if len(losses) > 1 and min(losses[half:]) >= losses[0] - 0.01 and max(accuracy[half:]) <= accuracy[0] + 0.01:
-        yield "not learning", f"{losses[0]:.3f} at the beginning, {losses[-1]:.3f} at the end", None
-    if not card:  # not finished
+    accuracy, card = record.column("accuracy"), record.files["report_card.json"]
+    if not record.judged or not card:  # not finished
         return
     held_out, known = card["held-out rankings"], mean(accuracy[-max(1, len(accuracy) // 4):])
     if held_out["interval"][1] < 0.6:
@@ -327,20 +309,17 @@ def committed(metric, *stages):
 
 def report(record):
     """Print what there is to say of a stage; whether something was found."""
-    findings, stages = examine(record), (record.name, record.kind)
+    findings = examine(record)
     for name, seen, where in findings:
         kind, metric, limit, why, tries = SYMPTOMS[name]
         unit = "iteration" if record.kind == "ppo" else "step"
         place = f"{record.path}{f', {unit} {span(record.lines[i][unit] for i in where)}' if where else ''}"
-        if runs := committed(metric, *stages):
+        if runs := committed(metric, record.name, record.kind):
             place += f"; healthy runs: {span(sum(runs, []))}, at the end {span(values[-1] for values in runs)}"
         print(visible(f"{record.name}: {name}: {metric}: {seen} ({place}): {why}. Try: {tries}."))
     if not findings:
         far = "" if record.files["done.json"] else f", not finished ({len(record.lines)} lines of its log)"
-        metrics = dict.fromkeys(symptom.metric for symptom in SYMPTOMS.values() if symptom.kind == record.kind)
-        numbers = [f"{metric} {x[0]:.2f} to {x[-1]:.2f} ({span(values[-1] for values in committed(metric, *stages))})"
-                   for metric in metrics if (x := record.column(metric))]
-        print(f"{record.name}: healthy{far}: {', '.join(numbers)}")
+        print(f"{record.name}: healthy{far}")
     return bool(findings)
 
 
@@ -352,7 +331,6 @@ class Config:
 def main(cfg):
     found = records(cfg.run)
     check(found, f"{cfg.run}: no stage that the doctor knows, neither here nor in a folder below")
-    print("first to last value of each metric (and the last in the committed runs)")
     sick = sum([report(record) for record in found])
     check(not sick, f"{sick} of {len(found)} stages with findings", 1)
 

@@ -29,19 +29,15 @@ def row_bytes(config, trained, T, read, recompute):
     return trained * trunk + read * 16 * config.vocab_size
 
 
-def rows_that_fit(memory, config, trained, frozen, T, read, recompute):
-    """Rows of a microbatch that fit into this many bytes, a tenth left free; 0: the models alone do not, or no row."""
-    left = 0.9 * memory - parameters(config) * (18 * trained + 4 * frozen)
-    return max(0, int(left // row_bytes(config, trained, T, read, recompute)))
-
-
 if __name__ == "__main__":
     print("| stage | model | parameters | 8 GB | 16 GB | 24 GB | 80 GB |\n|---|---|---|---|---|---|---|")
-    for stage, shape in STAGES.items():
+    for stage, (trained, frozen, T, read) in STAGES.items():
         for size, (n_layer, n_head, width, *_) in SIZES.items():
             config = GPTConfig(50257, 1024, n_layer, n_head, width)
             line = f"| {stage} | {size} | {parameters(config) / 1e6:,.0f}M |"
             for memory in (8e9, 16e9, 24e9, 80e9):
-                plain, saved = (rows_that_fit(memory, config, *shape, recompute) for recompute in (False, True))
+                left = 0.9 * memory - parameters(config) * (18 * trained + 4 * frozen)  # a tenth stays free
+                plain, saved = (max(0, int(left // row_bytes(config, trained, T, read, recompute)))
+                                for recompute in (False, True))
                 line += f" {plain or '-'} ({saved}) |" if saved else " - |"
             print(line)

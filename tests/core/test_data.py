@@ -1,6 +1,5 @@
 """The tokenizer, truncation, files as people have them, padding, batches, and the command line."""
 import os
-import random
 import resource
 import sys
 from collections import Counter
@@ -75,8 +74,7 @@ def test_a_long_dialogue_loses_whole_turns(enc, turns):
     (16, 30, [2, 7], 7, 1, 0),
     (16, 30, [2, 8], 7, 1, 1),    # never less than half of the block
     (16, 3, [20, 30], 3, 0, 2),   # a short prompt leaves the responses more than half
-    (64, 40, [1, 22], 40, 0, 0),  # the first word, which may decide, stays while the responses are short
-])
+    (64, 40, [1, 22], 40, 0, 0)])  # the first word, which may decide, stays while the responses are short
 def test_what_encode_texts_truncates(enc, block, prompt, responses, kept, prompts_truncated, responses_truncated):
     """A prompt under half of the block, another for each response, EOS behind a truncated response, a wrong count."""
     counts, texts, prompt = Counter(), ["y" * n for n in responses], "z" + "x" * (prompt - 1)
@@ -94,12 +92,11 @@ def test_what_is_truncated_is_reported(tmp_path, capsys):
     """A model that never learns to stop, and nobody was told why."""
     for truncated, told in ((0, ""), (60, "60 of 90 responses are truncated: they have no EOS")):
         data.report_truncated(Counter({"responses": 90, "responses truncated": truncated}), common.Log(tmp_path))
-        assert capsys.readouterr().out.startswith(told) and (tmp_path / "log.jsonl").exists() == bool(told)
+        assert told in capsys.readouterr().out and (tmp_path / "log.jsonl").exists() == bool(told)
     assert log_of(tmp_path) == [{"truncated": {"prompts": 0, "responses": 60, "of": 90}}]
 
 
 GOOD = b'{"prompt": "the film", "completion": " was good"}\n'
-COMPLETION = {"prompt": str, "completion": str}
 
 
 @pytest.mark.parametrize("content, problem", [
@@ -121,7 +118,7 @@ def test_bad_input_is_named(tmp_path, content, problem):
         path.write_bytes(content)
     pairs = content and (b"chosen" in content or b"responses" in content)
     with pytest.raises(UserError, match=rf"file\.jsonl{problem}") as error:
-        read_rankings(path) if pairs else read_jsonl(path, COMPLETION)
+        read_rankings(path) if pairs else read_jsonl(path, {"prompt": str, "completion": str})
     assert error.value.code == 2 and "\n" not in str(error.value)
 
 
@@ -137,8 +134,7 @@ def test_padding_and_masks():
 
 def test_batches_hold_every_row_once():
     """Rows lost or repeated, an order that depends on more than the seed; batches of padding, or from short to long."""
-    rng = random.Random(0)
-    lengths = [rng.randrange(1, 40) for _ in range(1003)]
+    lengths = [1 + i * i % 39 for i in range(1003)]
     made = batches(lengths, 8, 1, 0)
     assert sorted(row for batch in made for row in batch) == list(range(1003))
     assert sorted(map(len, made)) == [3] + [8] * 125

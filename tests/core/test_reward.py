@@ -11,7 +11,7 @@ import reward
 from conftest import END, both_precisions, close, ragged_mask, random_model
 from data import pair_accuracy, ranking_accuracy
 from model import ScalarModel, load_model, score_many
-from reward import batch_accuracy, normalise, ranking_loss, score_rankings
+from reward import batch_accuracy, ranking_loss, score_rankings
 from sampling import sample_many
 
 LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
@@ -111,20 +111,15 @@ def test_training_learns_and_normalises(checkpoints, tmp_path):
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_no_prompt_is_on_both_sides_of_the_split():
-    """Held-out accuracy on prompts that were trained on: rankings of one prompt stay on one side."""
+def test_no_prompt_is_on_both_sides_of_the_split(capsys):
+    """Held-out accuracy on prompts that were trained on; a task of a single prompt that cannot be trained on."""
     rows = [{"prompt": f"film {i}", "responses": [f" good {k}", " bad"]} for i in range(10) for k in range(3)]
     sides = data.split_by_prompt(rows, 0.25, 1)
     train, test = ({row["prompt"] for row in side} for side in sides)
     assert len(train) == 8 and len(test) == 2 and not train & test and sum(map(len, sides)) == 30
     assert sides == data.split_by_prompt(rows, 0.25, 1) != data.split_by_prompt(rows, 0.25, 2)
-
-
-def test_rankings_of_one_prompt_are_held_out_one_by_one(capsys):
-    """A task of a single prompt that cannot be trained on, or whose held-out rankings are all or none of it."""
-    rows = [{"prompt": "write", "responses": [f" good {k}", " bad"]} for k in range(12)]
-    train, test = data.split_by_prompt(rows, 0.25, 1)
-    assert len(test) == 3 and sorted(train + test, key=rows.index) == rows
+    train, test = data.split_by_prompt(rows[:3], 0.25, 1)  # of one prompt
+    assert len(test) == 1 and sorted(train + test, key=rows.index) == rows[:3]
     assert "all rankings share one prompt" in capsys.readouterr().out
 
 

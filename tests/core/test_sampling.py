@@ -92,8 +92,7 @@ def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
     (0, 0.35, [1.0, 0, 0, 0]),            # the first reaches the share alone
     (0, 0.6, [4 / 7, 3 / 7, 0, 0]),       # the one that crosses the share is kept
     (0, 0.85, [4 / 9, 3 / 9, 2 / 9, 0]),
-    (3, 0.72, [4 / 7, 3 / 7, 0, 0]),      # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
-])
+    (3, 0.72, [4 / 7, 3 / 7, 0, 0])])     # top_p among the three that top_k left: 4/9 + 3/9 > 0.72 > 0.4 + 0.3
 def test_top_k_and_top_p(top_k, top_p, expected):
     """One token kept too many or too few, or truncated in the wrong order; a token of probability 0 at an end."""
     order, probs = [2, 0, 3, 1], torch.empty(4)  # ids are not sorted by probability

@@ -1,6 +1,6 @@
 """Classic bugs put into small runs on purpose: does the doctor see them?
 
-    python tests/extras/breaks.py > results/faults.md
+    python tests/extras/breaks.py                  prints the rows of the table in results/faults.md
 
 Each is a patch of one function or of a flag, for a run of seconds on small models, whose healthy runs learn.
 """
@@ -45,11 +45,6 @@ def small_policy(enc):
     return policy
 
 
-def vowels(text):
-    """What is good in this small world: the share of vowels."""
-    return sum(text.count(vowel) for vowel in "aeiou") / len(text)
-
-
 def world(folder):
     """{stage: its configuration} of a whole small set-up: an SFT model, rankings of its samples (vowels are good), a
     reward model trained on them, demonstrations and prompts."""
@@ -67,7 +62,8 @@ def world(folder):
     ranked = []
     for i, text in enumerate(texts):
         usable = {x for x in sampled[4 * i:4 * i + 4] if x.strip() and x.isascii() and x.isprintable()}
-        ranked.append({"prompt": text, "responses": sorted(usable, key=lambda x: (-vowels(x), x))})
+        by_vowels = sorted(usable, key=lambda x: (-sum(map(x.count, "aeiou")) / len(x), x))
+        ranked.append({"prompt": text, "responses": by_vowels})
     data.write_jsonl(rows, [row for row in ranked if len(row["responses"]) > 1])
     best = [{"prompt": row["prompt"], "completion": row["responses"][0]} for row in ranked if row["responses"]]
     data.write_jsonl(demos, best[:40])
@@ -104,8 +100,7 @@ def shifted(policy, value, batch, temperature):
 
 
 def too_kind(*args):
-    model = load_reward(*args)
-    model.bias.add_(2.0)
+    (model := load_reward(*args)).bias.add_(2.0)
     return model
 
 
@@ -201,14 +196,6 @@ def run(cfg, broken):
 
 
 if __name__ == "__main__":
-    print("""# Bugs put into small runs on purpose
-
-Written by `python tests/extras/breaks.py`: each bug is a patch of one function or flag, for a run of seconds on small
-models, whose healthy runs have no findings. What the doctor says is what `python -m tools.doctor` prints of that run;
-[metrics.md](../docs/metrics.md) explains its words.
-
-| bug | stage | the doctor says |
-|---|---|---|""")
     with tempfile.TemporaryDirectory() as folder:
         configs = world(Path(folder))
         healthy = [Break(f"none, seed {seed}", "", flags={"seed": seed}, stage=stage) for stage in configs

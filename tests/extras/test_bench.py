@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_model
-from model import GPT, GPTConfig, ScalarModel, token_logprobs
+from model import GPT, GPTConfig, token_logprobs
 from sampling import sample
 from tools import bench, memory
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,33 +32,29 @@ def test_flop_counts_what_runs(T, first):
 
 
 @torch.no_grad()
-def test_flop_counts_scores_and_samples():
-    """A reward model's floor that counts positions nobody reads; a sampler's that counts a prompt twice."""
-    scorer, gpt, tokens = random_model(ScalarModel).double(), random_model().double(), torch.zeros(2, 9).long()
-    ran = counted(lambda: scorer.score(tokens, None, torch.tensor([4, 8])))
-    assert ran == 2 * bench.flop(scorer.config, 9, 1) + 2 * 2 * scorer.config.width  # the head: flop() leaves it out
+def test_flop_counts_samples():
+    """A sampler's floor that counts a prompt twice."""
+    gpt, tokens = random_model().double(), torch.zeros(2, 9).long()
     ran = counted(lambda: sample(gpt, tokens, None, 5, bench.NEVER))
     assert ran == 2 * bench.sample_flop(gpt.config, 9, 5)
 
 
-@pytest.mark.parametrize("library, only, value", [
-    ("", "train,sample,ppo,reward,dpo,dpo-ranked", "separate"), ("", "ppo", "shared"),
-    ("transformers", "train,sample", "separate"), ("trl", "ppo,reward,dpo", "separate")])
-def test_every_figure_runs(monkeypatch, capsys, library, only, value):
+@pytest.mark.parametrize("library, only", [
+    ("", bench.Config.only), ("transformers", "train,sample"), ("trl", "ppo,reward,dpo")])
+def test_every_figure_runs(monkeypatch, capsys, library, only):
     """A benchmark that no longer fits the scripts it measures, or the peers; these only where they are installed."""
     if library:
         pytest.importorskip(library, reason=f"{library} is not installed")
     for name, small in {"MODEL": GPTConfig(64, 32, 2, 2, 16), "TRAIN": (2, 8), "SAMPLE": (4, 4, 4), "PROMPT": 3,
                         "TEXT": 8, "RANKINGS": {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}}.items():
         monkeypatch.setattr(bench, name, small)
-    bench.main(bench.Config(only=only, value=value, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))
+    bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))
     printed = "\n" + capsys.readouterr().out
-    for name in ["matrix product", "copy", *(f"{name} {library}" for name in only.split(","))]:
+    for name in ["matrix product", *(f"{name} {library}" for name in only.split(","))]:
         assert f"\n{name} " in printed.replace("  ", " "), name
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("read", [0, 24])
+@pytest.mark.parametrize("recompute, read", [(False, 0), (False, 24), (True, 24)])
 def test_bytes_that_a_row_keeps(monkeypatch, recompute, read):
     """Memory that is out by a factor: what the backward pass really keeps of one row, counted tensor by tensor."""
     monkeypatch.setattr(model, "attention",  # as on a GPU

