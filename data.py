@@ -93,12 +93,12 @@ def encode_rankings(enc, rows, block_size, counts):
 
 def report_truncated(counts, log):
     """Print what encode_texts has truncated, and note it in the log."""
-    prompts, responses = counts["prompts truncated"], counts["responses truncated"]
-    if prompts or responses:
-        print(f"{prompts:,} of {counts['prompts']:,} prompts are truncated")
-        print(f"{responses:,} of {counts['responses']:,} responses are truncated: they have no EOS, and the model will "
-              "not learn to stop")
-        log.append({"truncated": {"prompts": prompts, "responses": responses, "of": counts["responses"]}})
+    for what, so in (("prompts", ""), ("responses", ": they have no EOS, and the model will not learn to stop")):
+        if counts[f"{what} truncated"]:
+            print(f"{counts[f'{what} truncated']:,} of {counts[what]:,} {what} are truncated{so}")
+    if counts["prompts truncated"] or counts["responses truncated"]:
+        log.append({"truncated": {"prompts": counts["prompts truncated"], "responses": counts["responses truncated"],
+                                  "of": counts["responses"]}})
 
 
 def prompt_limit(block_size, response_tokens):

@@ -77,7 +77,9 @@ def encode(enc, rows, block_size, comparisons, counts):
         if len(responses) > 1:
             responses = responses if comparisons == "all" else [responses[0], responses[-1]]
             rankings.append([(prompt + list(response), len(prompt)) for response in responses])
-    check(rankings, "nothing to compare: the responses are equal within the block size")
+    if len(rankings) < len(rows):
+        print(f"{len(rows) - len(rankings):,} rankings dropped: their responses are equal within the block size")
+    check(rankings, "nothing to compare: no ranking is left")
     return rankings
 
 

@@ -30,7 +30,7 @@ class Config:  # the comments are the --help texts
     reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate (from reward model), sft (from SFT), shared (policy's trunk), none (--lam 1)
+    value: str = "separate"             # separate: from the reward model; sft: from SFT; shared: policy's; none
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout

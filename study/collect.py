@@ -39,7 +39,7 @@ def stage_lines(folder, **labels):
     lines = [{"config": read(folder / "config.json")["stage"]}]
     lines += read(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
     lines += [{"card": read(folder / "report_card.json")}] if (folder / "report_card.json").is_file() else []
-    lines += [{"done": {name: value for name, value in read(folder / "done.json").items() if name != "outputs"}}]
+    lines += [{"done": {name: value for name, value in read(folder / "done.json").items() if name != "files"}}]
     return [{**labels, **line} for line in lines]
 
 

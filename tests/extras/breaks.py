@@ -6,6 +6,7 @@ Each is a patch of one function or of a flag, for a run of seconds on small mode
 """
 import contextlib
 import copy
+import functools
 import io
 import random
 import sys
@@ -91,6 +92,7 @@ forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs 
     ppo.forward, ppo.load_model, ppo.sample_prompts, ppo.policy_loss, ppo.shape_rewards, ppo.token_logprobs)
 load_reward, read_rankings, ranking_loss = ppo.load_reward, reward.read_rankings, reward.ranking_loss
 dpo_loss, response_logprobs = dpo.dpo_loss, dpo.response_logprobs
+first_weights, loaded = functools.cache(copy.deepcopy), {}  # a model as it was at the first call; {folder: model}
 
 
 def shifted(policy, value, batch, temperature):
@@ -104,33 +106,10 @@ def too_kind(*args):
     return model
 
 
-def shuffled(path):
-    rows, order = read_rankings(path), random.Random(1)
-    for row in rows:
-        order.shuffle(row["responses"])
-    return rows
-
-
 def of_another_model(*args, **how):
     """Log-probabilities without a gradient, those of the reference, as another model would give them."""
     sums = response_logprobs(*args, **how)
     return sums if torch.is_grad_enabled() else [x * (1 + torch.rand(len(x))) for x in sums]
-
-
-def at_the_first_weights():
-    """sample_prompts of the model as it was at the first call."""
-    first = []
-
-    def sample(model, *args, **how):
-        first.append(copy.deepcopy(model)) if not first else None
-        return sample_prompts(first[0], *args, **how)
-    return sample
-
-
-def one_for_all():
-    """load_model that gives the same object for the same folder."""
-    loaded = {}
-    return lambda folder, *args, **how: loaded.setdefault(folder, load_model(folder, *args, **how))
 
 
 class Backwards(ppo.AdaptiveKL):
@@ -148,13 +127,15 @@ BREAKS = [
           {"length_mask": lambda lengths, size: torch.ones(len(lengths), size)}),
     Break("dropout left on", "first ratio",
           {"load_model": lambda *args, **how: load_model(*args, **{**how, "dropout": 0.1}).train()}),
-    Break("responses sampled with stale weights", "negative KL", {"sample_prompts": at_the_first_weights}),
+    Break("responses sampled with stale weights", "negative KL", {
+        "sample_prompts": lambda model, *args, **how: sample_prompts(first_weights(model), *args, **how)}),
     Break("KL penalty with the wrong sign", "rewards do not add up",
           {"shape_rewards": lambda scores, own, ref, mask, coef: shape_rewards(scores, own, ref, mask, -coef)}),
     Break("score on every token", "rewards do not add up",
           {"shape_rewards": lambda scores, own, ref, mask, coef: (scores[:, None] - coef * (own - ref)) * mask}),
     Break("KL controller backwards", "wrong way", {"AdaptiveKL": Backwards}),
-    Break("reference trained along with the policy", "KL stays at 0", {"load_model": one_for_all}),
+    Break("reference trained along with the policy", "KL stays at 0", {
+        "load_model": lambda folder, *args, **how: loaded.setdefault(folder, load_model(folder, *args, **how))}),
     Break("advantages with the wrong sign", "KL runs away",
           {"policy_loss": lambda own, old, advantages, mask, clip: policy_loss(own, old, -advantages, mask, clip)}),
     Break("old log-probabilities taken from the current pass", "KL runs away",
@@ -166,7 +147,10 @@ BREAKS = [
     Break("no KL penalty", "KL runs away", flags={"kl_coef": 0.0, "kl_horizon": 0.0, "lr": 4e-3}),
     Break("reward model normalised on other samples", "first scores off", {"load_reward": too_kind}),
     Break("reward model untrained", "gradient far above the clip", flags={"lr": 1e-9}, stage="reward"),
-    Break("rankings in no order", "near chance", {"read_rankings": shuffled}, {"test_share": 0.3}, stage="reward"),
+    Break("rankings in no order", "near chance", {
+        "read_rankings": lambda path: [{**row, "responses": random.Random(i).sample(texts, len(texts))}
+                                       for i, row in enumerate(read_rankings(path)) for texts in [row["responses"]]]},
+          {"test_share": 0.3}, stage="reward"),
     Break("ranking loss reversed", "near chance", {"ranking_loss": lambda scores, mask: ranking_loss(-scores, mask)},
           stage="reward"),
     Break("reward model trained far too long", "memorised", flags={"epochs": 15}, stage="reward"),
@@ -185,8 +169,7 @@ def run(cfg, broken):
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         for name, substitute in broken.patch.items():
-            made = substitute() if substitute in (at_the_first_weights, one_for_all) else substitute  # fresh ones
-            stack.enter_context(mock.patch.object(module, name, made))
+            stack.enter_context(mock.patch.object(module, name, substitute))
         try:
             module.main(replace(cfg, **broken.flags))
         except common.UserError as error:  # a guard, which writes the reason into the log

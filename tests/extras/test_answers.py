@@ -9,7 +9,6 @@ from common import UserError
 from data import read_rows, write_jsonl
 from labeling import blind, merge, terminal
 from labeling.answers import levels_of, parse_order, ranking_of, write_order
-from labeling.terminal import shown_to
 
 SAMPLES = [{"id": f"s{i}", "prompt": f"\x1b[2J {i}", "responses": [f" {word} {i}" for word in "abc"]} for i in range(4)]
 
@@ -48,11 +47,10 @@ def ranked(tmp_path, monkeypatch):
 
 
 def test_order_ties_skip_undo_and_typing_errors(ranked, tmp_path, capsys):
-    """An undo that removes the wrong answer or can't reach the last session; a typing error that is stored; text that
-    acts on the terminal."""
+    """An undo of the wrong answer, or of this session's only; a typing error that is stored; text that acts."""
     rows, rankings = ranked("u", "s", "u", "12", "312!", "u", "3=1 2", "s", "?", "1=2=3", "q")
     assert [(row["id"], row["order"]) for row in rows] == [("s0", "1=3 2"), ("s1", ""), ("s2", "1=2=3")]
-    one, two, three = shown_to("me", SAMPLES[0])
+    one, two, three = terminal.shown_to("me", SAMPLES[0])
     assert [(row["responses"], row["ties"]) for row in rankings] == [([one, two], [[one, three]])]
     out = capsys.readouterr().out
     assert "nothing to undo" in out and "each of 1 to 3" in out and "3 answered, 1 left" in out
@@ -64,7 +62,7 @@ def test_order_ties_skip_undo_and_typing_errors(ranked, tmp_path, capsys):
 
 def test_labelers_see_different_orders_and_do_not_overwrite_each_other(ranked, tmp_path):
     """Position bias that looks like agreement; one labeler's evening lost to another's, or to a reward model's."""
-    assert any(shown_to("ann", row) != shown_to("bob", row) for row in SAMPLES)
+    assert any(terminal.shown_to("ann", row) != terminal.shown_to("bob", row) for row in SAMPLES)
     ranked("123", "q", labeler="ann")
     for labeler in ("bob", "ann"):
         with pytest.raises(UserError, match="another labeler's"):
@@ -72,29 +70,25 @@ def test_labelers_see_different_orders_and_do_not_overwrite_each_other(ranked, t
         (tmp_path / "label me/answers.jsonl").unlink(missing_ok=True)  # as a reward model leaves its folder
 
 
-@pytest.fixture
-def merged(tmp_path):
-    """A function that merges ann's, bob's, a reward model's and these rows: rows of answers and rankings."""
-    def merge_with(*rows):
-        files = {"ann": [given("ann", 0, "3 1=2"), given("ann", 1, "")], "bob": [given("bob", 0, "1 2 3")],
-                 "model": [{**SAMPLES[3], "labeler": "out/tiny/labeler"}], "more": rows, "samples": SAMPLES}
-        for name, content in files.items():
-            write_jsonl(tmp_path / name, content)
-        paths = ",".join(str(tmp_path / name) for name in ("ann", "bob", "model", "more"))
-        merge.main(merge.Config(paths, f"{tmp_path}/samples", f"{tmp_path}/out"))
-        return read_rows(tmp_path / "out/answers.jsonl", dict), read_rows(tmp_path / "out/rankings.jsonl", dict)
-    return merge_with
+def merged(tmp_path, *rows):
+    """ann's answers, bob's, a reward model's and these, merged: rows of answers.jsonl and rankings.jsonl."""
+    files = {"ann": [given("ann", 0, "3 1=2"), given("ann", 1, "")], "bob": [given("bob", 0, "1 2 3")],
+             "model": [{**SAMPLES[3], "labeler": "out/tiny/labeler"}], "more": rows, "samples": SAMPLES}
+    for name, content in files.items():
+        write_jsonl(tmp_path / name, content)
+    paths = ",".join(str(tmp_path / name) for name in files if name != "samples")
+    merge.main(merge.Config(paths, f"{tmp_path}/samples", f"{tmp_path}/out"))
+    return [read_rows(tmp_path / f"out/{name}.jsonl", dict) for name in ("answers", "rankings")]
 
 
-def test_labelers_merge_and_duplicates_count_once(merged):
+def test_labelers_merge_and_duplicates_count_once(tmp_path):
     """Answers lost or counted twice, or rankings that can't be trained on."""
     turned = {**given("bob", 0, "3 2 1"), "shown": SAMPLES[0]["responses"][::-1]}  # the same, shown otherwise
-    rows, rankings = merged(given("ann", 0, "3 2=1"), turned, given("cy", 2, "1=2=3"))
+    rows, rankings = merged(tmp_path, given("ann", 0, "3 2=1"), turned, given("cy", 2, "1=2=3"))
     assert [row["labeler"] + row["id"] for row in rows] == ["anns0", "anns1", "bobs0", "out/tiny/labelers3", "cys2"]
-    assert [row["responses"] for row in rankings] == [
-        [" c 0", " a 0"], SAMPLES[0]["responses"], SAMPLES[3]["responses"]]
+    assert [row["responses"] for row in rankings] == [[" c 0", " a 0"], *(SAMPLES[i]["responses"] for i in (0, 3))]
     with pytest.raises(UserError, match="holds 1 answers that are in none of the files"):
-        merged(given("dee", 2, "1=2=3"))
+        merged(tmp_path, given("dee", 2, "1=2=3"))
 
 
 @pytest.mark.parametrize("row, message", [
@@ -102,10 +96,10 @@ def test_labelers_merge_and_duplicates_count_once(merged):
     (given("cy", 0, "1 2 3", id="new"), "'new' is not in .*samples"),
     (given("cy", 0, "1 2 3", shown=[" a 0", " b 0", " x"]), "'s0' .* with other texts"),
     (given("cy", 0, "1 2"), "each of 1 to 3"), ({"id": "s3"}, "expected an object")])
-def test_what_does_not_fit_is_refused_by_its_line(merged, tmp_path, row, message):
+def test_what_does_not_fit_is_refused_by_its_line(tmp_path, row, message):
     """Answers to other texts, or two answers of one labeler, merged without a word."""
     with pytest.raises(UserError, match="more:1: .*" + message):
-        merged(row, given("cy", 1, "1 2 3"))
+        merged(tmp_path, row, given("cy", 1, "1 2 3"))
     assert not (tmp_path / "out").exists()
 
 

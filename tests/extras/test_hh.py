@@ -31,7 +31,7 @@ def write(path, rows):
 
 
 def test_every_line_is_in_one_bin(tmp_path):
-    """A line under another reason; a good pair changed or lost; a split at the first response, or at a name in a line."""
+    """A line under another reason; a good pair changed or lost; a split at the first response, or within a line."""
     good, differ = pair("a", "b", "c"), "prompt: not what chosen and rejected begin with"
     preface, inline = f"Be kind.{TURN} a{REPLY}One\n\nTwo \nAssistant: ", dialogue("a  Human: b", "A  Human: B")
     odd = [("kept", good), ("kept", {"chosen": f"{preface}x", "rejected": f"{preface}y"}),

@@ -44,8 +44,8 @@ def test_layouts(convert, row, new):
 @pytest.mark.parametrize("row, problem", [
     ({"prompt": "a", "completion": " "}, "completion: empty"), ({"completion": "a"}, "prompt: missing"),
     ({**MESSAGES, "tools": [1]}, "tools: not used"), ({"prompt": "a", "rejected": "b"}, "rejected: not used"),
-    ({"prompt": data.TURN + " a"}, "prompt: a dialogue that"), ({"prompt": "a", "responses": ["b", "b"]}, "responses: "),
-    ({"messages": [USER, SYSTEM, REPLY]}, "messages: the last two"), ({"chosen": "a", "rejected": 3}, "rejected: expec"),
+    ({"prompt": data.TURN + " a"}, "prompt: a dialogue"), ({"prompt": "a", "responses": ["b", "b"]}, "responses: "),
+    ({"messages": [USER, SYSTEM, REPLY]}, "messages: the last two"), ({"chosen": "a", "rejected": 3}, "rejected: "),
     ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "messages: message 2: tool_calls: not used"),
     ({"messages": [USER, {**REPLY, "weight": 0}]}, "messages: message 2: weight: not used"),
     ({"chosen": f"{ASKED} a", "rejected": f"\n\nHuman: b{ASKED} c"}, "prompt: not what")])

@@ -157,12 +157,12 @@ def test_what_collect_keeps(tmp_path):
     folder = tmp_path / "x/study/ppo"
     folder.mkdir(parents=True)
     for name in ("config", "done", "results"):
-        common.write_json(folder / f"{name}.json", {"stage": {"out": str(folder)}, "outputs": {}, "samples": 1})
+        common.write_json(folder / f"{name}.json", {"stage": {"out": str(folder)}, "files": [], "samples": 1})
     (folder / "log.jsonl").write_text('{"kl": 0.123456789, "sample": "text"}\n')
     for seed in (1, 2, 1):
         collect.main(collect.Config(f"{tmp_path}/x/study", f"{tmp_path}/kept", seed))
     results, lines = (collect.read(tmp_path / "kept" / name, 9) for name in ("results.json", "logs.jsonl"))
     assert results.keys() == {"1", "2"} and "samples" not in results["1"]["ppo"]
-    assert [line["seed"] for line in lines] == [2] * 3 + [1] * 3 and "outputs" not in lines[2]["done"]
+    assert [line["seed"] for line in lines] == [2] * 3 + [1] * 3 and "files" not in lines[2]["done"]
     assert lines[:2] == [{"seed": 2, "run": "ppo", "config": {"out": "out/tiny/study/ppo"}},
                          {"seed": 2, "run": "ppo", "kl": 0.12346}]
