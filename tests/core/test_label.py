@@ -102,7 +102,7 @@ def test_noisy_pairs_are_bradley_terry_and_how_many_stay_in_order():
 
 @pytest.mark.parametrize("step, flags, message", [
     (label.sample, {"K": 1}, "--K is 1"), (label.sample, {"model": "reward"}, "expected lm"),
-    (label.rank, {"labeler": "lm"}, "expected reward")])
+    (label.rank, {"labeler": "lm", "noise": 0.0}, "expected reward")])
 def test_errors_write_nothing(folder, tmp_path, step, flags, message):
     """A folder that looks like a run after flags that make no sense."""
     with pytest.raises(UserError, match=message):

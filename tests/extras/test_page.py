@@ -36,7 +36,7 @@ def browser(tmp_path):
         pytest.skip("Chromium and chromedriver are not installed: the page was not tried in a browser")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-background-networking", "disable-dev-shm-usage"):
+    for flag in "headless=new no-sandbox disable-gpu disable-background-networking disable-dev-shm-usage".split():
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
@@ -66,6 +66,7 @@ def test_ranking_in_a_browser(browser, tmp_path):
     keys(ENTER, "1", "2", "3", "4", ENTER, "u")  # answered and taken back
     find("#none").click()  # gives the keys back to the question
     keys("2", "2", "4", "3", "2", "1", ENTER)  # 2 was taken back; none is acceptable
+    assert find("#count").text == "3 of 6"
     browser.refresh()
     count = "return document.getElementById('count')?.textContent"
     WebDriverWait(browser, 60).until(lambda _: browser.execute_script(count) == "3 of 6")
