@@ -4,8 +4,8 @@
 # 1. VADER's rules rank the samples (RLAIF without a server; pip install vaderSentiment==3.3.2). From their rankings, and
 #    from all others that lie in $OUT/label-NAME/rankings.jsonl (yours: labeling.terminal, labeling.merge), a reward model and
 #    a PPO policy, beside those of train_all.sh: $OUT/labelers/evaluate/report.md.
-# 2. Reward models from 100, 200, 400 and 800 of the stand-in's rankings: what a doubling brings, and how far all these
-#    labelers and reward models agree, is in $OUT/labelers/agreement/report.md (labeling.agreement).
+# 2. Reward models from 100, 200, 400 and 800 of the labeler's rankings (their report_card.json shows what a doubling
+#    brings); how far all these labelers and reward models agree is in $OUT/labelers/agreement/report.md.
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 L=$OUT/labelers
