@@ -59,7 +59,7 @@ def load_config(Config, presets, argv=None, words=()):
             kind = {"choices": ["true", "false"], "nargs": "?", "const": "true"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, metavar="X", **kind, help=(
             f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")))
-    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    flags = {name: value for name, value in vars(parser.parse_intermixed_args(argv)).items() if value is not None}
     flags.update({name: flags[name] == "true" for name in flags if isinstance(getattr(Config, name, ""), bool)})
     given, preset = flags.pop("words"), flags.pop("preset", None)
     if "".join(words).endswith("..."):
@@ -116,6 +116,7 @@ def set_up(cfg):
     float32): (device, autocast). autocast() is a context manager for forward passes; weights stay float32."""
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
     torch.manual_seed(cfg.seed)
+    cfg.automatic = [name for name in ("device", "dtype") if getattr(cfg, name) == "auto"]  # no difference between runs
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -250,27 +251,27 @@ class Stage:
 
     def __init__(self, cfg, *inputs, folder=None):
         check(folder or cfg.out, "--out is empty: name a folder")
-        self.cfg, self.folder, self.began = cfg, Path(folder or cfg.out), time.time()
+        self.cfg, self.folder, self.began, self.changed = cfg, Path(folder or cfg.out), time.time(), ""
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
             value = getattr(cfg, name)
             for path in map(Path, filter(None, [value] if Path(value).exists() else value.split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
-                files = [path] if path.is_file() else sorted(path.glob("model.*"))
+                files = [path] if path.is_file() else sorted(path.glob("*model*"))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
         self.compare()
 
     def compare(self):
         """Leave in self.changed how this run differs from the one whose work the folder holds; stop if finished."""
-        work = [name for name in ("done.json", "resume.pt", "model.pt") if (self.folder / name).is_file()]
-        before, self.changed = self.folder / "config.json", ""
-        if work and before.is_file():
-            runs = self.facts, json.loads(before.read_text())
+        work = {name for name in ("done.json", "resume.pt", "model.pt") if (self.folder / name).is_file()}
+        before, free = self.folder / "config.json", {*FREE.split(), *getattr(self.cfg, "automatic", [])}
+        if work:
+            runs = self.facts, json.loads(before.read_text()) if before.is_file() else {"stage": {}}
             now, then = ({**run["stage"], **run.get("inputs", {})} for run in runs)
-            self.changed = "; ".join(f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}"
-                                     for name in now | then if name not in FREE.split()
-                                     and str(then.get(name)) != str(now.get(name)))  # as text, nan equals nan
+            self.changed = "; ".join([f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}"
+                                      for name in now | then if name not in free
+                                      and str(then.get(name)) != str(now.get(name))][:3])  # as text, nan equals nan
         check(self.cfg.overwrite or not self.changed,
               f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
         if "done.json" in work and not self.changed:

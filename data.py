@@ -32,9 +32,6 @@ GPT2_VOCAB = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930" 
 TURN, REPLY = "\n\nHuman:", "\n\nAssistant:"
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------------------------
-
-
 def load_tokenizer(where):
     """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself), which holds GPT-2's merges or ours.
     Use encode_ordinary: a literal "<|endoftext|>" in a text is then ordinary text. The special id is enc.eot_token."""
@@ -244,7 +241,8 @@ def check_text(text, name):
         raise ValueError(f"{name}: holds a NUL or half a surrogate pair")
 
 
-def read_rankings(path):
-    """Rows {"prompt", "responses": best to worst} of a rankings file, or of a pairs file ("chosen", "rejected")."""
-    rows = read_jsonl(path, {"prompt": str, "responses": list}, {"prompt": str, "chosen": str, "rejected": str})
+def read_rankings(files):
+    """Rows {"prompt", "responses": best to worst} of rankings or pairs ("chosen", "rejected"); several files: a,b."""
+    layouts = {"prompt": str, "responses": list}, {"prompt": str, "chosen": str, "rejected": str}
+    rows = [row for path in files.split(",") for row in read_jsonl(path, *layouts)]
     return [row if "responses" in row else {**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]

@@ -115,7 +115,7 @@ def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test")
     policy, enc = load_model(cfg.model, device, recompute=cfg.recompute), load_tokenizer(cfg.model)
-    rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
+    rows = read_rankings(cfg.train)
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, cfg.seed)
     counts, block_size = Counter(), policy.config.block_size
     rankings = encode(enc, rows, block_size, cfg.comparisons, counts)

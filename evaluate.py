@@ -297,6 +297,8 @@ def main(cfg):
         texts = [row["prompt"] for row in read_jsonl(path, {"prompt": str})][:count]
         return texts, [encode_prompt(enc, text, limit) for text in texts]
 
+    check(len({Path(path).stem for path in [cfg.prompts, *others]}) == 1 + len(others),
+          f"--others {cfg.others}: the names of the files must differ from each other and from that of --prompts")
     texts, prompts = read_prompts(cfg.prompts, cfg.count)
     others = {Path(path).stem: read_prompts(path, cfg.snapshot_count)[1] for path in others}
     held_out = packed_rows(enc, cfg.text, min(64, ref.config.block_size), 0)[:256]

@@ -179,15 +179,15 @@ def main(cfg):
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     model, counts = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute), Counter()
     enc, block_size = load_tokenizer(cfg.model), model.config.block_size
-    rows = [row for path in cfg.train.split(",") for row in read_rankings(path)]
-    split_seed = cfg.seed if cfg.split_seed == -1 else cfg.split_seed
+    rows, split_seed = read_rankings(cfg.train), cfg.seed if cfg.split_seed == -1 else cfg.split_seed
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, split_seed)
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
     test = without_duplicates(encode_rankings(enc, held_out, block_size, Counter()))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     policy, prompts = (load_model(cfg.sft, device), read_jsonl(cfg.prompts, {"prompt": str})) if cfg.sft else (None, [])
     check_same_vocab(cfg.model, cfg.sft or cfg.model)
-    prompt_limit(block_size, cfg.response_tokens if policy else 0)  # said before the training
+    if policy:
+        prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)  # said before the training
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage.open()
 

@@ -36,7 +36,8 @@ def respond(text, cfg, policy, reward, enc, random, autocast):
     """Print cfg.count responses to one prompt; with a reward model the best comes first."""
     if text.endswith(" "):
         print("the prompt ends in a space: does that belong to the response?", file=sys.stderr)
-    prompt = encode_prompt(enc, text, prompt_limit(policy.config.block_size, cfg.response_tokens))
+    block_size = min(model.config.block_size for model in (policy, reward) if model)
+    prompt = encode_prompt(enc, text, prompt_limit(block_size, cfg.response_tokens))
     with autocast():
         responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,
                                 temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
@@ -52,7 +53,6 @@ def main(cfg):
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
-    prompt_limit(policy.config.block_size, cfg.response_tokens)  # said before a prompt is typed
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(cfg.model, cfg.reward or cfg.model)
     random = torch.Generator(device).manual_seed(cfg.seed)

@@ -21,6 +21,7 @@ for rankings in "$L/label-vader/rankings.jsonl" "$OUT"/label-*/rankings.jsonl; d
   [ -f "$rankings" ] || continue
   name=$(basename "$(dirname "$rankings")")
   name=${name#label-}
+  case ,$policies, in *",$L/ppo-$name,"*) continue ;; esac  # your own label-vader: it is there already
   [ "$(wc -l < "$rankings")" -ge 10 ] || { echo "$rankings has fewer than 10 rankings: left out"; continue; }
   reward "$name" "$rankings" "$(wc -l < "$rankings")"
   stage "labelers/ppo-$name" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$L/reward-$name" --prompts "$DATA/prompts_ppo.jsonl"

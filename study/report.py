@@ -166,7 +166,7 @@ def main(cfg):
         policies = [policy_section(results, name, draw_policy(results, name, folder)) for name in results["samples"]]
         parts = {**parts_of([results]), "samples": "\n\n".join(policies)}
         fill(template("report.md"), folder / "report.md", [results], **parts)
-    if len(runs) > 1 and folders[0].name.startswith("seed"):
+    if len(runs) > 1 and folders[0].resolve().parent.parent.name == "results":  # the committed ones
         fill(template("seeds.md"), folders[0].parent.parent / "README.md", runs, **parts_of(runs))
 
 

@@ -1,4 +1,5 @@
 """Runs that are interrupted, damaged or given twice: what they leave, and whether they resume bit for bit."""
+import dataclasses
 import functools
 import io
 import json
@@ -243,3 +244,31 @@ def test_two_runs_and_a_real_signal(inputs, tmp_path, capsys):
     assert process.returncode == 143 and "the same command resumes it" in err and err.count("\n") == 1
     assert common.load(tmp_path / "resume.pt")["step"] >= 3 and not (tmp_path / "done.json").exists()
     common.open_folder(tmp_path)
+
+
+def test_a_machine_without_its_gpu_overwrites_nothing(tmp_path):
+    """Finished models deleted as --device auto means another device today; a model without config.json replaced."""
+    @dataclasses.dataclass
+    class Config:
+        out: str = str(tmp_path)
+        overwrite: bool = True
+        seed: int = 1
+        device: str = "auto"
+        dtype: str = "auto"
+
+    def begin(cfg):
+        common.set_up(cfg)
+        return common.Stage(cfg)
+    stage = begin(Config())
+    stage.open()
+    stage.finish()
+    facts = json.loads((tmp_path / "config.json").read_text())
+    facts["stage"].update(device="cuda", dtype="bfloat16")
+    common.write_json(tmp_path / "config.json", facts)
+    with pytest.raises(UserError, match="finished already"):
+        begin(Config())
+    with pytest.raises(UserError, match="--device was cuda, is cpu"):
+        begin(Config(device="cpu", overwrite=False))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="holds another run: --seed was None"):
+        begin(Config(overwrite=False, seed=2))
