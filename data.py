@@ -244,5 +244,5 @@ def check_text(text, name):
 def read_rankings(files):
     """Rows {"prompt", "responses": best to worst} of rankings or pairs ("chosen", "rejected"); several files: a,b."""
     layouts = {"prompt": str, "responses": list}, {"prompt": str, "chosen": str, "rejected": str}
-    rows = [row for path in files.split(",") for row in read_jsonl(path, *layouts)]
+    rows = [row for path in str(files).split(",") for row in read_jsonl(path, *layouts)]
     return [row if "responses" in row else {**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]

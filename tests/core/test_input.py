@@ -15,7 +15,7 @@ BASE = {"vocab": "vocab", "block_size": 32, "pack": 16, "train": "texts", "valid
 REWARD = {"model": "sft", "sft": "sft", "prompts": "prompts", "train": "rankings", "test": "rankings", "pairs": "pairs",
           "response_tokens": 6}
 EVALUATE = {"sft": "sft", "policies": "policy", "reward": "reward", "judge": "reward", "labeler": "", "text": "texts",
-            "prompts": "prompts", "others": "prompts", "response_tokens": 6}
+            "prompts": "prompts", "others": "rankings", "response_tokens": 6}
 # Script, its flags (names of what stages.make_inputs and the fixture below make), and the flag whose file is bad.
 CASES = [("sft", SFT, "train"), ("sft", SFT, "valid"), ("sft", BASE, "train"), ("sft", BASE, "valid"),
          *(("reward", REWARD, flag) for flag in ("train", "test", "prompts", "pairs")),

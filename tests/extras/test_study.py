@@ -135,7 +135,8 @@ def test_every_command_of_the_ablations_changes_one_thing(tmp_path):
 
 def test_committed_figures_and_tables_are_drawn_from_committed_files(tmp_path):
     """A figure in results/ that needs a checkpoint nobody has, or a table that belongs to other numbers."""
-    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
+    tmp_path = tmp_path / "results"
+    shutil.copytree(ROOT / "results", tmp_path)
     drawn = [path for path in (tmp_path / "README.md", *tmp_path.glob("tiny/*/*"), *tmp_path.glob("study/*"),
                                tmp_path / "ablations/ablations.md") if path.suffix in (".png", ".md")]
     for path in drawn:
