@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -24,7 +25,9 @@ from tqdm import tqdm
 
 # Flags that may change when a run is resumed: they change no result (but for rounding, and what dropout draws).
 FREE = "out overwrite save_every microbatch recompute sample_every kl_ceiling max_calls timeout parallel dry_run"
+WORK = ("done.json", "model.pt", "resume.pt")  # files that make a folder one that holds a run
 LOCKED = {}  # output folder that this process has locked: its open handle
+say = tqdm.write  # print a line above the progress bar
 progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name), on a terminal
 
 
@@ -44,28 +47,25 @@ def check(condition, message, code=2):
 def load_config(Config, presets, argv=None, words=()):
     """A Config from the command line: field default < --preset < flag. A field's trailing comment is its --help text;
     a number must not be negative (unless its default is), nor a count 0 unless its help says what "0:" means. words:
-    flags that may be given without their name, in this order; "files...": any number of words for --files."""
+    fields that are given by their place and not by a flag; a tuple takes any number of them."""
     help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
                for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
-    parser.add_argument("words", nargs="*", metavar=" ".join(words).upper(), help=argparse.SUPPRESS)
     if presets:
         parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
-    for field in dataclasses.fields(Config):
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):  # may stand alone: --overwrite is --overwrite true
-            kind = {"choices": ["true", "false"], "nargs": "?", "const": "true"}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=None, metavar="X", **kind, help=(
-            f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")))
-    flags = {name: value for name, value in vars(parser.parse_intermixed_args(argv)).items() if value is not None}
-    flags.update({name: flags[name] == "true" for name in flags if isinstance(getattr(Config, name, ""), bool)})
-    given, preset = flags.pop("words"), flags.pop("preset", None)
-    if "".join(words).endswith("..."):
-        given, words = [",".join(given)] if given else [], [words[0][:-3]]
-    check(len(given) <= len(words), f"unexpected: {' '.join(given[len(words):])} (--help explains the flags)")
-    config = Config(**{**(presets[preset] if preset else {}), **dict(zip(words, given)), **flags})
+    for name, default in ((field.name, field.default) for field in dataclasses.fields(Config)):
+        kind = {"type": type(default), "metavar": "X"}
+        if isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
+            kind = {"type": json.loads, "choices": [False, True], "nargs": "?", "const": True, "metavar": "true|false"}
+        if name in words:
+            kind = {"nargs": "*" if isinstance(default, tuple) else "?"}
+        parser.add_argument(name if name in words else f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS,
+                            help=f"{help_of.get(name, '')} (default: {default!r})".replace("%", "%%"))
+    flags = vars(parser.parse_intermixed_args(argv))
+    preset = flags.pop("preset", None)
+    config = Config(**{**(presets[preset] if preset else {}), **flags})
     for name, value in dataclasses.asdict(config).items():
         if type(value) in (int, float) and name != "seed" and (default := getattr(Config, name)) >= 0:
             least = 1 if isinstance(default, int) and default and "0:" not in help_of.get(name, "") else 0
@@ -75,10 +75,9 @@ def load_config(Config, presets, argv=None, words=()):
 
 def run(main, Config, presets=(), words=(), argv=None):
     """The guard at the end of each script: parse, run, and turn what can go wrong into one line and an exit code."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # a service may have none of them
-            setattr(sys, name, open(os.devnull, mode))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has none
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # a service may have none of them
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has not
             getattr(sys, name).reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return main(load_config(Config, dict(presets), argv, words))
@@ -98,14 +97,6 @@ def run(main, Config, presets=(), words=(), argv=None):
     sys.exit(code)
 
 
-def say(text):
-    """Print a line above the progress bar. When its reader (tee, say) has left, training continues."""
-    try:
-        tqdm.write(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def visible(text):
     """Text that cannot act on the terminal: escape codes, direction marks and the like become \\x1b, \\u202e, ..."""
     return "".join(c if c.isprintable() or c in "\n\xa0\u200c\u200d" else ascii(c)[1:-1] for c in text)
@@ -116,13 +107,11 @@ def set_up(cfg):
     float32): (device, autocast). autocast() is a context manager for forward passes; weights stay float32."""
     check(cfg.dtype in ("auto", "float32", "bfloat16"), f"--dtype is {cfg.dtype!r}: write auto, float32 or bfloat16")
     torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # of a GPU's float32 products, the head's for one
     cfg.automatic = [name for name in ("device", "dtype") if getattr(cfg, name) == "auto"]  # no difference between runs
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.empty(1, device=cfg.device).device.type
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
+    cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    kind = cfg.device.split(":")[0]
+    check(kind in ("cpu", "mps") or kind == "cuda" and torch.cuda.is_available(), f"--device {cfg.device}: not here")
     if cfg.dtype == "auto":
         fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.dtype = "bfloat16" if fast else "float32"
@@ -156,7 +145,9 @@ def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
 def optimizer_step(optimizer, parameters, lr, grad_clip, log):
     """Clip the gradients to a global norm (0: none), log it, stop if anything logged is not finite, step at this lr."""
     log.add(grad_norm=torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf).item())
-    log.check_finite(log.sums)
+    for name, value in log.sums.items():
+        if not math.isfinite(value):
+            log.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -165,17 +156,16 @@ def optimizer_step(optimizer, parameters, lr, grad_clip, log):
 
 
 def write_atomic(path, content):
-    """Write a text, or what content(file) writes, flush it, rename it: a crash leaves the old file or the new one."""
+    """Write text or bytes, flush them, rename the file: a crash leaves the old file or the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            content(file) if callable(content) else file.write(content.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except OSError as error:
         Path(f"{path}.tmp").unlink(missing_ok=True)
-        problem = getattr(error, "strerror", "disk full?")
-        raise UserError(f"{path}: cannot be written: {problem} (what was there before is unharmed)", 1) from None
+        raise UserError(f"{path}: cannot be written: {error.strerror} (what was there before is unharmed)", 1) from None
 
 
 def write_json(path, content):
@@ -189,18 +179,16 @@ def digest(path):
 
 def save(path, content):
     """Write nested dicts of tensors and plain values, with the sha256 of it all behind them."""
-    def write(file):
-        torch.save(content, file)
-        file.flush()
-        file.write(digest(file.name).encode())
-    write_atomic(path, write)
+    torch.save(content, buffer := io.BytesIO())
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    write_atomic(path, buffer.getbuffer())
 
 
 def load(path):
     """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
     content = memoryview(Path(path).read_bytes())
     check(hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:],
-          f"{path}: damaged, or not a checkpoint of this version (delete it and run again)")
+          f"{path}: damaged, or not a checkpoint of this version (delete its folder and run again)")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -226,15 +214,13 @@ def read_checkpoint(folder, kind):
 
 def open_folder(folder):
     """Make an output folder and keep other processes out of it until this one ends: its Path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.resolve() not in LOCKED:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is at work there (wait for it, or choose another folder)") from None
-        LOCKED[folder.resolve()] = handle
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+    handle = LOCKED.get(folder.resolve()) or os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is at work there (wait for it, or choose another folder)") from None
+    LOCKED[folder.resolve()] = handle
     return folder
 
 
@@ -251,7 +237,7 @@ class Stage:
 
     def __init__(self, cfg, *inputs, folder=None):
         check(folder or cfg.out, "--out is empty: name a folder")
-        self.cfg, self.folder, self.began, self.changed = cfg, Path(folder or cfg.out), time.time(), ""
+        self.cfg, self.folder, self.began, self.received = cfg, Path(folder or cfg.out), time.time(), 0
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
             value = getattr(cfg, name)
@@ -263,39 +249,36 @@ class Stage:
         self.compare()
 
     def compare(self):
-        """Leave in self.changed how this run differs from the one whose work the folder holds; stop if finished."""
-        work = {name for name in ("done.json", "resume.pt", "model.pt") if (self.folder / name).is_file()}
+        """In words, how this run differs from the one in the folder; stops if that is the same one, and finished."""
+        if not any((self.folder / name).is_file() for name in WORK):
+            return ""
         before, free = self.folder / "config.json", {*FREE.split(), *getattr(self.cfg, "automatic", [])}
-        if work:
-            runs = self.facts, json.loads(before.read_text()) if before.is_file() else {"stage": {}}
-            now, then = ({**run["stage"], **run.get("inputs", {})} for run in runs)
-            self.changed = "; ".join([f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}"
-                                      for name in now | then if name not in free
-                                      and str(then.get(name)) != str(now.get(name))][:3])  # as text, nan equals nan
-        check(self.cfg.overwrite or not self.changed,
-              f"{self.folder} holds another run: {self.changed} (choose another --out, or --overwrite)")
-        if "done.json" in work and not self.changed:
-            files = json.loads((self.folder / "done.json").read_text())["files"]
-            if all((self.folder / name).is_file() for name in files):
-                (self.folder / "resume.pt").unlink(missing_ok=True)
-                raise UserError(f"{self.folder}: finished already", 0)
+        then = json.loads(before.read_text()) if before.is_file() else {"stage": {}}
+        now, then = ({**run["stage"], **run.get("inputs", {})} for run in (self.facts, then))
+        changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}" for name in now | then
+                   if name not in free and str(then.get(name)) != str(now.get(name))]  # as text, nan equals nan
+        changed = "; ".join(changed[:3])
+        check(self.cfg.overwrite or not changed,
+              f"{self.folder} holds another run: {changed} (choose another --out, or --overwrite)")
+        if not changed and (self.folder / "done.json").is_file():
+            (self.folder / "resume.pt").unlink(missing_ok=True)
+            raise UserError(f"{self.folder}: finished already", 0)
+        return changed
 
     def open(self):
         """Make and lock the folder, note in config.json which run it is for, print the configuration."""
         open_folder(self.folder)
-        self.compare()  # again: another process may have finished it meanwhile
-        if self.changed:
-            print(f"{self.folder} is overwritten: {self.changed}")
-        if self.changed or not (self.folder / "resume.pt").exists():
-            for name in ("done.json", "model.pt", "resume.pt"):  # what is not finished must not look finished
-                (self.folder / name).unlink(missing_ok=True)
+        if changed := self.compare():  # again: another process may have finished it meanwhile
+            print(f"{self.folder} is overwritten: {changed}")
+        for name in WORK if changed or not (self.folder / "resume.pt").exists() else ():
+            (self.folder / name).unlink(missing_ok=True)  # what is not finished must not look finished
         write_json(self.folder / "config.json", self.facts)
         print(torch.get_num_threads(), "threads |", *(f"{k}={v}" for k, v in self.facts["stage"].items() if v != ""))
 
     def resume(self, steps, **parts):
         """How many of the steps are done. parts: all that changes from step to step (modules, optimizers, log,
         generators, dicts); they get the saved state. Until the last step SIGINT and SIGTERM wait for keep."""
-        self.steps, self.parts, self.received, self.saved, done = steps, parts, 0, time.time(), 0
+        self.steps, self.parts, self.saved, done = steps, parts, time.time(), 0
         if (path := self.folder / "resume.pt").is_file():
             state = load(path)
             done, self.began = state["step"], self.began - state["seconds"]
@@ -309,12 +292,13 @@ class Stage:
 
     def keep(self, step):
         """After each step: save the state if it is time, after the last step, or if a signal has come to end it."""
-        if step == self.steps or self.received or time.time() - self.saved >= self.cfg.save_every:
+        ends = step == self.steps or self.received
+        if ends or time.time() - self.saved >= self.cfg.save_every:
             parts = {name: state_of(part)[0]() for name, part in self.parts.items()}
             save(self.folder / "resume.pt",
                  {"step": step, "seconds": self.seconds(), "rng": torch.get_rng_state(), "parts": parts})
             self.saved = time.time()
-        if step == self.steps or self.received:
+        if ends:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         check(not self.received, f"{self.folder}: stopped after step {step} of {self.steps}: the same command resumes "
@@ -329,11 +313,9 @@ class Stage:
 
     def finish(self, **facts):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        facts = {"seconds": round(self.seconds(), 1), "peak_memory_mb": round(peak), **facts}
-        if torch.cuda.is_available():
-            facts["peak_gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        files = [path.name for path in self.folder.glob("*") if path.suffix in (".pt", ".json", ".jsonl")]
-        write_json(self.folder / "done.json", {**facts, "files": sorted({*files} - {"resume.pt", "done.json"})})
+        gpu = {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() >> 20} if torch.cuda.is_available() else {}
+        facts = {"seconds": round(self.seconds(), 1), "peak_memory_mb": round(peak), **gpu, **facts}
+        write_json(self.folder / "done.json", facts)
         (self.folder / "resume.pt").unlink(missing_ok=True)
         print(f"{self.folder}:", ", ".join(f"{key} {value}" for key, value in facts.items()))
 
@@ -352,23 +334,16 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + weight * value
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
-    def check_finite(self, metrics):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                self.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")
-
     def stop(self, problem):
         """End the run before it does harm, in one line: folder, optimizer step, problem, and what is still good."""
-        means = {name: float(x / self.counts[name]) for name, x in self.sums.items() if math.isfinite(x)}
-        self.append({"stopped": problem, "optimizer_step": self.steps + 1, **means})
-        good = [str(path) for name in ("resume.pt", "model.pt") if (path := self.path.with_name(name)).is_file()]
+        self.append({"stopped": problem, "optimizer_step": self.steps + 1})
+        good = [name for name in ("resume.pt", "model.pt") if self.path.with_name(name).is_file()] + ["none saved yet"]
         raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
-                        f"last good state: {(good + ['none saved yet'])[0]}", 1)
+                        f"last good state: {good[0]}", 1)
 
     def write(self, **facts):
         """Append the interval's means and these facts as one line, six significant digits each; returns the line."""
         line = {**facts, **{name: float(self.sums[name] / self.counts[name]) for name in self.sums}}
-        self.check_finite({name: value for name, value in line.items() if isinstance(value, float)})
         self.sums, self.counts = {}, {}
         self.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in line.items()})
         return line
@@ -382,4 +357,3 @@ class Log:
 
     def load_state_dict(self, state):
         vars(self).update(state)
-        self.path.write_text(self.text)

@@ -18,12 +18,13 @@ import torch
 from common import check, generator, open_folder, run, set_up, visible, write_atomic, write_json
 from data import encode_rankings, load_tokenizer, read_rows
 from labeling.answers import check_answer, levels_of, same_order
-from model import load_model, score_many
+from model import load_model
+from reward import score_many
 
 
 @dataclass
 class Config:
-    files: str = ""        # answers.jsonl or rankings.jsonl: file,file; or the first words of the command line
+    files: tuple = ()      # answers.jsonl or rankings.jsonl of several labelers
     rewards: str = ""      # reward models to compare with: folder,folder
     out: str = "out/tiny/agreement"  # folder for report.md and report.json
     bootstrap: int = 2000  # resamples behind each interval
@@ -114,7 +115,7 @@ def report(facts):
 def main(cfg):
     check(cfg.files, "name files of answers: python -m labeling.agreement FILE FILE ...")
     labelers, samples = defaultdict(dict), {}  # {name: {id: answer}}, {id: its prompt and responses}
-    for answer in (answer for path in cfg.files.split(",") for answer in read_rows(path, check_answer)):
+    for answer in (answer for path in cfg.files for answer in read_rows(path, check_answer)):
         name = Path(answer["labeler"]).name  # of a reward model: its folder's name
         check(same_order(labelers[name].setdefault(answer["id"], answer), answer),
               f"{name} has two different answers to {answer['id']!r} (labeling.merge says where)")
@@ -139,4 +140,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, words=("files...",))
+    run(main, Config, words=("files",))

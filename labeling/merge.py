@@ -13,7 +13,7 @@ from labeling.answers import check_answer, levels_of, read_answers, read_samples
 
 @dataclass
 class Config:
-    files: str = ""  # answers.jsonl or rankings.jsonl of several labelers: file,file; or the first words of the command
+    files: tuple = ()  # answers.jsonl or rankings.jsonl of several labelers
     samples: str = "out/tiny/samples/samples.jsonl"  # what they were asked about: {"id", "prompt", "responses"}
     out: str = "out/tiny/label-people"  # folder for answers.jsonl and rankings.jsonl
 
@@ -41,7 +41,7 @@ def collect(files, samples):
 
 def main(cfg):
     check(cfg.files, "name the files to merge: python -m labeling.merge FILE FILE ...")
-    answers, folder = collect(cfg.files.split(","), cfg.samples), Path(cfg.out)
+    answers, folder = collect(cfg.files, cfg.samples), Path(cfg.out)
     lost = {(row["labeler"], row["id"]) for row in read_answers(folder)} - answers.keys()
     check(not lost, f"{folder}/answers.jsonl holds {len(lost)} answers that are in none of the files: name it, too, "
                     "or change --out")
@@ -49,4 +49,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, words=("files...",))
+    run(main, Config, words=("files",))

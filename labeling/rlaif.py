@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import torch
 
 from common import Stage, UserError, check, progress, run, visible, write_json
-from data import pair_accuracy, read_jsonl, read_text
+from data import pair_accuracy, read_jsonl
 from label import shuffled
 from labeling.answers import read_answers, read_samples, write_answers, write_order
 
@@ -98,7 +98,7 @@ class Server:
         check(not self.key or address.scheme == "https" or local,
               f"--labeler {cfg.labeler}: LABELER_API_KEY is sent over https only (or to this machine)")
         check(cfg.model, "--model is empty: the name under which the server knows the model")
-        self.cfg, self.path, self.rubric, self.calls = cfg, path, read_text(cfg.rubric), 0
+        self.cfg, self.path, self.rubric, self.calls = cfg, path, Path(cfg.rubric).read_text(encoding="utf-8"), 0
         self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler({} if local else None))
         stored = path.read_text().splitlines() if path.exists() else []
         self.known = {row["key"]: row["first"] for row in map(json.loads, stored)}

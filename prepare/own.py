@@ -24,12 +24,12 @@ from pathlib import Path
 from statistics import median_low
 
 from common import check, open_folder, progress, run, visible, write_json
-from data import REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
+from data import BEFORE, REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
 
 
 @dataclass
 class Config:
-    files: str = ""           # the files, with commas between them; on the command line they need no flag
+    files: tuple = ()         # the files
     out: str = "data/own"     # folder for the converted files
     vocab: str = "data/reviews/vocab.tiktoken"  # tokenizer that counts tokens: a file or a checkpoint folder
     block_size: int = 1024    # of the model that will be trained, to tell what is truncated
@@ -47,7 +47,6 @@ LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fiel
 # Fields that hold content. Beside a layout that does not use them it would be lost, and the rest would mislead.
 CONTENT = set("question instruction query input output response answer answers completion completions system history "
               "context conversations messages rejected tools images parent_id label labels rank ranks scores".split())
-BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}  # what a message of a role begins with
 
 
 def dialogue(name, *parts):
@@ -197,7 +196,7 @@ def split(rows, cfg, counts):
 
 def main(cfg):
     """Convert cfg.files into cfg.out; returns what summary.json says of the files, written last."""
-    paths, out = [Path(name) for name in cfg.files.split(",") if name], Path(cfg.out)
+    paths, out = list(map(Path, cfg.files)), Path(cfg.out)
     check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
     enc, files, content = load_tokenizer(cfg.vocab), {}, {}
     for path in paths:
@@ -227,4 +226,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, words=("files...",))
+    run(main, Config, words=("files",))

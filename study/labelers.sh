@@ -36,6 +36,6 @@ for count in 100 200 400 800; do
   reward "first-$count" "$OUT/label/rankings.jsonl" $count --limit $count
   rewards=$rewards,$L/reward-first-$count
 done
-script agreement -m labeling.agreement --files "$files" --rewards "$rewards" --out "$L/agreement"
+script agreement -m labeling.agreement ${files//,/ } --rewards "$rewards" --out "$L/agreement"
 script report -m study.report "$L/evaluate"
 echo "done in $SECONDS s: $L/evaluate/report.md, $L/agreement/report.md"

@@ -30,7 +30,7 @@ WIDEST = 50.0  # nats: the frontier's axis ends here, whatever lies beyond
 
 @dataclass
 class Config:
-    folders: str = "out/tiny/evaluate"  # where results.json is, and report.md and the figures go: folder,folder
+    folders: tuple = ("out/tiny/evaluate",)  # where results.json is, and report.md and the figures go
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def policy_section(results, name, figures):
 
 
 def main(cfg):
-    folders = [Path(folder) for folder in cfg.folders.split(",")]
+    folders = [Path(folder) for folder in cfg.folders]
     runs = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
     for folder, results in zip(folders, runs):
         draw_frontier([results], folder / "frontier.png")
@@ -171,4 +171,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config, words=("folders...",))
+    run(main, Config, words=("folders",))

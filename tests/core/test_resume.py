@@ -174,7 +174,7 @@ def test_a_damaged_file_is_refused(inputs, runs, tmp_path, capsys, name, damage)
 def test_the_advice_for_a_damaged_model_helps(inputs, tmp_path):
     """"Finished already" here and "run again" there, once the file is deleted, as the message says."""
     run("dpo", inputs, tmp_path)
-    (tmp_path / "model.pt").unlink()
+    shutil.rmtree(tmp_path)
     run("dpo", inputs, tmp_path)
     common.read_checkpoint(tmp_path, "lm")
 

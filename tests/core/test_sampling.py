@@ -30,11 +30,11 @@ def test_cached_sampling_equals_the_full_forward(temperature):
 
 
 @pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
-def test_cache_takes_tokens_in_any_portions(pad):
-    """A causal mask that starts at the wrong place when several tokens follow those already in the cache."""
+def test_a_cache_takes_one_token_after_the_other(pad):
+    """A causal mask or positions that start at the wrong place when a token follows those already in the cache."""
     model, tokens = random_model(), torch.tensor([[END, 3, 4, 5, 6, 7], [END, END, END, 8, 9, 1]])
     cache = KVCache(6)
-    parts = [model.trunk(part, pad, cache) for part in tokens.split([2, 3, 1], dim=1)]
+    parts = [model.trunk(part, pad, cache) for part in tokens.split([3, 1, 1, 1], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), model.trunk(tokens, pad), atol=1e-5)
 
 
