@@ -22,7 +22,9 @@ import torch
 from common import Stage, check, generator, progress, run, set_up, write_json
 from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, prompt_limit, read_jsonl,
                   write_jsonl)
-from model import load_model, load_reward, score_many, token_logprobs
+from model import load_model, token_logprobs
+from ppo import load_reward
+from reward import score_many
 from sampling import sample_many
 from sft import held_out_loss, packed_rows
 
@@ -151,15 +153,15 @@ def respond(model, ref, scorers, prompts, enc, cfg, autocast, seed=0):
     length and ended (N,)."""
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed + seed)
     with autocast():
-        responses = sample_many(model, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
+        responses = sample_many(model, prompts, cfg.response_tokens, enc.end, temperature=cfg.temperature,
                                 random=random)
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
         scores = {name: score_many(scorer, texts) for name, scorer in scorers.items()}
-    ended = torch.tensor([float(ids[-1] == enc.eot_token) for ids in responses])
+    ended = torch.tensor([float(ids[-1] == enc.end) for ids in responses])
     return {"responses": responses, "texts": [enc.decode(ids[:-1] if e else ids) for ids, e in zip(responses, ended)],
             "scores": scores, "length": torch.tensor([float(len(ids)) for ids in responses]), "ended": ended,
             "kl": torch.zeros(len(prompts)) if model is ref else
-            kl_to(ref, model, prompts, responses, enc.eot_token, cfg, autocast)}
+            kl_to(ref, model, prompts, responses, enc.end, cfg, autocast)}
 
 
 def select(measured, rows):
@@ -308,7 +310,7 @@ def main(cfg):
         return respond(model, ref, scorers, prompts, enc, cfg, autocast, seed)
 
     def perplexity(model):
-        return round(math.exp(held_out_loss(model, held_out, enc.eot_token, device, autocast)), 2)
+        return round(math.exp(held_out_loss(model, held_out, enc.end, device, autocast)), 2)
 
     base = measure(ref, prompts)
     base_few = select(base, range(min(cfg.snapshot_count, len(prompts))))

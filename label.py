@@ -28,7 +28,8 @@ import torch
 
 from common import Stage, check, generator, run, set_up, visible
 from data import encode_prompt, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, write_jsonl
-from model import load_model, score_many
+from model import load_model
+from reward import score_many
 from sampling import sample_many
 
 
@@ -88,9 +89,9 @@ def draw_responses(model, enc, prompts, cfg, autocast):
             break
         with autocast():
             drawn = sample_many(model, [encode_prompt(enc, prompts[i], limit) for i in missing], cfg.response_tokens,
-                                enc.eot_token, temperature=cfg.temperature, random=random)
+                                enc.end, temperature=cfg.temperature, random=random)
         for i, ids in zip(missing, drawn):
-            ended = ids[-1] == enc.eot_token
+            ended = ids[-1] == enc.end
             text = enc.decode(ids[:-1] if ended else ids)
             fate = ("truncated" if not (ended or cfg.keep_truncated) else "empty" if not text.strip() else
                     "no UTF-8" if re.search("[\0\ufffd]", text) else "duplicate" if text in kept[i] else "kept")

@@ -1,71 +1,119 @@
-"""GPT-2's architecture, written out: attention, block, forward pass, the scalar head, log-probabilities of tokens.
+"""The transformer by hand, GPT-2's and by configuration Llama's or Qwen's; scalar head, log-probabilities of tokens.
 
 The same trunk serves four models: policy and reference (a language model), reward and value (a scalar head).
-Shapes: B rows, T positions, C width, V vocabulary, H heads, D = C / H. See data.py for the layout of a batch.
+Shapes: B rows, T positions, C width, V vocabulary, D head size, H heads of queries, G of keys and values (see data.py).
 """
+import json
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 from common import check, read_checkpoint
 from data import pad_responses
 
-EVERY = np.s_[:, :]  # every position of (B, T)
-
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 4096  # V
-    block_size: int = 128   # longest sequence, in tokens
+    """The defaults are a small GPT-2 (Radford et al. 2019); from n_kv_head on: what Llama and Qwen have otherwise."""
+    vocab_size: int = 4096    # V
+    block_size: int = 128     # longest sequence, in tokens
     n_layer: int = 4
-    n_head: int = 4
-    width: int = 192        # C
+    n_head: int = 4           # H
+    width: int = 192          # C
     dropout: float = 0.0
-    gelu: str = "none"      # F.gelu's approximate: "none" is exact; "tanh" is GPT-2's, on a CPU twice as slow or worse
+    gelu: str = "none"        # F.gelu's approximate: "none" is exact; "tanh" is GPT-2's, on a CPU twice as slow
+    n_kv_head: int = 0        # G, fewer than H in grouped-query attention (Ainslie et al. 2023); 0: H
+    head_size: int = 0        # D; 0: C / H
+    mlp_width: int = 0        # 0: 4 C
+    swiglu: bool = False      # silu(gate) * up (Shazeer 2020) in place of gelu(up)
+    rms_norm: bool = False    # in place of LayerNorm (Zhang and Sennrich 2019)
+    qk_norm: bool = False     # the same for each head's query and key: Qwen 3
+    norm_eps: float = 1e-5
+    bias: str = "all"         # linear layers that have one: all, qkv or none
+    rope: float = 0.0         # base of rotary positions (RoPE, Su et al. 2021) in place of learned ones; 0: learned
+    rope_scaling: tuple = ()  # Llama 3.1's, for long texts: the four numbers of ROPE_SCALING; or none
+    tied: bool = True         # the language model's head is the token embedding
 
-    @property
-    def padded_vocab(self):
-        """Rows of the token embedding: V, and unused ones up to a multiple of 64, for faster matrix products."""
-        return math.ceil(self.vocab_size / 64) * 64
+    def __post_init__(self):
+        check(self.head_size or self.width % self.n_head == 0,
+              f"--width {self.width} is not divisible by --n-head {self.n_head}")
+        self.n_kv_head, self.mlp_width = self.n_kv_head or self.n_head, self.mlp_width or 4 * self.width
+        self.head_size = self.head_size or self.width // self.n_head
+        self.padded_vocab = math.ceil(self.vocab_size / 64) * 64  # with unused rows, for faster matrix products
+
+
+def make_norm(config, size):
+    return RMSNorm(size, config.norm_eps) if config.rms_norm else nn.LayerNorm(size, config.norm_eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        """x / sqrt(mean(x^2)), computed in float32, times a weight per number."""
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+def rope_rotation(config, position):
+    """Cosines and sines of RoPE's angles, in float32: position (..., T): two of shape (..., T, 1, D / 2)."""
+    frequency = 1 / config.rope ** (torch.arange(0, config.head_size, 2, device=position.device) / config.head_size)
+    if config.rope_scaling:  # a wave longer than the context that was trained on is stretched, a short one is not
+        factor, low, high, context = config.rope_scaling
+        short = ((context / (2 * math.pi / frequency) - low) / (high - low)).clamp(0, 1)
+        frequency = (1 - short) * frequency / factor + short * frequency
+    angle = position[..., None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """RoPE of queries or keys x (B, T, heads, D), in float32: number i pairs with i + D / 2, as in Llama's weights."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def attention(q, k, v, bias):
-    """Scaled dot-product attention: q (B, H, t, D), k and v (B, H, T, D): (B, H, t, D). bias (B or 1, 1, t, T): 0 where
-    a query may look, -inf where not; None: causal, a query that comes alone being the newest token."""
-    t, T = q.size(2), k.size(2)
-    # The same in one kernel. On a CPU it is slower than the lines below, five times in bf16, but for this one case.
-    if q.device.type != "cpu" or bias is None and q.dtype == torch.float32:
+    """Scaled dot-product attention: q (B, H, t, D), k and v (B, G, T, D), H / G queries to a key: (B, H, t, D). bias (B
+    or 1, 1, t, T): 0 where a query may look, -inf where not; None: causal, a lone query being the newest token."""
+    (B, H, t, D), (_, G, T, _) = q.shape, k.shape
+    if q.device.type != "cpu":  # the same in one kernel; on a CPU it is slower than the lines below, up to ten times
+        if bias is not None and G < H:  # no fast kernel takes both
+            k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
         bias = bias if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1)
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(2, 3)  # (B, H, t, T)
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1, enable_gqa=k.size(1) < H)
     if bias is None and t > 1:
         bias = torch.full((t, T), -math.inf, device=q.device).triu(1)
-    if bias is not None:
-        scores = scores + bias.to(q.dtype)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v  # never in bf16
+    grouped = (q / math.sqrt(D)).reshape(B, G, -1, D)  # all queries that share a key, one after the other
+    scores = (grouped @ k.transpose(2, 3)).view(B, H, t, T)
+    scores = scores if bias is None else scores + bias.to(q.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)  # never in bf16
+    return (weights.view(B, G, -1, T) @ v).view(B, H, t, D)
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward)."""
+    """Causal self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward)."""
 
     def __init__(self, config):
         super().__init__()
-        check(config.width % config.n_head == 0, f"--width {config.width} is not divisible by --n-head {config.n_head}")
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.config, self.heads = config, [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_size, bias=config.bias != "none")
+        self.proj = nn.Linear(config.n_head * config.head_size, config.width, bias=config.bias == "all")
+        if config.qk_norm:
+            self.q_norm, self.k_norm = make_norm(config, config.head_size), make_norm(config, config.head_size)
 
-    def forward(self, x, bias, cache, at):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-                   for part in self.qkv(x).split(C, dim=2))
+    def forward(self, x, rotation, bias, cache, at):
+        q, k, v = self.qkv(x).unflatten(2, (-1, self.config.head_size)).split(self.heads, dim=2)  # (B, T, H or G, D)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, D)
         if cache is not None:
-            k, v = cache.append(self, k, v)  # (B, H, tokens so far, D)
+            k, v = cache.append(self, k, v)  # (B, G, tokens so far, D)
         y = attention(q, k, v, bias).transpose(1, 2)  # (B, T, H, D)
         return self.proj(y[at].flatten(-2))  # heads side by side again: (..., C)
 
@@ -75,30 +123,36 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width)
+        self.norm1 = make_norm(config, config.width)
         self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, 4 * config.width)
-        self.down = nn.Linear(4 * config.width, config.width)
-        self.gelu = config.gelu
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm2 = make_norm(config, config.width)
+        self.up = nn.Linear(config.width, (1 + config.swiglu) * config.mlp_width, bias=config.bias == "all")
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.bias == "all")
+        self.config, self.dropout = config, nn.Dropout(config.dropout)
 
-    def forward(self, x, bias, cache, at):
-        x = x[at] + self.dropout(self.attention(self.norm1(x), bias, cache, at))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)), approximate=self.gelu)))
+    def forward(self, x, rotation, bias, cache, at):
+        x = x[at] + self.dropout(self.attention(self.norm1(x), rotation, bias, cache, at))
+        hidden = self.up(self.norm2(x))
+        if self.config.swiglu:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * up
+        else:
+            hidden = F.gelu(hidden, approximate=self.config.gelu)
+        return x + self.dropout(self.down(hidden))
 
 
 class Trunk(nn.Module):
-    """Everything but the head: tokens to the hidden states after the final layer norm."""
+    """Everything but the head: tokens to the hidden states after the final norm."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.padded_vocab, config.width)
-        self.position_embedding = nn.Embedding(config.block_size, config.width)
+        if not config.rope:
+            self.position_embedding = nn.Embedding(config.block_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = make_norm(config, config.width)
         self.recompute = False  # True: the backward pass computes a block again, and only its input is kept in memory
         # GPT-2's initialisation: std 0.02, smaller where a layer adds to the residual stream (2 per block).
         for name, parameter in self.named_parameters():
@@ -108,44 +162,46 @@ class Trunk(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
-    def forward(self, tokens, pad=None, cache=None, at=EVERY):
+    def forward(self, tokens, pad=None, cache=None, at=...):
         """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
 
-        Positions count from the first real token. With a cache, tokens are those after the ones in it. at: an index of
+        Positions count from the first real token. With a cache, tokens are the one after those in it. at: an index of
         (B, T), the positions that are wanted (np.s_[:, P - 1:], or one per row); the last block computes no others.
         """
-        T, past = tokens.size(1), cache.length if cache is not None else 0  # tokens now, tokens before
-        place = past + torch.arange(T, device=tokens.device)  # (T,) index in the padded row
-        position, bias = place, None
-        if pad is not None or past and T > 1:  # else the plain causal case
-            pad = torch.zeros(1, dtype=torch.long, device=tokens.device) if pad is None else pad
+        past = cache.length if cache is not None else 0
+        key = torch.arange(past + tokens.size(1), device=tokens.device)  # index in the padded row, of all tokens so far
+        position = place = key[past:]  # (T,) of those that are computed now
+        bias = None  # the plain causal case
+        if pad is not None:
             position = (place - pad[:, None]).clamp(min=0)  # (B, T)
-            key = torch.arange(past + T, device=tokens.device)
             may = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, keys)
-            # A padding query would attend to nothing, and softmax over nothing is NaN: let it see itself.
-            may = may | (key == place[:, None])
+            may = may | (key == place[:, None])  # a padding query sees itself: softmax over nothing would be NaN
             bias = torch.zeros(may.shape, device=tokens.device).masked_fill(~may, -math.inf)[:, None]
-        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(position))
+        rotation = rope_rotation(self.config, position) if self.config.rope else None
+        x = self.token_embedding(tokens)
+        x = self.dropout(x if self.config.rope else x + self.position_embedding(position))
         for block in self.blocks:
-            wanted = at if block is self.blocks[-1] else EVERY
+            wanted = at if block is self.blocks[-1] else ...
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, cache, wanted, use_reentrant=False)
+                x = checkpoint(block, x, rotation, bias, cache, wanted, use_reentrant=False)
             else:
-                x = block(x, bias, cache, wanted)
+                x = block(x, rotation, bias, cache, wanted)
         if cache is not None:
-            cache.length += T
+            cache.length = len(key)
         return self.norm(x)
 
 
 class GPT(nn.Module):
-    """The language model: trunk and a head that shares the token embedding's weights."""
+    """The language model: the trunk and a head, which is the token embedding once more unless config.tied is False."""
 
     kind = "lm"
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.trunk = Trunk(config)
+        self.config, self.trunk = config, Trunk(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.padded_vocab, bias=False)
+            nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def forward(self, tokens, pad=None):
         """tokens (B, T), pad (B,) or None: logits (B, T, V). The logits at t predict the token at t + 1."""
@@ -153,49 +209,67 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C): logits (..., V)."""
-        logits = F.linear(hidden, self.trunk.token_embedding.weight)  # (..., rows)
-        return logits if self.config.padded_vocab == self.config.vocab_size else logits[..., :self.config.vocab_size]
+        head = self.trunk.token_embedding if self.config.tied else self.lm_head
+        return full_precision(head, hidden)[..., :self.config.vocab_size]
 
     def response_logits(self, tokens, pad, P):
         """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""
-        return self.logits(self.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:]))
+        return self.logits(self.trunk(tokens[:, :-1], pad, at=(slice(None), slice(P - 1, None))))
+
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, folder, block_size=0, vocab_size=0):
+        """The model in a folder in Hugging Face's format (config.json, safetensors), in float32 and eval mode.
+        block_size, vocab_size: how many positions, and rows of the token embedding, are kept; 0: all."""
+        with torch.device("meta"):  # no memory yet: a weight takes it when it is written
+            model = cls(hub_config(json.loads((Path(folder) / "config.json").read_text()), block_size, vocab_size))
+        model.to_empty(device="cpu").trunk.token_embedding.weight[model.config.vocab_size:] = 0
+        where = {}  # name of a weight: (file, name there)
+        for path in sorted(Path(folder).glob("model*.safetensors")):
+            with safe_open(path, "pt") as file:
+                where |= {re.sub("^(transformer|model)[.]", "", name): (path, name) for name in file.keys()}
+        for name, part in hub_weights(model):
+            check(name in where, f"{folder}: {name} is in no model*.safetensors")
+            path, there = where.pop(name)
+            with safe_open(path, "pt") as file:  # for this weight only: an open file stays in memory
+                x = file.get_tensor(there)
+            part.copy_(x[:len(part)] if name.startswith(("embed_tokens", "lm_head", "wte", "wpe")) else x)
+        constants = ("lm_head.weight", ".attn.bias", ".masked_bias", ".inv_freq")  # a head that is tied, or no weights
+        check(not (extra := [name for name in where if not name.endswith(constants)]),
+              f"{folder}: {', '.join(extra[:3])}: no weight of this architecture")
+        return model.eval()
 
 
 class ScalarModel(nn.Module):
-    """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state).
-
-    The head has no bias and starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code. gain and bias normalise
-    the score; they are set after training (reward.py) and saved with the weights.
-    """
+    """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state). The
+    head has no bias, and starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code; reward.py sets gain and bias
+    after training, to normalise the score."""
 
     kind = "reward"
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.trunk = Trunk(config)
+        self.config, self.trunk = config, Trunk(config)
         self.head = nn.Linear(config.width, 1, bias=False)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.width + 1))
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
-    def forward(self, tokens, pad=None, at=EVERY):
+    def forward(self, tokens, pad=None, at=...):
         """tokens (B, T), pad (B,) or None: one number per position (B, T), or of those positions only."""
-        return self.read(self.trunk(tokens, pad, at=at))
+        return full_precision(self.head, self.trunk(tokens, pad, at=at)) * self.gain + self.bias
 
     def score(self, tokens, pad, last):
         """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
-        return self.read(self.trunk(tokens, pad, at=(torch.arange(len(tokens), device=tokens.device), last)))
-
-    def read(self, hidden):
-        """hidden (..., C): (...). Never in bf16, whose 8 bits would make different scores equal."""
-        return full_precision(self.head, hidden) * self.gain + self.bias
+        return self(tokens, pad, at=(torch.arange(len(tokens), device=tokens.device), last))
 
 
 def full_precision(head, hidden):
-    """A linear head with one output, outside autocast: hidden (..., C): (...)."""
+    """A linear head in float32, outside autocast: hidden (..., C): (..., rows), or (...) for one row. In bf16
+    logits near -100, as GPT-2 has them, would be 0.5 apart, and different scores equal."""
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+        return F.linear(hidden.to(dtype), head.weight.to(dtype), getattr(head, "bias", None)).squeeze(-1)
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
@@ -222,68 +296,65 @@ def row_logprobs(model, rows, pad_id, device, autocast):
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
 
-@torch.no_grad()
-def entropy(logits, temperature=1.0):
-    """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
-class Ensemble(nn.Module):
-    """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
-
-    def __init__(self, models, how):
-        super().__init__()
-        self.models, self.how = nn.ModuleList(models), how
-        self.config = min((model.config for model in models), key=lambda config: config.block_size)
-
-    def score(self, tokens, pad, last):
-        """As ScalarModel.score."""
-        scores = torch.stack([model.score(tokens, pad, last) for model in self.models])  # (models, B)
-        return scores.mean(0) if self.how == "mean" else scores.amin(0)
-
-
-@torch.no_grad()
-def score_many(model, texts, batch_size=256):
-    """Scores of a list of texts (lists of ids, prompt and response together) by a scalar model: (N,) on the CPU.
-    Duplicates are scored once. A batch has at most batch_size texts, and 2^14 tokens."""
-    device = next(model.parameters()).device
-    left = sorted(set(map(tuple, texts)), key=lambda text: (len(text), text))
-    score_of = {}
-    while left:
-        batch = left[:batch_size]
-        while len(batch) * len(batch[-1]) > 2**14 and len(batch) > 1:  # they are sorted: the last is the longest
-            batch.pop()
-        left = left[len(batch):]
-        tokens, mask = pad_responses(batch, 0)  # on the right: no real token sees the padding
-        scores = model.score(tokens.to(device), None, mask.sum(1).long().to(device) - 1)
-        score_of.update(zip(batch, scores.float().tolist()))
-    return torch.tensor([score_of[tuple(text)] for text in texts])
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False):
-    """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model."""
-    return build(GPT if kind == "lm" else ScalarModel, *read_checkpoint(folder, kind), device, dropout, recompute)
-
-
-def load_trunk(folder, device="cpu", dropout=0.0, recompute=False):
-    """A scalar model with a fresh head on the trunk of the language model in folder."""
-    return build(ScalarModel, *read_checkpoint(folder, "lm"), device, dropout, recompute)
-
-
-def load_reward(folders, device="cpu", ensemble="mean"):
-    """The reward model in a checkpoint folder, or the Ensemble of those in several, with commas between."""
-    check(ensemble in ("mean", "min"), f"--ensemble is {ensemble!r}: write mean or min")
-    models = [load_model(folder, device, kind="reward") for folder in folders.split(",")]
-    return models[0] if len(models) == 1 else Ensemble(models, ensemble).eval()
-
-
-def build(Model, weights, facts, device, dropout, recompute):
-    """A model with the weights of a checkpoint, in eval mode; a head that the checkpoint lacks stays fresh."""
-    model = Model(GPTConfig(**{**facts["model"], "dropout": dropout}))
-    model.load_state_dict({**model.state_dict(), **weights})
+def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
+    """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model. fresh_head: a scalar model
+    on the trunk of a language model."""
+    weights, facts = read_checkpoint(folder, kind)
+    config = GPTConfig(**{**facts["model"], "dropout": dropout})
+    model = (ScalarModel if kind == "reward" or fresh_head else GPT)(config)
+    model.load_state_dict({name: weights.get(name, fresh) for name, fresh in model.state_dict().items()})
     model.trunk.recompute = recompute
     return model.to(device).eval()
+
+
+# Hugging Face's format. Our names of settings and modules: theirs; of several there, one of ours holds the rows one after the other.
+GPT2 = dict(n_layer="n_layer", n_head="n_head", width="n_embd", mlp_width="n_inner", block_size="n_positions",
+            norm_eps="layer_norm_epsilon", token_embedding="wte", position_embedding="wpe", blocks="h", norm1="ln_1",
+            qkv="attn.c_attn", proj="attn.c_proj", norm2="ln_2", up="mlp.c_fc", down="mlp.c_proj", norm="ln_f")
+LLAMA = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads",
+             width="hidden_size", head_size="head_dim", mlp_width="intermediate_size", norm_eps="rms_norm_eps",
+             block_size="max_position_embeddings", token_embedding="embed_tokens", blocks="layers",
+             norm1="input_layernorm", qkv="self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+             q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", proj="self_attn.o_proj",
+             norm2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj", norm="norm")
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
+             "hidden_act": ["silu"], "activation_function": ["gelu", "gelu_new", "gelu_pytorch_tanh"],
+             "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys((
+                 "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "num_local_experts",
+                 "scale_attn_by_inverse_layer_idx", "add_cross_attention"), [False])}
+
+
+def hub_config(settings, block_size=0, vocab_size=0):
+    """GPTConfig from the content of a config.json; UserError names a setting that cannot be computed here."""
+    rope = {**(settings.get("rope_scaling") or {}), **(settings.get("rope_parameters") or {})}  # transformers 4, and 5
+    settings = {"rope_type": rope.get("type"), "rope_theta": 10000.0, **settings, **rope}
+    for name, values in SUPPORTED.items():
+        check(settings.get(name) in [None, *values], f"config.json: {name} {settings.get(name)!r} is not supported")
+    kind, names = settings["model_type"], GPT2 if settings["model_type"] == "gpt2" else LLAMA
+    ours = {name: settings[theirs] for name, theirs in names.items()
+            if hasattr(GPTConfig, name) and settings.get(theirs) is not None}
+    ours |= {"vocab_size": settings["vocab_size"], "tied": settings.get("tie_word_embeddings", kind == "gpt2")}
+    for name, wanted in (("vocab_size", vocab_size), ("block_size", block_size)):
+        check(0 <= wanted <= ours[name], f"{name} {wanted:,}: the model has {ours[name]:,}")
+        ours[name] = wanted or ours[name]
+    if kind == "gpt2":
+        return GPTConfig(**ours, gelu="none" if settings.get("activation_function") == "gelu" else "tanh")
+    scaling = tuple(settings[name] for name in ROPE_SCALING) if settings["rope_type"] == "llama3" else ()
+    return GPTConfig(**ours, swiglu=True, rms_norm=True, qk_norm=kind == "qwen3", rope=settings["rope_theta"],
+                     rope_scaling=scaling, bias="qkv" if kind == "qwen2" else "none")
+
+
+def hub_weights(model):
+    """(Hugging Face's name, the part of a weight that it names, as a view) of all of a model: to write or to read."""
+    config, names = model.config, LLAMA if model.config.rope else GPT2
+    q, kv = config.n_head * config.head_size, config.n_kv_head * config.head_size
+    for name, x in model.named_parameters():  # trunk.blocks.0.attention.qkv.weight
+        *path, module, kind = name.replace("attention.", "").split(".")
+        place, x, theirs = "", x.detach(), names.get(module, module).split()
+        if "blocks" in path:
+            place, x = f"{names['blocks']}.{path[-1]}.", x if config.rope or x.dim() == 1 else x.T  # GPT-2: (in, out)
+        elif module in ("token_embedding", "lm_head"):
+            x = x[:config.vocab_size]
+        rows = {1: [len(x)], 2: [config.mlp_width] * 2, 3: [q, kv, kv]}[len(theirs)]
+        yield from zip((f"{place}{part}.{kind}" for part in theirs), x.split(rows))

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
 from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl
-from model import entropy, full_precision, load_model, load_reward, load_trunk, token_logprobs
+from model import full_precision, load_model, token_logprobs
 from sampling import sample_prompts
 
 
@@ -144,7 +145,38 @@ class AdaptiveKL:
             self.coef *= 1 + error * episodes / self.horizon
 
 
+@torch.no_grad()
+def entropy(logits, temperature=1.0):
+    """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+class Ensemble(torch.nn.ModuleList):
+    """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
+
+    def score(self, tokens, pad, last):
+        scores = torch.stack([model.score(tokens, pad, last) for model in self])  # (models, B)
+        return scores.mean(0) if self.how == "mean" else scores.amin(0)
+
+
+def load_reward(folders, device="cpu", how="mean"):
+    """The reward models in checkpoint folders, with commas between, as one: how "mean" or "min"."""
+    check(how in ("mean", "min"), f"--ensemble is {how!r}: write mean or min")
+    models = Ensemble(load_model(folder, device, "reward") for folder in folders.split(","))
+    models.how, models.config = how, min((model.config for model in models), key=lambda config: config.block_size)
+    return models.eval()
+
+
 # ---- rollout and update ----------------------------------------------------------------------------------------------
+
+
+def freeze(*models):
+    """Keep the matrices of the blocks in bf16, as autocast casts them in every pass: half the memory, the same numbers.
+    Norms, embeddings and heads stay in float32."""
+    for name, module in (pair for model in models for pair in model.named_modules()):
+        if "blocks." in name and isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def select(rollout, rows):
@@ -303,11 +335,13 @@ def main(cfg):
 
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     reward, reward_folders = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
+    if cfg.dtype == "bfloat16":
+        freeze(ref, reward)
     value = None
     if cfg.value == "separate":
         value = load_model(reward_folders[0], device, kind="reward", recompute=cfg.recompute)
     elif cfg.value == "sft":
-        value = load_trunk(cfg.sft, device, recompute=cfg.recompute)
+        value = load_model(cfg.sft, device, recompute=cfg.recompute, fresh_head=True)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first
@@ -333,7 +367,7 @@ def main(cfg):
         order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()  # one an epoch
         batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
 
-        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.eot_token, autocast,
+        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.end, autocast,
                                    sampling)
         log.add(**metrics)
         guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)

@@ -20,7 +20,7 @@ from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, pro
 from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer, pad_responses,
                   pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated,
                   split_by_prompt)
-from model import load_model, load_trunk, score_many
+from model import load_model
 from sampling import sample_many
 
 
@@ -97,19 +97,29 @@ def without_duplicates(rankings):
     return kept
 
 
-def score_rankings(model, rankings, device):
-    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first. Texts of similar length
-    share a forward pass, whichever ranking they are from: else half of it would be padding."""
-    counts = [len(texts) for texts in rankings]
-    flat = [text for texts in rankings for text in texts]
-    order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
-    scores = []
+def score_texts(model, texts):
+    """Scores (N,) of texts (lists of ids, prompt and response together). Texts of similar length share a forward pass,
+    whichever ranking they are from: else half of it would be padding."""
+    device, order, scores = next(model.parameters()).device, sorted(range(len(texts)), key=lambda i: len(texts[i])), []
     for start in range(0, len(order), 32):
-        tokens, real = pad_responses([flat[i] for i in order[start:start + 32]], 0)
+        tokens, real = pad_responses([texts[i] for i in order[start:start + 32]], 0)  # no real token sees the padding
         scores.append(model.score(tokens.to(device), None, real.sum(1).long().to(device) - 1))
-    place = torch.tensor(order).argsort().to(device)  # where each text's score is now
-    scores = torch.nn.utils.rnn.pad_sequence(torch.cat(scores)[place].split(counts), batch_first=True)  # (B, K)
-    return scores, length_mask(torch.tensor(counts), max(counts)).to(device)
+    return torch.cat(scores)[torch.tensor(order).argsort().to(device)]
+
+
+@torch.no_grad()
+def score_many(model, texts):
+    """score_texts on the CPU, where duplicates have one score."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+    return score_texts(model, list(number)).float().cpu()[[number[tuple(text)] for text in texts]]
+
+
+def score_rankings(model, rankings):
+    """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first."""
+    counts = [len(texts) for texts in rankings]
+    scores = score_texts(model, [text for texts in rankings for text in texts])
+    scores = torch.nn.utils.rnn.pad_sequence(scores.split(counts), batch_first=True)  # (B, K)
+    return scores, length_mask(torch.tensor(counts), max(counts)).to(scores.device)
 
 
 def train(model, rankings, counts, cfg, stage, device, autocast):
@@ -129,7 +139,7 @@ def train(model, rankings, counts, cfg, stage, device, autocast):
         for first in range(0, len(batch), cfg.microbatch):
             part = [rankings[i] for i in batch[first:first + cfg.microbatch]]
             with autocast():
-                scores, mask = score_rankings(model, part, device)
+                scores, mask = score_rankings(model, part)
             loss = ranking_loss(scores, mask)
             # A mean over rankings, weighted by their number: how a batch is split changes nothing.
             (loss * (len(part) / len(batch))).backward()
@@ -150,7 +160,7 @@ def normalise(model, policy, prompts, cfg, enc, device, autocast):
     prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], limit) for i in range(cfg.samples)]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
-        responses = sample_many(policy, prompts, cfg.response_tokens, enc.eot_token, temperature=cfg.temperature,
+        responses = sample_many(policy, prompts, cfg.response_tokens, enc.end, temperature=cfg.temperature,
                                 random=random)
         scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
     check(scores.std() > 0, "the reward model gives every sample the same score: nothing to normalise")
@@ -177,7 +187,7 @@ def human_accuracy(model, enc, rows, autocast):
 def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
-    model, counts = load_trunk(cfg.model, device, dropout=cfg.dropout, recompute=cfg.recompute), Counter()
+    model, counts = load_model(cfg.model, device, "lm", cfg.dropout, cfg.recompute, fresh_head=True), Counter()
     enc, block_size = load_tokenizer(cfg.model), model.config.block_size
     rows, split_seed = read_rankings(cfg.train), cfg.seed if cfg.split_seed == -1 else cfg.split_seed
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, split_seed)

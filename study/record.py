@@ -19,7 +19,8 @@ import label
 import ppo
 from common import set_up, write_atomic
 from data import encode_rankings, load_tokenizer
-from model import load_model, score_many, token_logprobs
+from model import load_model, token_logprobs
+from reward import score_many
 from sft import response_rows
 
 ITERATION = 2  # of PPO, whose rollout and update are shown
@@ -67,7 +68,7 @@ def main(folder, out="study/walkthrough.json"):
 
     mask, lengths, P = rollout["mask"], rollout["lengths"].to(logprobs.device), ppo.prompt_columns(rollout)
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask).sum(1)
-    ended = rollout["tokens"].gather(1, P + lengths[:, None] - 1).squeeze(1) == enc.eot_token
+    ended = rollout["tokens"].gather(1, P + lengths[:, None] - 1).squeeze(1) == enc.end
     row = kl.where(ended & (lengths >= 5) & (lengths <= 8), -1e9).argmax()  # short, and the KL is large
     pad, n, unwhitened = int(rollout["pad"][row]), int(lengths[row]), (rollout["returns"] - rollout["values"])[mask > 0]
     prompt, ids = rollout["tokens"][row, pad:P].tolist(), rollout["tokens"][row, P:P + n].tolist()
@@ -79,7 +80,7 @@ def main(folder, out="study/walkthrough.json"):
                             key=lambda one: abs(len(one[0]) - 11) + abs(one[1] - 5))
 
     def tokens(ids):  # the text of each; None for EOS
-        return [None if i == enc.eot_token else enc.decode([i]) for i in ids]
+        return [None if i == enc.end else enc.decode([i]) for i in ids]
 
     def score(stage, responses):
         texts, = encode_rankings(enc, [{"prompt": text, "responses": responses}], block, Counter())

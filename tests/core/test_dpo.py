@@ -66,11 +66,11 @@ def test_log_probabilities_are_the_responses_alone(checkpoints, autocast_off):
     policy, enc = load_model(checkpoints.sft), data.load_tokenizer(checkpoints.vocab)
     rows = data.read_rankings(checkpoints.rankings)
     rankings = dpo.encode(enc, rows, 32, "all", Counter())
-    sums = dpo.response_logprobs(policy, rankings, enc.eot_token, "cpu", autocast_off, size=5)
+    sums = dpo.response_logprobs(policy, rankings, enc.end, "cpu", autocast_off, size=5)
     assert [len(part) for part in sums] == [len(ranking) for ranking in rankings] == [len(x["responses"]) for x in rows]
     for (ids, first), total in zip(sum(rankings, []), torch.cat(sums).tolist()):
         tokens = torch.tensor([ids])
-        assert ids[-1] == enc.eot_token
+        assert ids[-1] == enc.end
         assert token_logprobs(policy(tokens), tokens)[0, first - 1:].sum().item() == pytest.approx(total, abs=1e-3)
 
 

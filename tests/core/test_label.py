@@ -9,7 +9,8 @@ import label
 from common import UserError, generator, save_checkpoint
 from data import load_tokenizer, save_ranks, write_jsonl
 from label import RankConfig, SampleConfig
-from model import GPT, GPTConfig, ScalarModel, load_model, score_many
+from model import GPT, GPTConfig, ScalarModel, load_model
+from reward import score_many
 
 PROMPTS = ["The film", "A plot", "Rarely", "This is", "One of", "My dog"]
 SAMPLES = [{"id": prompt[:3], "prompt": prompt, "responses": [f" {prompt} {c}." for c in "abcd"]} for prompt in PROMPTS]

@@ -13,8 +13,9 @@ import common
 from common import UserError
 from conftest import END, both_precisions, close, random_model
 from data import pad_prompts
-from model import (GPT, Ensemble, GPTConfig, ScalarModel, attention, entropy, load_model, load_reward, load_trunk,
-                   score_many, token_logprobs)
+from model import GPT, GPTConfig, ScalarModel, attention, load_model, token_logprobs
+from ppo import Ensemble, entropy, load_reward
+from reward import score_many
 from sampling import sample
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
@@ -83,7 +84,7 @@ def test_attention_written_out_and_through_the_fused_kernel(dtype, tolerance, mo
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **how: seen.append(how) or kernel(*x, **how))
     attention(q.as_subclass(Elsewhere), k, v, bias)
     attention(q, k, v, bias)
-    assert seen == [{"is_causal": False}]  # of the second path only
+    assert seen == [{"is_causal": False, "enable_gqa": False}]  # of the second path only
 
 
 def test_initial_loss_and_weights():
@@ -101,7 +102,7 @@ def test_initial_loss_and_weights():
 
 def test_a_scalar_models_trunk_and_normalisation(checkpoints):
     """A trunk that was not loaded, or gain and bias on one of two paths only."""
-    fresh, language = load_trunk(checkpoints.sft), load_model(checkpoints.sft)
+    fresh, language = load_model(checkpoints.sft, fresh_head=True), load_model(checkpoints.sft)
     assert all(torch.equal(a, b) for a, b in zip(fresh.trunk.parameters(), language.trunk.parameters()))
     model, tokens = random_model(ScalarModel), torch.tensor([PROMPTS[0]])
     before, last = model(tokens), torch.tensor([4])
@@ -167,10 +168,11 @@ def test_an_ensemble_is_the_mean_or_the_least(checkpoints, how):
     """The maximum, which is what is to be avoided; members' scores in another order than the texts; a comma misread."""
     members, texts = [random_model(ScalarModel, seed) for seed in (1, 2, 3)], [[1, 2, 3], [4], [5, 6, 7, 8]]
     each = torch.stack([score_many(member, texts) for member in members])
-    joined = score_many(Ensemble(members, how), texts)
+    (joined := Ensemble(members)).how = how
+    joined = score_many(joined, texts)
     assert torch.allclose(joined, each.mean(0) if how == "mean" else each.min(0).values, atol=1e-5)
-    several = load_reward(f"{checkpoints.reward},{checkpoints.reward}", ensemble=how)
-    assert len(several.models) == 2 and several.how == how and not several.training
+    several = load_reward(f"{checkpoints.reward},{checkpoints.reward}", how=how)
+    assert len(several) == 2 and several.how == how and not several.training
 
 
 @both_precisions

@@ -10,8 +10,8 @@ import data
 import reward
 from conftest import END, both_precisions, close, ragged_mask, random_model
 from data import pair_accuracy, ranking_accuracy
-from model import ScalarModel, load_model, score_many
-from reward import batch_accuracy, ranking_loss, score_rankings
+from model import ScalarModel, load_model
+from reward import batch_accuracy, ranking_loss, score_many, score_rankings
 from sampling import sample_many
 
 LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
@@ -84,10 +84,10 @@ def test_scores_do_not_depend_on_the_batch():
     model = random_model(ScalarModel)
     rankings = [[[END, 1, 2, END], [END, 3, END]], [[END, 4, 5, 6, 7, END], [END, 8, END], [END, END]], [[END, 9]]]
     expected = [model(torch.tensor([text]))[0, -1].item() for text in sum(rankings, [])]
-    scores, mask = score_rankings(model, rankings, "cpu")
+    scores, mask = score_rankings(model, rankings)
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert [x for row, n in zip(scores.tolist(), (2, 3, 1)) for x in row[:n]] == pytest.approx(expected, abs=1e-5)
-    assert score_many(model, sum(rankings, []), batch_size=2).tolist() == pytest.approx(expected, abs=1e-5)
+    assert score_many(model, sum(rankings, [])).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_training_learns_and_normalises(checkpoints, tmp_path):
@@ -105,7 +105,7 @@ def test_training_learns_and_normalises(checkpoints, tmp_path):
     enc, model = data.load_tokenizer(checkpoints.vocab), load_model(tmp_path / "out", kind="reward")
     rows = data.read_jsonl(cfg.prompts, {"prompt": str})
     prompts = [data.encode_prompt(enc, rows[i % len(rows)]["prompt"], 32 - 8) for i in range(cfg.samples)]
-    responses = sample_many(load_model(cfg.sft), prompts, 8, enc.eot_token, temperature=cfg.temperature,
+    responses = sample_many(load_model(cfg.sft), prompts, 8, enc.end, temperature=cfg.temperature,
                             random=torch.Generator().manual_seed(cfg.seed))
     scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
