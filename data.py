@@ -1,20 +1,20 @@
-"""Text in, tensors out: tokenizer, truncation, padding and masks, batches, pair accuracy, JSON lines.
+"""Text in, tensors out: tokenizer, chat formats, truncation, padding and masks, batches, pair accuracy, JSON lines.
 
 Layout of a batch, the same in every script (B rows, P prompt tokens, R response tokens, T = P + R):
 
-    tokens  . . e p p p | r r r r e .      (B, T)  prompts padded on the left, responses on the right
+    tokens  . . b p p p | r r r r e .      (B, T)  prompts padded on the left, responses on the right
     pad     2                              (B,)    how many tokens of padding stand on the left
     mask                  1 1 1 1 1 0      (B, R)  1.0 on response tokens up to and including EOS
 
-Every prompt begins with <|endoftext|> (e), which separates documents in the pretraining text: no prompt is empty. The
-same id ends a response (EOS). Masks and positions come from lengths, never from comparing ids: padding is that id too.
+Every plain prompt begins with a token (b), no prompt is empty; every response ends with EOS (e). In our own vocabulary
+both are <|endoftext|>. Masks and positions come from lengths, never from comparing ids: padding is EOS, too.
 """
 import base64
 import gzip
-import hashlib
 import json
 import math
 import re
+import unicodedata
 from pathlib import Path
 
 import tiktoken
@@ -26,22 +26,47 @@ END = "<|endoftext|>"
 # A word with the space before it, a number, a run of punctuation, or white space: GPT-2's idea, in fewer cases.
 # Merges never cross these borders, so a text that is split before a space keeps the tokens it has in the whole.
 PATTERN = r"""'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # with GPT-2's merges
-GPT2_VOCAB = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # sha256 of their vocab.tiktoken
 # How a dialogue is written as one text, as in Anthropic's HH: a prompt is turns that end with REPLY.
 TURN, REPLY = "\n\nHuman:", "\n\nAssistant:"
+BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}
+# How chat models write a turn: special tokens, and texts between them. A response follows where the content would.
+FORMATS = {"chatml": ("<|im_start|>", "{role}\n{content}", "<|im_end|>", "\n"),
+           "llama3": ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{content}", "<|eot_id|>")}
 
 
-def load_tokenizer(where):
-    """tiktoken.Encoding from a folder with vocab.tiktoken (or that file itself), which holds GPT-2's merges or ours.
-    Use encode_ordinary: a literal "<|endoftext|>" in a text is then ordinary text. The special id is enc.eot_token."""
+class Tokenizer(tiktoken.Encoding):
+    """Byte-pair encoding by tiktoken, and begin, end: the ids before a plain text and behind every response; chat: how
+    dialogues are written (load_tokenizer), None: as one text. Use encode_ordinary: no text becomes a special token."""
+
+    def __init__(self, ranks, settings, chat):
+        super().__init__("plainrlhf", pat_str=settings["pattern"], mergeable_ranks=ranks,
+                         special_tokens=settings["special"])
+        self.settings, self.chat = settings, settings.get("chat") if chat or settings.get("dialogues") else None
+        self.begin, self.end = settings.get("begin", settings["end"]), (self.chat or settings)["end"]
+        self.lacking = {byte for byte in range(256) if bytes([byte]) not in ranks}
+
+    def encode_ordinary(self, text):
+        """ids of a text, without begin and end. Characters that the vocabulary cannot write are left out."""
+        text = unicodedata.normalize("NFC", text) if self.settings.get("nfc") else text
+        if self.lacking:
+            text = "".join(c for c in text if self.lacking.isdisjoint(c.encode("utf-8", "replace")))
+        return super().encode_ordinary(text)
+
+
+def load_tokenizer(where, chat=False):
+    """The Tokenizer in a folder with vocab.tiktoken, or in that file: "base64 rank" of each token, as tiktoken writes
+    them. A first line of JSON says what differs from our own vocabulary: "pattern", "special" {text: id}, "begin",
+    "end", "nfc", and "chat": {"format", "end", "begin", "system" message if none is given, "preamble" of all of them,
+    "think": ids before a response}; "dialogues": prompts are dialogues, and written like that, as with chat=True."""
     path = Path(where) / "vocab.tiktoken" if Path(where).is_dir() else Path(where)
     check(path.is_file(), f"{path}: no tokenizer here (python -m prepare.reviews makes data/reviews/vocab.tiktoken)")
-    content = path.read_bytes()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
-    check(sorted(ranks.values()) == list(range(len(ranks))), f"{path}: damaged, not a complete vocabulary")
-    pattern = GPT2_PATTERN if hashlib.sha256(content).hexdigest() == GPT2_VOCAB else PATTERN
-    return tiktoken.Encoding("plainrlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    first, *lines = path.read_text().splitlines() or [""]
+    first, lines = (json.loads(first), lines) if first.startswith("{") else ({}, [first, *lines])
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+    settings = {"pattern": PATTERN, "special": {END: len(ranks)}, "end": len(ranks), **first}
+    ids = sorted([*ranks.values(), *settings["special"].values()])
+    check(ids == list(range(len(ids))), f"{path}: damaged, not a complete vocabulary")
+    return Tokenizer(ranks, settings, chat)
 
 
 def check_same_vocab(first, *others):
@@ -51,33 +76,68 @@ def check_same_vocab(first, *others):
               f"{folder} and {first} do not share a vocabulary")
 
 
-def save_ranks(ranks, path):
-    """Write a vocabulary in tiktoken's own text format: base64 of the bytes, a space, the rank."""
-    write_atomic(path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+def save_ranks(ranks, path, settings=None):
+    """Write the file that load_tokenizer reads, from {token: rank} and settings."""
+    first = json.dumps(settings) + "\n" if settings else ""
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    write_atomic(path, first + "".join(lines))
 
 
-# ---- truncation ----------------------------------------------------------------------------------------------------
+def turns_of(prompt):
+    """Messages {"role", "content"} of a list of them, of a transcript as in HH, or of a plain text, which is one turn
+    of a user's. The last is the assistant's: what its response begins with, which is nothing as a rule."""
+    if isinstance(prompt, list):
+        return prompt if prompt[-1]["role"] == "assistant" else [*prompt, {"role": "assistant", "content": ""}]
+    system, *parts = re.split(f"({TURN}|{REPLY})", prompt)
+    if not parts:
+        return turns_of([{"role": "user", "content": prompt}])
+    turns = [{"role": "user" if mark == TURN else "assistant", "content": text.strip()}
+             for mark, text in zip(parts[::2], parts[1::2])]
+    return turns_of([{"role": "system", "content": system.strip()}] * bool(system.strip()) + turns)
+
+
+def chat_ids(enc, turns):
+    """ids of a dialogue (turns_of) in the model's chat format, up to where the response follows."""
+    chat, ids = enc.chat, [enc.chat["begin"]] if "begin" in enc.chat else []
+    if chat["format"] == "llama3":
+        turns = [{**turn, "content": turn["content"].strip()} for turn in turns]
+    if turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": chat.get("system", "")}, *turns]
+    first = {"role": "system", "content": chat.get("preamble", "") + turns[0]["content"]}
+    for turn in [first] * bool(first["content"]) + turns[1:]:
+        for part in FORMATS[chat["format"]]:
+            special = enc.settings["special"].get(part)
+            ids += enc.encode_ordinary(part.format(**turn)) if special is None else [special]
+            if turn is turns[-1] and "{content}" in part:
+                return ids + chat.get("think", [])
 
 
 def encode_prompt(enc, prompt, limit):
-    """<|endoftext|>, then the prompt's tokens: limit ids at most, for which a longer prompt loses its beginning. A
-    dialogue loses what precedes its first turn, then whole turns; if the last turn is too long, its own beginning."""
+    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue what precedes its first turn, then
+    whole turns; if the last turn is too long, its own beginning."""
+    if enc.chat:
+        turns = turns_of(prompt)
+        while len(ids := chat_ids(enc, turns)) > limit and len(turns) > 2:
+            turns = turns[1 if turns[0]["role"] == "system" else 2:]
+        return ids[max(0, len(ids) - limit):]
+    if isinstance(prompt, list):
+        prompt = "".join(BEFORE[turn["role"]] + turn["content"] for turn in turns_of(prompt)).rstrip(" ")
     ids = enc.encode_ordinary(prompt)
     for turn in re.finditer(TURN, prompt):
         if len(ids) < limit:
             break
         ids = enc.encode_ordinary(prompt[turn.start():])
-    return [enc.eot_token] + ids[max(0, len(ids) - (limit - 1)):]
+    return [enc.begin] + ids[max(0, len(ids) - (limit - 1)):]
 
 
 def encode_texts(enc, prompt, responses, block_size, counts):
     """ids of a prompt, and of each response with EOS. The one place that decides what training truncates: the prompt
     keeps what the longest response leaves, never less than half of the block; a response too long for the rest loses
     its end, EOS included. counts: a Counter of prompts and responses, and of how many are truncated."""
-    encoded = [enc.encode_ordinary(response) + [enc.eot_token] for response in responses]
+    encoded = [enc.encode_ordinary(text.strip() if enc.chat else text) + [enc.end] for text in responses]
     prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2))
     room = block_size - len(prompt_ids)
-    counts.update({"prompts": 1, "prompts truncated": len(prompt_ids) <= len(enc.encode_ordinary(prompt)),
+    counts.update({"prompts": 1, "prompts truncated": len(prompt_ids) < len(encode_prompt(enc, prompt, math.inf)),
                    "responses": len(encoded), "responses truncated": sum(len(ids) > room for ids in encoded)})
     return prompt_ids, [ids[:room] for ids in encoded]
 
@@ -90,21 +150,18 @@ def encode_rankings(enc, rows, block_size, counts):
 
 def report_truncated(counts, log):
     """Print what encode_texts has truncated, and note it in the log."""
-    for what, so in (("prompts", ""), ("responses", ": they have no EOS, and the model will not learn to stop")):
-        if counts[f"{what} truncated"]:
-            print(f"{counts[f'{what} truncated']:,} of {counts[what]:,} {what} are truncated{so}")
-    if counts["prompts truncated"] or counts["responses truncated"]:
-        log.append({"truncated": {"prompts": counts["prompts truncated"], "responses": counts["responses truncated"],
-                                  "of": counts["responses"]}})
+    cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses") if counts[f"{what} truncated"]}
+    for what, n in cut.items():
+        so = ": they have no EOS, and the model will not learn to stop" if what == "responses" else ""
+        print(f"{n:,} of {counts[what]:,} {what} are truncated{so}")
+    if cut:
+        log.append({"truncated": {"prompts": 0, "responses": 0, **cut, "of": counts["responses"]}})
 
 
 def prompt_limit(block_size, response_tokens):
     """How many ids a prompt may have before a response of this length is sampled."""
     check(block_size > response_tokens + 1, f"--response-tokens {response_tokens}: no room in block size {block_size}")
     return block_size - response_tokens
-
-
-# ---- padding, masks, batches ---------------------------------------------------------------------------------------
 
 
 def pad_prompts(prompts, pad_id):
@@ -153,13 +210,10 @@ def pair_accuracy(margins, ends):
     the two texts of each pair. A text is in several pairs, so these are not independent: the 95 % interval is from the
     jackknife that leaves out one text at a time with all its pairs, a little too wide."""
     hits = 0.5 + 0.5 * torch.sign(margins).double()  # (N,)
-    names, ends = ends.unique(return_inverse=True)
-    of_text = torch.zeros(2, len(names), dtype=torch.double)  # hits and pairs that each text is in
-    for side in (0, 1):
-        of_text[0].index_add_(0, ends[:, side], hits)
-        of_text[1].index_add_(0, ends[:, side], torch.ones_like(hits))
-    accuracy, S = hits.mean().item(), len(names)
-    without = (hits.sum() - of_text[0]) / (len(hits) - of_text[1]).clamp(min=1)  # (S,)
+    _, ends, pairs = ends.unique(return_inverse=True, return_counts=True)  # pairs (S,) that each of S texts is in
+    hits_of = torch.zeros(len(pairs)).double().index_add_(0, ends.flatten(), hits.repeat_interleave(2))  # (S,)
+    accuracy, S = hits.mean().item(), len(pairs)
+    without = (hits.sum() - hits_of) / (len(hits) - pairs).clamp(min=1)  # (S,)
     spread = 1.96 * math.sqrt((S - 1) / S * (without - without.mean()).square().sum().item())
     interval = [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]
     return {"accuracy": round(accuracy, 4), "pairs": len(margins), "interval": interval}
@@ -174,37 +228,28 @@ def ranking_accuracy(rankings, scores):
     return pair_accuracy(better - worse, torch.cat([torch.combinations(part) for part in names]))
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
 def write_jsonl(path, rows):
     """Write one JSON object per line, UTF-8, atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_text(path):
-    """The content of a UTF-8 text file (without a byte-order mark), unpacked if its name ends in .gz."""
+def read_rows(path, accept, expected="an object"):
+    """[accept(row) for each JSON object of a JSONL file, .gz or not]; accept raises ValueError("field: problem") for a
+    bad one, which becomes UserError "file:line: field: problem": the first five, and how many more there are."""
     check(Path(path).is_file(), f"{path}: no such file")
+    rows, bad = [], []
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            return file.read()
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged, or not UTF-8 text: {error}") from None
-
-
-def read_rows(path, accept, expected="an object"):
-    """[accept(row) for each JSON object of a JSONL file]; accept raises ValueError("field: problem") for a bad one,
-    which becomes UserError "file:line: field: problem": the first five, and how many more. Blank lines are skipped."""
-    rows, bad = [], []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected {expected}, found {type(row).__name__}")
-                rows.append(accept(row))
-            except (ValueError, RecursionError) as error:
-                bad.append(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}")
+    for number, line in lines:
+        try:
+            if not isinstance(row := json.loads(line), dict):
+                raise ValueError(f"expected {expected}, found {type(row).__name__}")
+            rows.append(accept(row))
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}")
     check(not bad, "; ".join(bad[:5] + [f"and {len(bad) - 5} more bad lines"] * (len(bad) > 5)))
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows

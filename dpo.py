@@ -124,7 +124,7 @@ def main(cfg):
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
     stage.open()
-    end = enc.eot_token
+    end = enc.end
     with torch.no_grad():  # the policy is still the SFT model: its log-probabilities now are the reference's for good
         ref_logprobs = response_logprobs(policy, rankings, end, device, autocast)
         test_ref_logprobs = response_logprobs(policy, test, end, device, autocast)

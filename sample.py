@@ -4,6 +4,7 @@
     python sample.py out/tiny/ppo "The film is" --count 5          one prompt, five samples
     python sample.py out/tiny/sft --reward out/tiny/reward         with scores, best first (best-of-n)
     head prompts.txt | python sample.py out/tiny/base              a prompt per line from standard input
+    python sample.py out/smollm/base --chat                        talk turn by turn, in the model's chat format
 """
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 
 from common import check, run, set_up, visible
 from data import check_same_vocab, encode_prompt, load_tokenizer, prompt_limit
-from model import load_model, score_many
+from model import load_model
+from reward import score_many
 from sampling import sample_many
 
 
@@ -20,9 +22,10 @@ from sampling import sample_many
 class Config:
     model: str = ""            # checkpoint folder of a language model
     prompt: str = ""           # the text to continue; empty: read prompts from standard input, one per line
+    chat: bool = False         # each line is a user's turn, answered by one sample, and the dialogue goes on
     reward: str = ""           # reward model that scores the samples, best first
     count: int = 3             # samples per prompt
-    response_tokens: int = 32  # longest sample
+    response_tokens: int = 0   # longest sample; 0: 32 tokens, 200 with --chat
     temperature: float = 0.7   # divides the logits; 0: always the likeliest token
     top_k: int = 0             # sample from the k likeliest tokens only; 0: all
     top_p: float = 1.0         # sample from the likeliest tokens that reach this probability
@@ -39,30 +42,44 @@ def respond(text, cfg, policy, reward, enc, random, autocast):
     block_size = min(model.config.block_size for model in (policy, reward) if model)
     prompt = encode_prompt(enc, text, prompt_limit(block_size, cfg.response_tokens))
     with autocast():
-        responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.eot_token, random=random,
+        responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.end, random=random,
                                 temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
         scores = score_many(reward, [prompt + ids for ids in responses]).tolist() if reward else [None] * cfg.count
     for score, ids in sorted(zip(scores, responses), key=lambda pair: -(pair[0] or 0)):
-        ended = ids[-1] == enc.eot_token
+        ended = ids[-1] == enc.end
         shown = visible(text + enc.decode(ids[:-1] if ended else ids)) + ("" if ended else " ...")
         print(shown if score is None else f"{score:6.2f}  {shown}", flush=True)
+
+
+@torch.no_grad()
+def answer(turns, cfg, policy, enc, random, autocast):
+    """Print a response to a dialogue and add it to its turns."""
+    prompt = encode_prompt(enc, turns, prompt_limit(policy.config.block_size, cfg.response_tokens))
+    with autocast():
+        ids, = sample_many(policy, [prompt], cfg.response_tokens, enc.end, random=random, temperature=cfg.temperature,
+                           top_k=cfg.top_k, top_p=cfg.top_p)
+    turns.append({"role": "assistant", "content": enc.decode([token for token in ids if token != enc.end]).strip()})
+    print(visible(turns[-1]["content"]), flush=True)
 
 
 def main(cfg):
     check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
+    cfg.response_tokens = cfg.response_tokens or (200 if cfg.chat else 32)
     device, autocast = set_up(cfg)
-    policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
+    policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model, cfg.chat)
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(cfg.model, cfg.reward or cfg.model)
-    random = torch.Generator(device).manual_seed(cfg.seed)
-    if cfg.prompt:
-        respond(cfg.prompt, cfg, policy, reward, enc, random, autocast)
-        return
-    if sys.stdin.isatty():
+    random, turns = torch.Generator(device).manual_seed(cfg.seed), []
+    if sys.stdin.isatty() and not cfg.prompt:
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
-    for line in sys.stdin:
-        respond(line.lstrip("\ufeff").rstrip("\r\n"), cfg, policy, reward, enc, random, autocast)
+    for line in [cfg.prompt] if cfg.prompt else sys.stdin:
+        line = line.lstrip("\ufeff").rstrip("\r\n")
+        if cfg.chat:
+            turns.append({"role": "user", "content": line})
+            answer(turns, cfg, policy, enc, random, autocast)
+        else:
+            respond(line, cfg, policy, reward, enc, random, autocast)
         print()
 
 

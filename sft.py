@@ -68,8 +68,8 @@ def packed_rows(enc, path, size, seed):
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
     stream = []
     for i in torch.randperm(len(texts), generator=generator(seed)).tolist():
-        stream += [enc.eot_token] + enc.encode_ordinary(texts[i])
-    stream.append(enc.eot_token)
+        stream += [enc.end] + enc.encode_ordinary(texts[i])
+    stream.append(enc.end)
     check(len(stream) > size, f"{path}: {len(stream)} tokens do not fill one row of --pack {size}")
     return [(stream[i:i + size + 1], 1) for i in range(0, len(stream) - size, size)]
 
@@ -131,14 +131,14 @@ def main(cfg):
         parts = [batch[i:i + cfg.microbatch] for i in range(0, len(batch), cfg.microbatch)]
         for part in parts:
             # Divided by the whole batch's count: how it is split into microbatches changes nothing.
-            loss = -row_logprobs(model, part, enc.eot_token, device, autocast).sum() / counted
+            loss = -row_logprobs(model, part, enc.end, device, autocast).sum() / counted
             loss.backward()
             log.add(loss=loss.detach() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
         optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
-            valid_loss = held_out_loss(model, valid, enc.eot_token, device, autocast, cfg.microbatch)
+            valid_loss = held_out_loss(model, valid, enc.end, device, autocast, cfg.microbatch)
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), valid_loss=valid_loss, lr=lr,
                              tokens_per_second=round(seen / (time.time() - start)), seconds=round(stage.seconds(), 1))
             say("step {step}/{of} loss {loss:.3f} held-out {valid_loss:.3f} nats/token, {tokens_per_second} tokens/s"

@@ -85,7 +85,7 @@ def exported_tokenizer(enc, special):
                           "rstrip": False, "normalized": False} for i, text in enumerate(special)],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": {"type": "TemplateProcessing", "single": [begin, one], "pair": [begin, one, two],
-                           "special_tokens": {END: {"id": END, "ids": [enc.eot_token], "tokens": [END]}}},
+                           "special_tokens": {END: {"id": END, "ids": [enc.end], "tokens": [END]}}},
         # A merge is one string: versions before 0.20 cannot read pairs, and no letter is a space.
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {words[token]: rank for token, rank in ranks.items()},
                   "merges": [f"{words[left]} {words[right]}" for left, right in merges(ranks)]}}

@@ -42,7 +42,7 @@ def small_policy(enc):
         policy.trunk.norm.bias.add_(6 * direction)
         embedding.sub_(2 * direction)
         embedding[plain] += 2 * direction
-        embedding[enc.eot_token] += 2.1 * direction
+        embedding[enc.end] += 2.1 * direction
     return policy
 
 
@@ -53,7 +53,7 @@ def world(folder):
         "vocab.tiktoken", "prompts.jsonl", "sft", "rankings.jsonl", "demos.jsonl", "held_out.jsonl"))
     data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     enc = data.load_tokenizer(vocab)
-    policy, end = small_policy(enc), enc.eot_token
+    policy, end = small_policy(enc), enc.end
     common.save_checkpoint(start, policy, ppo.Config(), vocab)
     texts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 9)] * 24
     data.write_jsonl(prompts, [{"prompt": text} for text in texts])

@@ -40,7 +40,7 @@ def exported(tmp_path_factory):
 def test_policy(exported, tmp_path, gelu):
     """Other logits, unused rows of the vocabulary, a text that cannot be continued; a way out that is no way back."""
     model, folder, enc = exported(GPT, gelu=gelu)
-    theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), enc.eot_token
+    theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), enc.end
     prompts = [[end] + [5 * i + j for j in range(2 * i + 1)] for i in range(4)]
     tokens, pad = pad_prompts(prompts, end)
     mask = (torch.arange(tokens.size(1)) >= pad[:, None]).long()
@@ -59,7 +59,7 @@ def test_reward_model(exported):
     model, folder, enc = exported(ScalarModel)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [[enc.eot_token] + enc.encode_ordinary(text)[:20] + [enc.eot_token] for text in SENTENCES]
+    texts = [[enc.end] + enc.encode_ordinary(text)[:20] + [enc.end] for text in SENTENCES]
     for batch in (texts, texts[:1], texts[1:2]):  # with padding, and alone
         tokens, mask = pad_responses(batch, tokenizer.pad_token_id)
         scores = theirs(tokens, attention_mask=mask.long()).logits.squeeze(1)
@@ -74,9 +74,9 @@ def test_tokenizer(exported):
     texts = SENTENCES + ["".join(draw.choice(ODD) for _ in range(draw.randint(1, 30))) for _ in range(1000)]
     for text in texts + [f"it'd{c} x" for c in ODD]:  # where the border of a word differs
         ids = enc.encode_ordinary(text)
-        assert tokenizer(text)["input_ids"] == [enc.eot_token] + ids, repr(text)
+        assert tokenizer(text)["input_ids"] == [enc.end] + ids, repr(text)
         assert tokenizer.decode(ids) == enc.decode(ids)
-    assert (tokenizer.padding_side, tokenizer.eos_token_id, len(tokenizer)) == ("left", enc.eot_token, enc.n_vocab)
+    assert (tokenizer.padding_side, tokenizer.eos_token_id, len(tokenizer)) == ("left", enc.end, enc.n_vocab)
     assert all(isinstance(x, str) for x in json.loads((folder / "tokenizer.json").read_text())["model"]["merges"])
     turns = [("system", "Be brief."), ("user", " A river? "), ("assistant", "The Nile.\n"), ("user", "Another?")]
     messages = [{"role": role, "content": content} for role, content in turns]
