@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.distributions import Categorical
 
 from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
@@ -145,13 +145,6 @@ class AdaptiveKL:
             self.coef *= 1 + error * episodes / self.horizon
 
 
-@torch.no_grad()
-def entropy(logits, temperature=1.0):
-    """Entropy in nats of the next-token distribution at each position: logits (..., V): (...)."""
-    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 class Ensemble(torch.nn.ModuleList):
     """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
 
@@ -237,7 +230,8 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
             ref_logprobs = token_logprobs(ref.response_logits(tokens, pad, P), tokens[:, P - 1:], cfg.temperature)
             # The reward model reads at the last real token, EOS included.
             rollout["scores"][rows] = reward.score(tokens, pad, P + lengths[rows] - 1)
-            for name, x in zip(names, (logprobs, ref_logprobs, values, entropy(logits, cfg.temperature))):
+            entropy = Categorical(logits=logits / cfg.temperature, validate_args=False).entropy()
+            for name, x in zip(names, (logprobs, ref_logprobs, values, entropy)):
                 rollout[name][rows, :x.size(1)] = x * batch["mask"]
 
     scores, ended = rollout["scores"], responses.gather(1, lengths[:, None] - 1).squeeze(1) == end
@@ -263,7 +257,6 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
 
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
     """Epochs of clipped policy and value updates on one rollout."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(cfg.episodes, generator=random)
         for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
@@ -284,7 +277,7 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                         guard_ratio((moved.exp() - 1).abs().max(), log)
                     log.add(part_tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
-            optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
+            optimizer_step(optimizer, lr, cfg.grad_clip, log)
 
 
 def guard_ratio(error, log):
@@ -326,8 +319,6 @@ def one_response(enc, rollout, iteration):
 
 def main(cfg):
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
-    check(cfg.gamma <= 1 and cfg.lam <= 1, "--gamma and --lam must be from 0 to 1")
-    check(cfg.temperature > 0 and cfg.kl_target > 0, "--temperature and --kl-target must be above 0")
     check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)

@@ -124,8 +124,7 @@ def score_rankings(model, rankings):
 
 def train(model, rankings, counts, cfg, stage, device, autocast):
     """One optimizer step per batch of rankings, in the order that batches() gives."""
-    parameters = list(model.parameters())
-    optimizer = adamw(parameters, cfg.lr, cfg.weight_decay)
+    optimizer = adamw(model.parameters(), cfg.lr, cfg.weight_decay)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     # Rankings of similar length share a batch, but in steps of 64 tokens: short ones stay a plain shuffle.
     lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]
@@ -145,7 +144,7 @@ def train(model, rankings, counts, cfg, stage, device, autocast):
             (loss * (len(part) / len(batch))).backward()
             log.add(len(part), loss=loss, accuracy=batch_accuracy(scores.detach(), mask))
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
+        optimizer_step(optimizer, lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")

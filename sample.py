@@ -34,16 +34,24 @@ class Config:
     dtype: str = "auto"        # auto, float32, bfloat16 (autocast)
 
 
+def likeliest(probs, top_k, top_p):
+    """probs (B, V) of the k likeliest tokens (0: all), or of the likeliest that reach share p, and 0 of the others."""
+    if 0 < top_k < probs.size(-1):
+        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
+    ordered, index = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
+    return probs.masked_fill(beyond.scatter(1, index, beyond), 0) if top_p < 1 else probs
+
+
 @torch.no_grad()
-def respond(text, cfg, policy, reward, enc, random, autocast):
+def respond(text, cfg, policy, reward, enc, autocast, how):
     """Print cfg.count responses to one prompt; with a reward model the best comes first."""
     if text.endswith(" "):
         print("the prompt ends in a space: does that belong to the response?", file=sys.stderr)
     block_size = min(model.config.block_size for model in (policy, reward) if model)
     prompt = encode_prompt(enc, text, prompt_limit(block_size, cfg.response_tokens))
     with autocast():
-        responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.end, random=random,
-                                temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        responses = sample_many(policy, [prompt] * cfg.count, cfg.response_tokens, enc.end, **how)
         scores = score_many(reward, [prompt + ids for ids in responses]).tolist() if reward else [None] * cfg.count
     for score, ids in sorted(zip(scores, responses), key=lambda pair: -(pair[0] or 0)):
         ended = ids[-1] == enc.end
@@ -52,12 +60,11 @@ def respond(text, cfg, policy, reward, enc, random, autocast):
 
 
 @torch.no_grad()
-def answer(turns, cfg, policy, enc, random, autocast):
+def answer(turns, cfg, policy, enc, autocast, how):
     """Print a response to a dialogue and add it to its turns."""
     prompt = encode_prompt(enc, turns, prompt_limit(policy.config.block_size, cfg.response_tokens))
     with autocast():
-        ids, = sample_many(policy, [prompt], cfg.response_tokens, enc.end, random=random, temperature=cfg.temperature,
-                           top_k=cfg.top_k, top_p=cfg.top_p)
+        ids, = sample_many(policy, [prompt], cfg.response_tokens, enc.end, **how)
     turns.append({"role": "assistant", "content": enc.decode([token for token in ids if token != enc.end]).strip()})
     print(visible(turns[-1]["content"]), flush=True)
 
@@ -70,16 +77,18 @@ def main(cfg):
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model, cfg.chat)
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(cfg.model, cfg.reward or cfg.model)
-    random, turns = torch.Generator(device).manual_seed(cfg.seed), []
+    how = {"temperature": cfg.temperature, "random": torch.Generator(device).manual_seed(cfg.seed),
+           "only": lambda probs: likeliest(probs, cfg.top_k, cfg.top_p)}
+    turns = []
     if sys.stdin.isatty() and not cfg.prompt:
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
     for line in [cfg.prompt] if cfg.prompt else sys.stdin:
         line = line.lstrip("\ufeff").rstrip("\r\n")
         if cfg.chat:
             turns.append({"role": "user", "content": line})
-            answer(turns, cfg, policy, enc, random, autocast)
+            answer(turns, cfg, policy, enc, autocast, how)
         else:
-            respond(line, cfg, policy, reward, enc, random, autocast)
+            respond(line, cfg, policy, reward, enc, autocast, how)
         print()
 
 

@@ -35,12 +35,13 @@ class KVCache:
 
 
 @torch.no_grad()
-def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=1.0, random=None):
+def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, only=None):
     """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
 
     Returns responses (B, R), lengths (B,), logprobs (B, R) of the full softmax at the temperature. A row ends with the
     first `end` id (EOS), which counts in its length, or after max_tokens; after its length it is filled with `end`, and
-    its logprobs mean nothing. R is the longest row. temperature 0 is greedy. PPO needs top_k 0 and top_p 1.0.
+    its logprobs mean nothing. R is the longest row. temperature 0 is greedy. only: a function that takes from the
+    probabilities (rows, V) those of tokens that must not be drawn; PPO needs them all.
     """
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
@@ -55,7 +56,7 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
         hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
         probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
         uniform = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
-        next_token = probs.argmax(-1) if temperature == 0 else draw(probs, top_k, top_p, uniform)  # (rows,)
+        next_token = probs.argmax(-1) if temperature == 0 else draw(only(probs) if only else probs, uniform)  # (rows,)
         responses[rows, t] = next_token
         logprobs[rows, t] = probs.gather(1, next_token[:, None]).squeeze(1).log()
         running = running & (next_token != end)
@@ -74,15 +75,9 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, top_k=0, top_p=
     return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
 
 
-def draw(probs, top_k, top_p, uniform):
-    """One token per row of probs (B, V), from the k likeliest, or the likeliest that reach share p: ids (B,). uniform
-    (B, 1): numbers from 0 to below 1; the token is the one whose part of the cumulative sum they fall in."""
-    if 0 < top_k < probs.size(-1):
-        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        ordered, index = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
-        probs = probs.masked_fill(beyond.scatter(1, index, beyond), 0)
+def draw(probs, uniform):
+    """One token per row of probs (B, V): ids (B,). uniform (B, 1): numbers from 0 to below 1; the token is the one whose
+    part of the cumulative sum they fall in."""
     reached = probs.cumsum(-1)  # (B, V)
     return torch.searchsorted(reached, uniform * reached[:, -1:], right=True).squeeze(1)
 

@@ -112,12 +112,11 @@ def main(cfg):
         train = response_rows(enc, cfg.train, block_size, counts)
         valid = response_rows(enc, cfg.valid, block_size, Counter())
     stage.open()
-    parameters = list(model.parameters())
-    optimizer = adamw(parameters, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
+    optimizer = adamw(model.parameters(), cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))  # betas as in GPT-3
     lengths = [len(ids) for ids, _ in train]
     per_epoch = math.ceil(len(train) / cfg.batch_size)
     steps = min(max(1, round(cfg.epochs * per_epoch)), cfg.max_steps or math.inf)
-    print(f"{sum(p.numel() for p in parameters):,} parameters, {sum(lengths):,} tokens, {steps} steps")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(lengths):,} tokens, {steps} steps")
     log, best, seen, start = Log(stage.folder), {"valid_loss": math.inf}, 0, time.time()
     report_truncated(counts, log)
     done = stage.resume(steps, model=model, optimizer=optimizer, log=log, best=best)
@@ -136,7 +135,7 @@ def main(cfg):
             log.add(loss=loss.detach() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
-        optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
+        optimizer_step(optimizer, lr, cfg.grad_clip, log)
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
             valid_loss = held_out_loss(model, valid, enc.end, device, autocast, cfg.microbatch)
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), valid_loss=valid_loss, lr=lr,

@@ -6,6 +6,7 @@ import sampling
 from conftest import END, random_model
 from data import pad_prompts
 from model import token_logprobs
+from sample import likeliest
 from sampling import KVCache, draw, sample, sample_many, sample_prompts
 
 PROMPTS = [[END, 3, 4, 5, 6], [END], [END, 7, END, 2], [END, 1]]  # ragged, and one with EOS in the middle
@@ -98,10 +99,11 @@ def test_top_k_and_top_p(top_k, top_p, expected):
     order, probs = [2, 0, 3, 1], torch.empty(4)  # ids are not sorted by probability
     probs[order] = torch.tensor([0.4, 0.3, 0.2, 0.1])
     uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
-    shares = torch.bincount(draw(probs.expand(20_000, 4), top_k, top_p, uniform), minlength=4)[order] / 20_000
+    shares = torch.bincount(draw(likeliest(probs.expand(20_000, 4), top_k, top_p), uniform), minlength=4)[order] / 20_000
     assert torch.allclose(shares, torch.tensor(expected), atol=0.015)
     assert all((share == 0) == (p == 0) for share, p in zip(shares.tolist(), expected))
-    edges = draw(torch.tensor([[0, *probs, 0]]).expand(2, 6), top_k, top_p, torch.tensor([[0.0], [1 - 2**-24]]))
+    edges = draw(likeliest(torch.tensor([[0, *probs, 0]]).expand(2, 6), top_k, top_p),
+                 torch.tensor([[0.0], [1 - 2**-24]]))
     kept = [i for i in range(4) if expected[order.index(i)] > 0]
     assert edges.tolist() == [1 + kept[0], 1 + kept[-1]]  # a uniform number of 0, or just below 1
 
