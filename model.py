@@ -110,7 +110,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(torch.cat([q, k], dim=2), *rotation).split(self.heads[:2], dim=2)
         q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, D)
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, G, tokens so far, D)
