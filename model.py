@@ -42,8 +42,7 @@ class GPTConfig:
     tied: bool = True         # the language model's head is the token embedding
 
     def __post_init__(self):
-        check(self.head_size or self.width % self.n_head == 0,
-              f"--width {self.width} is not divisible by --n-head {self.n_head}")
+        check(self.head_size or self.width % self.n_head == 0, f"--width {self.width}: not a multiple of --n-head")
         self.n_kv_head, self.mlp_width = self.n_kv_head or self.n_head, self.mlp_width or 4 * self.width
         self.head_size = self.head_size or self.width // self.n_head
         self.padded_vocab = math.ceil(self.vocab_size / 64) * 64  # with unused rows, for faster matrix products
@@ -307,7 +306,7 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fr
     return model.to(device).eval()
 
 
-# Hugging Face's format. Our names of settings and modules: theirs; of several there, one of ours holds the rows one after the other.
+# Hugging Face's names of our settings and modules; of several, one of ours holds the rows one after the other.
 GPT2 = dict(n_layer="n_layer", n_head="n_head", width="n_embd", mlp_width="n_inner", block_size="n_positions",
             norm_eps="layer_norm_epsilon", token_embedding="wte", position_embedding="wpe", blocks="h", norm1="ln_1",
             qkv="attn.c_attn", proj="attn.c_proj", norm2="ln_2", up="mlp.c_fc", down="mlp.c_proj", norm="ln_f")

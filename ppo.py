@@ -147,9 +147,8 @@ class AdaptiveKL:
 
 class Ensemble(torch.nn.ModuleList):
     """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
-
-    def score(self, tokens, pad, last):
-        scores = torch.stack([model.score(tokens, pad, last) for model in self])  # (models, B)
+    def score(self, *batch):
+        scores = torch.stack([model.score(*batch) for model in self])  # (models, B)
         return scores.mean(0) if self.how == "mean" else scores.amin(0)
 
 
@@ -180,15 +179,11 @@ def select(rollout, rows):
     return {**part, "tokens": part["tokens"][:, left:], "pad": part["pad"] - left}
 
 
-def prompt_columns(batch):
-    """P, how many columns of a batch's tokens (B, P + R) hold prompts."""
-    return batch["tokens"].size(1) - batch["mask"].size(1)
-
-
 def forward(policy, value, batch, temperature):
     """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R). The logits at
     P-1+t predict response token t, and the value there is that of the state before it."""
-    tokens, pad, P = batch["tokens"], batch["pad"].to(batch["tokens"].device), prompt_columns(batch)
+    tokens, P = batch["tokens"], batch["tokens"].size(1) - batch["mask"].size(1)
+    pad = batch["pad"].to(tokens.device)
     hidden = policy.trunk(tokens[:, :-1], pad, at=np.s_[:, P - 1:])  # (B, R, C): positions P-1 .. P+R-2
     logits = policy.logits(hidden)
     logprobs = token_logprobs(logits, tokens[:, P - 1:], temperature)
@@ -225,7 +220,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         for start in range(0, len(mask), cfg.microbatch):
             rows = slice(start, start + cfg.microbatch)
             batch = select(rollout, rows)
-            tokens, pad, P = batch["tokens"], batch["pad"].to(device), prompt_columns(batch)
+            tokens, pad, P = batch["tokens"], batch["pad"].to(device), batch["tokens"].size(1) - batch["mask"].size(1)
             logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
             ref_logprobs = token_logprobs(ref.response_logits(tokens, pad, P), tokens[:, P - 1:], cfg.temperature)
             # The reward model reads at the last real token, EOS included.
@@ -289,12 +284,11 @@ def guard_ratio(error, log):
 
 
 def guard(kl, streak, kl_ceiling, log):
-    """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below -0.1 in five rollouts in a row:
-    streak, {"below_zero": rollouts}, counts them."""
+    """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below -0.1 five rollouts in a row."""
     streak["below_zero"] = streak["below_zero"] + 1 if kl < -0.1 else 0
     if kl > (kl_ceiling or math.inf):
-        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g}: the policy runs away (a larger "
-                 "--kl-coef or a smaller --lr holds it, with --overwrite)")
+        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g} (a larger --kl-coef or smaller "
+                 "--lr holds the policy, with --overwrite)")
     if streak["below_zero"] >= 5:
         log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: the responses were not sampled from "
                  "the policy whose log-probabilities are counted")

@@ -76,8 +76,8 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
 
 
 def draw(probs, uniform):
-    """One token per row of probs (B, V): ids (B,). uniform (B, 1): numbers from 0 to below 1; the token is the one whose
-    part of the cumulative sum they fall in."""
+    """One token per row of probs (B, V): the one in whose part of the cumulative sum a number falls: ids (B,). uniform
+    (B, 1): numbers from 0 to below 1."""
     reached = probs.cumsum(-1)  # (B, V)
     return torch.searchsorted(reached, uniform * reached[:, -1:], right=True).squeeze(1)
 

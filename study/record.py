@@ -66,7 +66,8 @@ def main(folder, out="study/walkthrough.json"):
     settings, enc = ppo.Config(**flags["ppo"]), load_tokenizer(folder / "sft")
     rollout, logprobs, values = replay(settings)
 
-    mask, lengths, P = rollout["mask"], rollout["lengths"].to(logprobs.device), ppo.prompt_columns(rollout)
+    mask, lengths = rollout["mask"], rollout["lengths"].to(logprobs.device)
+    P = rollout["tokens"].size(1) - mask.size(1)
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask).sum(1)
     ended = rollout["tokens"].gather(1, P + lengths[:, None] - 1).squeeze(1) == enc.end
     row = kl.where(ended & (lengths >= 5) & (lengths <= 8), -1e9).argmax()  # short, and the KL is large

@@ -439,7 +439,7 @@ def test_the_kl_penalty_holds(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize("change, line, message", [
-    (lambda x: (x[0], {**x[1], "kl": torch.tensor(99.0)}), 1, "above --kl-ceiling 60: the policy runs away"),
+    (lambda x: (x[0], {**x[1], "kl": torch.tensor(99.0)}), 1, "above --kl-ceiling 60 "),
     (lambda x: (x[0], {**x[1], "kl": torch.tensor(-0.5)}), 5, "KL is -0.50 .* below zero for 5 rollouts"),
     (lambda x: ({**x[0], "old_logprobs": x[0]["old_logprobs"] - 0.5}, x[1]), 1, "the ratio is 0.65 away from 1")])
 def test_guards_stop_a_run_that_has_gone_wrong(checkpoints, tmp_path, monkeypatch, change, line, message):

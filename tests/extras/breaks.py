@@ -98,7 +98,7 @@ first_weights, loaded = functools.cache(copy.deepcopy), {}  # a model as it was 
 def shifted(policy, value, batch, temperature):
     logits, _, values = forward(policy, value, batch, temperature)
     logits = logits.roll(1, dims=1)  # those one position late
-    return logits, token_logprobs(logits, batch["tokens"][:, ppo.prompt_columns(batch) - 1:], temperature), values
+    return logits, token_logprobs(logits, batch["tokens"][:, -1 - batch["mask"].size(1):], temperature), values
 
 
 def too_kind(*args):
