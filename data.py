@@ -6,8 +6,8 @@ Layout of a batch, the same in every script (B rows, P prompt tokens, R response
     pad     2                              (B,)    how many tokens of padding stand on the left
     mask                  1 1 1 1 1 0      (B, R)  1.0 on response tokens up to and including EOS
 
-Every plain prompt begins with a token (b), no prompt is empty; every response ends with EOS (e). In our own vocabulary
-both are <|endoftext|>. Masks and positions come from lengths, never from comparing ids: padding is EOS, too.
+Every prompt begins with a token (b), every response ends with EOS (e); in our own vocabulary both are <|endoftext|>.
+Masks and positions come from lengths, never from comparing ids: padding is EOS, too.
 """
 import base64
 import gzip
@@ -54,10 +54,10 @@ class Tokenizer(tiktoken.Encoding):
 
 
 def load_tokenizer(where, chat=False):
-    """The Tokenizer in a folder with vocab.tiktoken, or in that file: "base64 rank" of each token, as tiktoken writes
-    them. A first line of JSON says what differs from our own vocabulary: "pattern", "special" {text: id}, "begin",
-    "end", "nfc", and "chat": {"format", "end", "begin", "system" message if none is given, "preamble" of all of them,
-    "think": ids before a response}; "dialogues": prompts are dialogues, and written like that, as with chat=True."""
+    """The Tokenizer in vocab.tiktoken, a file or in a folder: "base64 rank" of each token, as tiktoken writes them. A
+    first line of JSON says what differs from ours: "pattern", "special" {text: id}, "begin", "end", "nfc", "chat":
+    {"format", "end", "begin", "system" message if none is given, "preamble" of all of them, "think": ids before a
+    response}, and "dialogues": true if prompts are dialogues, written in that format, as with chat=True."""
     path = Path(where) / "vocab.tiktoken" if Path(where).is_dir() else Path(where)
     check(path.is_file(), f"{path}: no tokenizer here (python -m prepare.reviews makes data/reviews/vocab.tiktoken)")
     first, *lines = path.read_text().splitlines() or [""]
@@ -74,13 +74,6 @@ def check_same_vocab(first, *others):
     for folder in others:
         check((Path(folder) / "vocab.tiktoken").read_bytes() == (Path(first) / "vocab.tiktoken").read_bytes(),
               f"{folder} and {first} do not share a vocabulary")
-
-
-def save_ranks(ranks, path, settings=None):
-    """Write the file that load_tokenizer reads, from {token: rank} and settings."""
-    first = json.dumps(settings) + "\n" if settings else ""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-    write_atomic(path, first + "".join(lines))
 
 
 def turns_of(prompt):
@@ -131,9 +124,9 @@ def encode_prompt(enc, prompt, limit):
 
 
 def encode_texts(enc, prompt, responses, block_size, counts):
-    """ids of a prompt, and of each response with EOS. The one place that decides what training truncates: the prompt
-    keeps what the longest response leaves, never less than half of the block; a response too long for the rest loses
-    its end, EOS included. counts: a Counter of prompts and responses, and of how many are truncated."""
+    """ids of a prompt, and of each response with EOS. All that training truncates: the prompt keeps what the longest
+    response leaves, half of the block at least; a response too long for the rest loses its end, EOS included. counts: a
+    Counter of prompts and responses, and of how many are truncated."""
     encoded = [enc.encode_ordinary(text.strip() if enc.chat else text) + [enc.end] for text in responses]
     prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2))
     room = block_size - len(prompt_ids)

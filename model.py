@@ -162,11 +162,9 @@ class Trunk(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def forward(self, tokens, pad=None, cache=None, at=...):
-        """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C).
-
-        Positions count from the first real token. With a cache, tokens are the one after those in it. at: an index of
-        (B, T), the positions that are wanted (np.s_[:, P - 1:], or one per row); the last block computes no others.
-        """
+        """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C). Positions count from the
+        first real token. With a cache, tokens are the one after those in it. at: an index of (B, T), the positions that
+        are wanted (np.s_[:, P - 1:], or one per row); the last block computes no others."""
         past = cache.length if cache is not None else 0
         key = torch.arange(past + tokens.size(1), device=tokens.device)  # index in the padded row, of all tokens so far
         position = place = key[past:]  # (T,) of those that are computed now

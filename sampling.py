@@ -36,13 +36,11 @@ class KVCache:
 
 @torch.no_grad()
 def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, only=None):
-    """Sample a response to each prompt: tokens (B, P) padded on the left, pad (B,) or None.
-
-    Returns responses (B, R), lengths (B,), logprobs (B, R) of the full softmax at the temperature. A row ends with the
-    first `end` id (EOS), which counts in its length, or after max_tokens; after its length it is filled with `end`, and
-    its logprobs mean nothing. R is the longest row. temperature 0 is greedy. only: a function that takes from the
-    probabilities (rows, V) those of tokens that must not be drawn; PPO needs them all.
-    """
+    """Sample a response to each prompt, tokens (B, P) padded on the left, pad (B,) or None: responses (B, R), lengths
+    (B,), and logprobs (B, R) of the full softmax at the temperature. A row ends with the first `end` id (EOS), which
+    counts in its length, or after max_tokens; after that it is filled with `end`, and its logprobs mean nothing. R is
+    the longest row. temperature 0 is greedy. only: a function that takes from the probabilities (rows, V) those of
+    tokens that must not be drawn; PPO needs them all."""
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
           f"{P} prompt and {max_tokens} response tokens do not fit in block size {model.config.block_size}")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from common import Stage, UserError, check, run, say
-from data import load_tokenizer, save_ranks
+from data import load_tokenizer
 from model import GPT, GPTConfig
 from prepare.download import download
+from prepare.reviews import save_ranks
 
 SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
     "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",

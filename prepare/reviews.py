@@ -10,6 +10,7 @@ run time. The same seed gives the same bytes.
 
 Left out on purpose: the 1,000 tweets with 92 or more ratings, since 199 of them contradict their published mean.
 """
+import base64
 import html
 import io
 import json
@@ -24,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import regex  # comes with tiktoken, which needs it
 
-from common import check, digest, open_folder, run, say, write_json
-from data import PATTERN, load_tokenizer, save_ranks, write_jsonl
+from common import check, digest, open_folder, run, say, write_atomic, write_json
+from data import PATTERN, load_tokenizer, write_jsonl
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -123,6 +124,13 @@ def split(sentences, seed):
             if s.domain == domain:
                 parts[part_of[s.group]][domain].append(s)
     return parts
+
+
+def save_ranks(ranks, path, settings=None):
+    """Write the file that data.load_tokenizer reads, from {token: rank} and settings."""
+    first = json.dumps(settings) + "\n" if settings else ""
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    write_atomic(path, first + "".join(lines))
 
 
 def train_bpe(texts, vocab_size):

@@ -10,7 +10,7 @@ import data
 import ppo
 import sampling
 from model import GPT, GPTConfig, ScalarModel
-from prepare.reviews import train_bpe
+from prepare.reviews import save_ranks, train_bpe
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
 
@@ -74,7 +74,7 @@ def autocast_off():
 def checkpoints(tmp_path_factory):
     """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
     vocab = (folder := tmp_path_factory.mktemp("checkpoints")) / "vocab.tiktoken"
-    data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
+    save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     size = data.load_tokenizer(vocab).n_vocab
     torch.manual_seed(0)
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from common import FREE, load, save_checkpoint
-from data import save_ranks, write_jsonl
+from data import write_jsonl
+from prepare.reviews import save_ranks
 from model import GPT, GPTConfig, ScalarModel
 from ppo import Config
 

@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 
 from common import check, open_folder, run, write_atomic, write_json
-from data import END, REPLY, TURN, load_tokenizer, save_ranks
+from data import END, REPLY, TURN, load_tokenizer
 from model import load_model
 from prepare.pretrained import names
+from prepare.reviews import save_ranks
 
 # tiktoken's \b after a letter, spelled out: the two regular-expression libraries differ in what belongs to a word.
 BORDER = r"(?![\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{200C}\x{200D}])"

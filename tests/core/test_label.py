@@ -7,9 +7,10 @@ import torch
 
 import label
 from common import UserError, generator, save_checkpoint
-from data import load_tokenizer, save_ranks, write_jsonl
+from data import load_tokenizer, write_jsonl
 from label import RankConfig, SampleConfig
 from model import GPT, GPTConfig, ScalarModel, load_model
+from prepare.reviews import save_ranks
 from reward import score_many
 
 PROMPTS = ["The film", "A plot", "Rarely", "This is", "One of", "My dog"]

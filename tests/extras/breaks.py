@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common, data, dpo, ppo, reward, sft  # noqa: E401, E402
 from conftest import SENTENCES  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare.reviews import train_bpe  # noqa: E402
+from prepare.reviews import save_ranks, train_bpe  # noqa: E402
 from sampling import sample_many  # noqa: E402
 from tools import doctor  # noqa: E402
 
@@ -51,7 +51,7 @@ def world(folder):
     reward model trained on them, demonstrations and prompts."""
     vocab, prompts, start, rows, demos, held_out = (str(folder / name) for name in (
         "vocab.tiktoken", "prompts.jsonl", "sft", "rankings.jsonl", "demos.jsonl", "held_out.jsonl"))
-    data.save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
+    save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
     enc = data.load_tokenizer(vocab)
     policy, end = small_policy(enc), enc.end
     common.save_checkpoint(start, policy, ppo.Config(), vocab)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from common import save_checkpoint
 from conftest import SENTENCES, ppo_config, random_model
-from data import load_tokenizer, pad_prompts, pad_responses, save_ranks
+from data import load_tokenizer, pad_prompts, pad_responses
 from model import GPT, ScalarModel, load_model, score_many
 from prepare import pretrained
-from prepare.reviews import train_bpe
+from prepare.reviews import save_ranks, train_bpe
 from sampling import sample_many
 from tools import export
 

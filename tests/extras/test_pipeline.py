@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import data
-from prepare.reviews import train_bpe
+from prepare.reviews import save_ranks, train_bpe
 
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
@@ -39,7 +39,7 @@ def make_data(folder):
                  "prompts_amazon").split():
         files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
         data.write_jsonl(folder / f"{name}.jsonl", files[name])
-    data.save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
+    save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
     agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
     (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
 
