@@ -45,9 +45,9 @@ def check(condition, message, code=2):
 
 
 def load_config(Config, presets, argv=None, words=()):
-    """A Config from the command line: default < --preset < flag. A field's trailing comment is its --help text; a number
-    must not be negative (unless its default is), nor a count 0 unless its help says what "0:" means. words: fields that
-    are given by their place, a tuple any number of times."""
+    """A Config from the command line: default < --preset < flag. A field's trailing comment is its --help text. A
+    number is not negative (unless its default is), a count not 0 unless its help says what "0:" means. words: fields
+    that are given by their place, a tuple any number of times."""
     help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
                for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,

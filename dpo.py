@@ -96,21 +96,17 @@ def response_logprobs(model, rankings, end, device, autocast, size=32):
 def measure(logprobs, ref_logprobs, cfg):
     """{metric: its mean over a ranking's pairs, then over rankings, as in reward.py's ranking_loss}; logprobs,
     ref_logprobs: one (K,) per ranking."""
-    names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprobs", "rejected_logprobs")
     means = []
     for own, ref in zip(logprobs, ref_logprobs):
         i, j = torch.triu_indices(len(own), len(own), offset=1, device=own.device)  # all pairs: i chosen, j rejected
-        losses, chosen_rewards, rejected_rewards = dpo_loss(own[i], own[j], ref[i], ref[j], cfg.beta,
-                                                            cfg.label_smoothing)
-        margins = chosen_rewards - rejected_rewards
-        accuracy = 0.5 + 0.5 * torch.sign(margins)  # a tie is a half
-        means.append(torch.stack([x.mean() for x in (losses, accuracy, margins, chosen_rewards, rejected_rewards,
-                                                     own[i], own[j])]))
-    return dict(zip(names, torch.stack(means).mean(0)))
+        losses, chosen, rejected = dpo_loss(own[i], own[j], ref[i], ref[j], cfg.beta, cfg.label_smoothing)
+        means.append({"loss": losses, "accuracy": 0.5 + 0.5 * torch.sign(chosen - rejected),  # a tie is a half
+                      "margin": chosen - rejected, "chosen_reward": chosen, "rejected_reward": rejected,
+                      "chosen_logprobs": own[i], "rejected_logprobs": own[j]})
+    return {name: torch.stack([pairs[name].mean() for pairs in means]).mean() for name in means[0]}
 
 
 def main(cfg):
-    check(cfg.label_smoothing < 0.5, f"--label-smoothing is {cfg.label_smoothing}: it must be below 0.5")
     check(cfg.comparisons in ("all", "ends"), f"--comparisons is {cfg.comparisons!r}: write all or ends")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test")

@@ -153,14 +153,12 @@ def train(model, rankings, counts, cfg, stage, device, autocast):
 
 
 @torch.no_grad()
-def normalise(model, policy, prompts, cfg, enc, device, autocast):
+def normalise(model, policy, prompts, cfg, end, device, autocast):
     """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
-    limit = min(prompt_limit(each.config.block_size, cfg.response_tokens) for each in (policy, model))
-    prompts = [encode_prompt(enc, prompts[i % len(prompts)]["prompt"], limit) for i in range(cfg.samples)]
+    prompts = [prompts[i % len(prompts)] for i in range(cfg.samples)]  # ids
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
-        responses = sample_many(policy, prompts, cfg.response_tokens, enc.end, temperature=cfg.temperature,
-                                random=random)
+        responses = sample_many(policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
         scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
     check(scores.std() > 0, "the reward model gives every sample the same score: nothing to normalise")
     model.gain /= scores.std().item()
@@ -193,10 +191,11 @@ def main(cfg):
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
     test = without_duplicates(encode_rankings(enc, held_out, block_size, Counter()))
     human = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
-    policy, prompts = (load_model(cfg.sft, device), read_jsonl(cfg.prompts, {"prompt": str})) if cfg.sft else (None, [])
-    check_same_vocab(cfg.model, cfg.sft or cfg.model)
-    if policy:
-        prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)  # said before the training
+    if cfg.sft:
+        check_same_vocab(cfg.model, cfg.sft)
+        policy = load_model(cfg.sft, device)
+        limit = prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)
+        prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage.open()
 
@@ -210,8 +209,8 @@ def main(cfg):
     for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
         print("accuracy on {}: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
               .format(visible(name), **row))
-    if policy:
-        normalise(model, policy, prompts, cfg, enc, device, autocast)
+    if cfg.sft:
+        normalise(model, policy, prompts, cfg, enc.end, device, autocast)
     write_json(stage.folder / "report_card.json", card)
     stage.save(model, f"{cfg.model}/vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
     stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])
