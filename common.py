@@ -9,7 +9,6 @@ import fcntl
 import functools
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -157,39 +156,48 @@ def optimizer_step(optimizer, lr, grad_clip, log):
 
 
 def write_atomic(path, content):
-    """Write text or bytes, flush them, rename the file: a crash leaves the old file or the new one."""
+    """Write text or bytes, or what content(file) writes, then rename: a crash leaves the old file or the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content(file) if callable(content) else file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror} (what was there before is unharmed)", 1) from None
+        problem = getattr(error, "strerror", "disk full?")
+        raise UserError(f"{path}: cannot be written: {problem} (what was there before is unharmed)", 1) from None
 
 
 def write_json(path, content):
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def digest(path):
-    """sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def digest(path, size=2**63):
+    """sha256 of a file, or of its first bytes, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(max(0, min(2**24, size - file.tell()))):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def save(path, content):
     """Write nested dicts of tensors and plain values, with the sha256 of it all behind them."""
-    torch.save(content, buffer := io.BytesIO())
-    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    write_atomic(path, buffer.getbuffer())
+    def write(file):
+        torch.save(content, file)
+        file.flush()
+        file.write(digest(file.name).encode())
+    write_atomic(path, write)
 
 
 def load(path):
     """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
-    content = memoryview(Path(path).read_bytes())
-    check(hashlib.sha256(content[:-64]).hexdigest().encode() == content[-64:],
-          f"{path}: damaged, or not a checkpoint of this version (delete its folder and run again)")
+    with open(path, "rb") as file:
+        size = file.seek(0, 2) - 64
+        file.seek(max(0, size))
+        check(file.read().decode("latin-1") == digest(path, size),
+              f"{path}: damaged, or not a checkpoint of this version (delete its folder and run again)")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

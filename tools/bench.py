@@ -165,7 +165,7 @@ def ranked(bench, figure):
         seconds = bench.time_step(model, lambda: measure(logprobs(), known, DPOConfig())["loss"])
     else:
         work = flop(MODEL, TEXT, 1)
-        seconds = bench.time_step(model, lambda: ranking_loss(*score_rankings(model, rankings, device)))
+        seconds = bench.time_step(model, lambda: ranking_loss(*score_rankings(model, rankings)))
     bench.record(figure, seconds, pairs, "pairs/s", 3 * n * K * work)
     if bench.cfg.peers:
         data = {side: ["".join(f" t{i}" for i in ids) for ids in bench.tokens(pairs * (bench.cfg.repeats + 1), size)]
