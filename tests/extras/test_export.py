@@ -7,9 +7,10 @@ import torch
 from common import save_checkpoint
 from conftest import SENTENCES, ppo_config, random_model
 from data import load_tokenizer, pad_prompts, pad_responses
-from model import GPT, ScalarModel, load_model, score_many
+from model import GPT, ScalarModel, load_model
 from prepare import pretrained
 from prepare.reviews import save_ranks, train_bpe
+from reward import score_many
 from sampling import sample_many
 from tools import export
 
