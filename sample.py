@@ -25,7 +25,7 @@ class Config:
     chat: bool = False         # each line is a user's turn, answered by one sample, and the dialogue goes on
     reward: str = ""           # reward model that scores the samples, best first
     count: int = 3             # samples per prompt
-    response_tokens: int = 0   # longest sample; 0: 32 tokens, 200 with --chat
+    response_tokens: int = 0   # longest sample; 0: 32 tokens; with --chat 200, or half of the block size
     temperature: float = 0.7   # divides the logits; 0: always the likeliest token
     top_k: int = 0             # sample from the k likeliest tokens only; 0: all
     top_p: float = 1.0         # sample from the likeliest tokens that reach this probability
@@ -72,9 +72,9 @@ def answer(turns, cfg, policy, enc, autocast, how):
 def main(cfg):
     check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
-    cfg.response_tokens = cfg.response_tokens or (200 if cfg.chat else 32)
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model, cfg.chat)
+    cfg.response_tokens = cfg.response_tokens or (min(200, policy.config.block_size // 2) if cfg.chat else 32)
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(cfg.model, cfg.reward or cfg.model)
     how = {"temperature": cfg.temperature, "random": torch.Generator(device).manual_seed(cfg.seed),

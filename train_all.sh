@@ -4,7 +4,7 @@
 #   smoke  under a minute: does every stage run?
 #   gpt2   GPT-2 on the same ratings of sentences, for one GPU of 24 GB
 #   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared responses to the same prompt, so the
-#          reward model learns from them, without a labeler. Flags of prepare.pretrained may follow: --init gpt2-medium
+#          reward model learns from them, without a labeler. Words for prepare.pretrained may follow: gpt2-medium
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that the stages
 # below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh runs the stages of

@@ -98,7 +98,7 @@ def test_what_is_refused(folder):
     """SEED=2 that shows the results of seed 1; a typing error that runs the default preset; flags that nobody reads."""
     assert "not seed 2" in train_all(folder, "the output", code=2, SEED="2")
     assert "tinny" in train_all(folder, "none", "tinny", code=2)
-    assert "smoke takes no flags" in train_all(folder, "none", "smoke", "--init", "gpt2", code=2)
+    assert "smoke takes no flags" in train_all(folder, "none", "smoke", "gpt2", code=2)
 
 
 def test_killed_and_started_again_it_ends_the_same(folder):
@@ -123,7 +123,7 @@ def test_gpt2_and_dialogues(folder, preset, stages):
     """Presets for a base model that was not trained here: a flag that is gone, a report that needs a labeler."""
     subprocess.run([sys.executable, "-m", "tools.export", folder / "the output" / "base", folder / "a base"], cwd=ROOT,
                    check=True, capture_output=True)
-    train_all(folder, preset, preset, "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke")
+    train_all(folder, preset, preset, str(folder / "a base"), "--block-size", "48", STEPS="smoke")
     assert finished(folder / preset) == sorted(stages)
     assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
 
