@@ -115,7 +115,7 @@ def main(cfg):
     model, enc = load_model(cfg.model, kind=kind), load_tokenizer(cfg.model)
     special, begin = enc.settings["special"], enc.chat.get("begin") if enc.chat else enc.begin
     text_of = {i: text for text, i in special.items()}
-    weights, config = exported_weights(model), exported_config(model, begin, enc.end)
+    config, weights = exported_config(model, begin, enc.end), exported_weights(model)
     open_folder(out)
     write_atomic(out / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
     shutil.copy(Path(cfg.model) / "vocab.tiktoken", out)  # for the way back: prepare.pretrained

