@@ -35,7 +35,8 @@ def chat(special, **settings):
 
 
 VOCABULARIES = {
-    "chatml": chat([END, "<|im_start|>", "<|im_end|>"], chat={"format": "chatml", "end": 2, "system": "You're \"it\"."}),
+    "chatml": chat([END, "<|im_start|>", "<|im_end|>"],
+                   chat={"format": "chatml", "end": 2, "system": "You're \"it\"."}),
     "think": chat([END, "<|im_start|>", "<|im_end|>", "<think>", "</think>"], nfc=True,
                   chat={"format": "chatml", "end": 2, "think": [3, 15, 4, 15]}),  # 15 is a line feed
     "llama3": chat([END, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"], begin=4,
