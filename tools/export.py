@@ -36,7 +36,7 @@ class Config:
 
 def exported_weights(model):
     """{name: tensor} of a GPT or ScalarModel under Hugging Face's names. A ScalarModel's classifier has no bias: a
-    LayerNorm's takes it, as head . (x + shift) = head . x + bias; an RMSNorm has none (exported_config notes it)."""
+    LayerNorm's takes it, as head . (x + shift) = head . x + bias; an RMSNorm has none (main notes it)."""
     prefix, own = "model." if model.config.rope else "transformer.", ("lm_head.", "head.")
     weights = {name if name.startswith(own) else prefix + name: x.clone(memory_format=torch.contiguous_format)
                for name, x in hub_weights(model)}
@@ -49,15 +49,13 @@ def exported_weights(model):
     return weights
 
 
-def exported_config(model, begin, end):
-    """config.json of the exported model; UserError if no family of transformers computes what this model does."""
-    config, is_reward = model.config, model.kind == "reward"
-    kind, family, causal = (("qwen3", "Qwen3", "ForCausalLM") if config.qk_norm else
-                            ("qwen2", "Qwen2", "ForCausalLM") if config.bias == "qkv" else
-                            ("llama", "Llama", "ForCausalLM") if config.rope else ("gpt2", "GPT2", "LMHeadModel"))
-    settings = {theirs: getattr(config, ours) for ours, theirs in (LLAMA if config.rope else GPT2).items()
-                if hasattr(config, ours)}
-    settings |= {"model_type": kind, "architectures": [family + ("ForSequenceClassification" if is_reward else causal)],
+def exported_config(config, kind, begin=None, end=None):
+    """config.json of the exported "lm" or "reward" model; UserError if no family of transformers computes the same."""
+    is_reward, names = kind == "reward", LLAMA if config.rope else GPT2
+    family = ("Qwen3" if config.qk_norm else "Qwen2" if config.bias == "qkv" else "Llama") if config.rope else "GPT2"
+    head = "ForSequenceClassification" if is_reward else "ForCausalLM" if config.rope else "LMHeadModel"
+    settings = {theirs: getattr(config, ours) for ours, theirs in names.items() if hasattr(config, ours)}
+    settings |= {"model_type": family.lower(), "architectures": [family + head],
                  "vocab_size": config.vocab_size + is_reward, "tie_word_embeddings": config.tied, "num_labels": 1,
                  "bos_token_id": begin, "eos_token_id": end, "pad_token_id": config.vocab_size if is_reward else end}
     if config.rope:
@@ -69,7 +67,7 @@ def exported_config(model, begin, end):
                      **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}
     check(hub_config(settings, 0, config.vocab_size) == replace(config, dropout=0.0),
           f"transformers has no model that computes what this one does: {config}")
-    return settings | ({"score_bias": model.bias.item()} if is_reward and config.rms_norm else {})
+    return settings
 
 
 def exported_tokenizer(enc, special, begin):
@@ -115,7 +113,9 @@ def main(cfg):
     model, enc = load_model(cfg.model, kind=kind), load_tokenizer(cfg.model)
     special, begin = enc.settings["special"], enc.chat.get("begin") if enc.chat else enc.begin
     text_of = {i: text for text, i in special.items()}
-    config, weights = exported_config(model, begin, enc.end), exported_weights(model)
+    config, weights = exported_config(model.config, kind, begin, enc.end), exported_weights(model)
+    if kind == "reward" and model.config.rms_norm:
+        config["score_bias"] = model.bias.item()
     open_folder(out)
     write_atomic(out / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
     shutil.copy(Path(cfg.model) / "vocab.tiktoken", out)  # for the way back: prepare.pretrained
