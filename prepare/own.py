@@ -45,8 +45,10 @@ LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fiel
     "completion": ("demonstrations", ("prompt", "completion")), "messages": ("demonstrations", ("messages",)),
     "text": ("corpus", ("text",)), "prompt": ("prompts", ("prompt",))}
 # Fields that hold content. Beside a layout that does not use them it would be lost, and the rest would mislead.
-CONTENT = set("question instruction query input output response answer answers completion completions system history "
-              "context conversations messages rejected tools images parent_id label labels rank ranks scores".split())
+CONTENT = LAYOUTS.keys() | set(
+    "question instruction query input output response answer answers completions rejected system history context "
+    "conversations reasoning reasoning_content thinking tools tool_calls functions documents image images audio video "
+    "parent_id label labels rank ranks scores".split())
 
 
 def dialogue(name, *parts):
@@ -120,15 +122,19 @@ def convert(row, counts):
         raise ValueError("chosen: the same as rejected")
     if TURN in new.get("prompt", "") and not new["prompt"].rstrip().endswith(REPLY.strip()):
         raise ValueError("prompt: a dialogue that does not end with Assistant: (the response could not follow)")
-    used = [str(value).strip() for value in (*map(row.get, fields), *new.values())]
-    for name in row.keys() - {*fields, "id", "domain"}:
+    messages = [message for value in map(row.get, fields) if isinstance(value, list) for message in value
+                if isinstance(message, dict)]
+    used = [str(value).strip() for value in (*map(row.get, fields), *new.values(), "".join(map(str, new.values())),
+                                             *(message["content"] for message in messages))]
+    kept = {name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}
+    for name in row.keys() - {*fields, *kept}:
         repeats = str(row[name]).strip() in used
-        if name in CONTENT and row[name] not in ("", [], {}) and not repeats:
+        if (name in CONTENT and row[name] not in ("", [], {}) or (name, row[name]) == ("weight", 0)) and not repeats:
             raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
         counts[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
-    counts.update(f"field {ascii(name)[:60]} of messages left out" for value in row.values() if isinstance(value, list)
-                  for message in value if isinstance(message, dict) for name in message.keys() - {"role", "content"})
-    return kind, {**new, **{name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}}
+    counts.update(f"field {ascii(name)[:60]} of messages left out" for message in messages
+                  for name in message.keys() - {"role", "content"})
+    return kind, {**new, **kept}
 
 
 def read_own(path, counts, skip_bad):

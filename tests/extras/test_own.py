@@ -20,7 +20,7 @@ def convert(checkpoints, tmp_path):
     def run(inputs, **flags):
         for name, rows in inputs.items():
             (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
-        names, out = ",".join(str(tmp_path / name) for name in inputs), tmp_path / "out"
+        names, out = tuple(str(tmp_path / name) for name in inputs), tmp_path / "out"
         files = main(Config(**{"files": names, "out": str(out), "vocab": str(checkpoints.vocab), **flags}))
         return files.popitem()[1]["counts"], {path.name: data.read_rows(path, dict) for path in out.glob("*.jsonl")}
     return run
@@ -30,6 +30,8 @@ def convert(checkpoints, tmp_path):
     ({"text": "a"}, {"text": "a"}), (DEMO, DEMO), (PAIR, PAIR), ({"prompt": [USER]}, {"prompt": ASKED}),
     ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, {"prompt": f"Be brief.{ASKED}", "completion": YES}),
     (MESSAGES, {"prompt": f"{ASKED} No{ASKED}", "completion": YES}), ({**PAIR, "response": " b"}, PAIR),
+    ({"prompt": "Good?", "messages": [USER, REPLY]}, {"prompt": ASKED, "completion": YES}),
+    ({**DEMO, "text": "a b", "weight": 1, "tools": []}, DEMO),
     ({"messages": [{**SYSTEM, "content": ""}, USER, REPLY], "text": None}, {"prompt": ASKED, "completion": YES}),
     ({"prompt": "Good?", "chosen": [USER, REPLY], "rejected": [USER, OTHER], "messages": [USER, REPLY]}, PAIRED),
     ({"chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No"}, PAIRED),
@@ -43,11 +45,17 @@ def test_layouts(convert, row, new):
 
 @pytest.mark.parametrize("row, problem", [
     ({"prompt": "a", "completion": " "}, "completion: empty"), ({"completion": "a"}, "prompt: missing"),
-    ({**MESSAGES, "tools": [1]}, "tools: not used"), ({"prompt": "a", "rejected": "b"}, "rejected: not used"),
+    *(({**MESSAGES, name: [{"name": "f"}]}, f"{name}: not used") for name in "tools functions documents".split()),
+    *(({**DEMO, name: "c"}, f"{name}: not used") for name in ("image", "reasoning", "text")),
+    ({"prompt": "a", "rejected": "b"}, "rejected: not used"), ({**DEMO, "weight": 0}, "weight: not used"),
+    ({**MESSAGES, "prompt": "c"}, "prompt: not used"), ({**PAIR, "responses": ["b", "d"]}, "responses: not used"),
     ({"prompt": data.TURN + " a"}, "prompt: a dialogue"), ({"prompt": "a", "responses": ["b", "b"]}, "responses: "),
     ({"messages": [USER, SYSTEM, REPLY]}, "messages: the last two"), ({"chosen": "a", "rejected": 3}, "rejected: "),
     ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "messages: message 2: tool_calls: not used"),
-    ({"messages": [USER, {**REPLY, "weight": 0}]}, "messages: message 2: weight: not used"),
+    *(({"messages": [USER, {**REPLY, name: value}]}, f"messages: message 2: {name}: not used") for name, value in (
+        ("weight", 0), ("reasoning_content", "c"), ("function_call", {"name": "f"}), ("metadata", {"reasoning": "c"}))),
+    ({"messages": [{**USER, "content": [{"type": "image"}]}, REPLY]}, "messages: message 1: content: expected text"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "no known layout"),
     ({"chosen": f"{ASKED} a", "rejected": f"\n\nHuman: b{ASKED} c"}, "prompt: not what")])
 def test_bad_rows_are_named_and_nothing_is_written(convert, tmp_path, row, problem):
     """A row that becomes something else than its author meant, or is refused without its line and field."""
