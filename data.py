@@ -141,13 +141,21 @@ def encode_rankings(enc, rows, block_size, counts):
     return [[prompt + response for response in responses] for prompt, responses in encoded]
 
 
-def report_truncated(counts, log):
-    """Print what encode_texts has truncated, and note it in the log."""
+def encode_prompts(enc, prompts, limit, counts):
+    """ids of prompts that responses will be sampled to, limit each at most. counts: as in encode_texts."""
+    encoded = [encode_prompt(enc, prompt, limit) for prompt in prompts]
+    counts.update({"prompts": len(prompts), "prompts truncated": sum(
+        len(ids) < len(encode_prompt(enc, prompt, math.inf)) for ids, prompt in zip(encoded, prompts))})
+    return encoded
+
+
+def report_truncated(counts, log=None):
+    """Print what has been truncated, and note it in the log."""
     cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses") if counts[f"{what} truncated"]}
     for what, n in cut.items():
         so = ": they have no EOS, and the model will not learn to stop" if what == "responses" else ""
         print(f"{n:,} of {counts[what]:,} {what} are truncated{so}")
-    if cut:
+    if cut and log:
         log.append({"truncated": {"prompts": 0, "responses": 0, **cut, "of": counts["responses"]}})
 
 

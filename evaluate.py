@@ -14,14 +14,15 @@ import json
 import math
 import platform
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from common import Stage, check, generator, progress, run, set_up, write_json
-from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, prompt_limit, read_jsonl,
-                  write_jsonl)
+from data import (check_same_vocab, encode_prompts, load_tokenizer, pad_prompts, pad_responses, prompt_limit,
+                  read_jsonl, report_truncated, write_jsonl)
 from model import load_model, token_logprobs
 from ppo import load_reward
 from reward import score_many
@@ -297,7 +298,9 @@ def main(cfg):
 
     def read_prompts(path, count):
         texts = [row["prompt"] for row in read_jsonl(path, {"prompt": str})][:count]
-        return texts, [encode_prompt(enc, text, limit) for text in texts]
+        encoded = encode_prompts(enc, texts, limit, truncated := Counter())
+        report_truncated(truncated)
+        return texts, encoded
 
     check(len({Path(path).stem for path in [cfg.prompts, *others]}) == 1 + len(others),
           f"--others {cfg.others}: the names of the files must differ from each other and from that of --prompts")

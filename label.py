@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from common import Stage, check, generator, run, set_up, visible
-from data import encode_prompt, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, write_jsonl
+from data import (encode_prompts, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, report_truncated,
+                  write_jsonl)
 from model import load_model
 from reward import score_many
 from sampling import sample_many
@@ -81,6 +82,8 @@ def draw_responses(model, enc, prompts, cfg, autocast):
     one that is empty, no UTF-8 or a duplicate.
     """
     limit = prompt_limit(model.config.block_size, cfg.response_tokens)
+    encoded = encode_prompts(enc, prompts, limit, truncated := Counter())
+    report_truncated(truncated)
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     kept, counts = [[] for _ in prompts], Counter()
     for _ in range(4):
@@ -88,8 +91,8 @@ def draw_responses(model, enc, prompts, cfg, autocast):
         if not missing:
             break
         with autocast():
-            drawn = sample_many(model, [encode_prompt(enc, prompts[i], limit) for i in missing], cfg.response_tokens,
-                                enc.end, temperature=cfg.temperature, random=random)
+            drawn = sample_many(model, [encoded[i] for i in missing], cfg.response_tokens, enc.end,
+                                temperature=cfg.temperature, random=random)
         for i, ids in zip(missing, drawn):
             ended = ids[-1] == enc.end
             text = enc.decode(ids[:-1] if ended else ids)

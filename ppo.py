@@ -11,6 +11,7 @@ Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, 
 """
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch.distributions import Categorical
 
 from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
-from data import check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl
+from data import (check_same_vocab, encode_prompts, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl,
+                  report_truncated)
 from model import full_precision, load_model, token_logprobs
 from sampling import sample_prompts
 
@@ -333,7 +335,8 @@ def main(cfg):
     enc, vocab = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken"
     check_same_vocab(cfg.sft, *reward_folders)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
-    prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    texts, counts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})], Counter()
+    prompts = encode_prompts(enc, texts, limit, counts)
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     stage.open()
     trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are
@@ -341,6 +344,7 @@ def main(cfg):
     controller = AdaptiveKL(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
     sampling = torch.Generator(device).manual_seed(cfg.seed)
     log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row; a dict, which resume fills in place
+    report_truncated(counts, log)
     per_epoch, every = len(prompts) // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
     first = stage.resume(cfg.iterations, **trained, optimizer=optimizer, log=log, controller=vars(controller),
                          sampling=sampling, streak=streak)  # vars(): what is written to it sets the attributes

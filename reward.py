@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up, visible,
                     write_json)
-from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer, pad_responses,
-                  pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated,
-                  split_by_prompt)
+from data import (batches, check_same_vocab, encode_prompts, encode_rankings, length_mask, load_tokenizer,
+                  pad_responses, pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings,
+                  report_truncated, split_by_prompt)
 from model import load_model
 from sampling import sample_many
 
@@ -195,7 +195,8 @@ def main(cfg):
         check_same_vocab(cfg.model, cfg.sft)
         policy = load_model(cfg.sft, device)
         limit = prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)
-        prompts = [encode_prompt(enc, row["prompt"], limit) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+        texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})]
+        prompts = encode_prompts(enc, texts, limit, counts)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage.open()
 

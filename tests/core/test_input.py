@@ -1,4 +1,5 @@
 """Each script reads its files through the one reader (see test_data.py): a bad line ends it, and nothing is written."""
+import contextlib
 import importlib
 import io
 import re
@@ -36,6 +37,14 @@ def inputs(tmp_path_factory):
     return inputs
 
 
+def run(script, flags, inputs):
+    """Run a script, or a step of one, on these flags."""
+    name, _, step = script.partition(" ")
+    module = importlib.import_module(name)
+    main, Config = module.STEPS[step][:2] if step else (module.main, module.Config)
+    common.run(main, Config, argv=stages.arguments({"device": "cpu", **flags}, inputs))
+
+
 @pytest.mark.parametrize("script, flags, bad", [*CASES, ("sample", {"model": "reward"}, "")])
 def test_a_bad_line_ends_the_script(inputs, tmp_path, monkeypatch, capsys, script, flags, bad):
     """A traceback, a message without file and line, or an output folder for a run that cannot begin."""
@@ -45,11 +54,20 @@ def test_a_bad_line_ends_the_script(inputs, tmp_path, monkeypatch, capsys, scrip
         (tmp_path / "bad.jsonl").write_text(f'{lines[0]}\n{{"prompt": 7}}\n')
         flags = {**flags, bad: tmp_path / "bad.jsonl", "out": tmp_path / "out"}
         expected = rf"{tmp_path}/bad.jsonl:2: (id|prompt|text): [^;]+"
-    name, _, step = script.partition(" ")
-    module = importlib.import_module(name)
-    main, Config = module.STEPS[step][:2] if step else (module.main, module.Config)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(SystemExit) as stop:
-        common.run(main, Config, argv=stages.arguments({"device": "cpu", **flags}, inputs))
+        run(script, flags, inputs)
     assert stop.value.code == 2 and re.fullmatch(f"error: {expected}\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script, more", [
+    ("reward", {}), ("label sample", {}), ("ppo", {"episodes": 2, "iterations": 1}),
+    ("evaluate", {"best_of": 0, "others": ""})])
+def test_truncated_prompts_are_told(inputs, tmp_path, capsys, script, more):
+    """Prompts that lose their beginning before a response is sampled, and nobody is told."""
+    flags = next(flags for name, flags, _ in CASES if name == script)
+    (tmp_path / "long.jsonl").write_text("".join(f'{{"prompt": "{i} {"x" * i * 20}"}}\n' for i in range(4)))
+    with contextlib.suppress(SystemExit):  # a random model may not say enough to go on
+        run(script, {**flags, **more, "prompts": tmp_path / "long.jsonl", "out": tmp_path / "out"}, inputs)
+    assert re.search(r"^2 of \d+ prompts are truncated$", capsys.readouterr().out, re.MULTILINE)
