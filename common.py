@@ -156,10 +156,11 @@ def optimizer_step(optimizer, lr, grad_clip, log):
 
 
 def write_atomic(path, content):
-    """Write text or bytes, or what content(file) writes, then rename: a crash leaves the old file or the new one."""
+    """Write a text, or what content(file) writes, then rename: a crash leaves the old file or the new one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            content(file) if callable(content) else file.write(content.encode() if isinstance(content, str) else content)
+            write = content if callable(content) else lambda file: file.write(content.encode())
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)

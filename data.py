@@ -105,33 +105,35 @@ def chat_ids(enc, turns):
                 return ids + chat.get("think", [])
 
 
-def encode_prompt(enc, prompt, limit):
+def encode_prompt(enc, prompt, limit, counts=None):
     """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue what precedes its first turn, then
-    whole turns; if the last turn is too long, its own beginning."""
+    whole turns; if the last turn is too long, its own beginning. counts: a Counter of prompts, and truncated ones."""
+    begin = [] if enc.chat else [enc.begin]
     if enc.chat:
         turns = turns_of(prompt)
-        while len(ids := chat_ids(enc, turns)) > limit and len(turns) > 2:
-            turns = turns[1 if turns[0]["role"] == "system" else 2:]
-        return ids[max(0, len(ids) - limit):]
-    if isinstance(prompt, list):
-        prompt = "".join(BEFORE[turn["role"]] + turn["content"] for turn in turns_of(prompt)).rstrip(" ")
-    ids = enc.encode_ordinary(prompt)
-    for turn in re.finditer(TURN, prompt):
-        if len(ids) < limit:
+        suffixes = [turns] + [turns[i:] for i, turn in enumerate(turns) if i and turn["role"] == "user"]
+        encoded = (chat_ids(enc, suffix) for suffix in suffixes)
+    else:
+        if isinstance(prompt, list):
+            prompt = "".join(BEFORE[turn["role"]] + turn["content"] for turn in turns_of(prompt)).rstrip(" ")
+        starts = [0] + [turn.start() for turn in re.finditer(TURN, prompt)]
+        encoded = (begin + enc.encode_ordinary(prompt[start:]) for start in starts)
+    for number, ids in enumerate(encoded):  # the first that is short enough, or else the last
+        if len(ids) <= limit:
             break
-        ids = enc.encode_ordinary(prompt[turn.start():])
-    return [enc.begin] + ids[max(0, len(ids) - (limit - 1)):]
+    if counts is not None:
+        counts.update({"prompts": 1, "prompts truncated": number > 0 or len(ids) > limit})
+    return begin + ids[max(len(begin), len(ids) - limit + len(begin)):]
 
 
 def encode_texts(enc, prompt, responses, block_size, counts):
     """ids of a prompt, and of each response with EOS. All that training truncates: the prompt keeps what the longest
     response leaves, half of the block at least; a response too long for the rest loses its end, EOS included. counts: a
-    Counter of prompts and responses, and of how many are truncated."""
+    Counter of prompts and responses, and of truncated ones."""
     encoded = [enc.encode_ordinary(text.strip() if enc.chat else text) + [enc.end] for text in responses]
-    prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2))
+    prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2), counts)
     room = block_size - len(prompt_ids)
-    counts.update({"prompts": 1, "prompts truncated": len(prompt_ids) < len(encode_prompt(enc, prompt, math.inf)),
-                   "responses": len(encoded), "responses truncated": sum(len(ids) > room for ids in encoded)})
+    counts.update({"responses": len(encoded), "responses truncated": sum(len(ids) > room for ids in encoded)})
     return prompt_ids, [ids[:room] for ids in encoded]
 
 
@@ -139,14 +141,6 @@ def encode_rankings(enc, rows, block_size, counts):
     """Each row's texts as ids of prompt, response and EOS: a list of lists, in the order of row["responses"]."""
     encoded = (encode_texts(enc, row["prompt"], row["responses"], block_size, counts) for row in rows)
     return [[prompt + response for response in responses] for prompt, responses in encoded]
-
-
-def encode_prompts(enc, prompts, limit, counts):
-    """ids of prompts that responses will be sampled to, limit each at most. counts: as in encode_texts."""
-    encoded = [encode_prompt(enc, prompt, limit) for prompt in prompts]
-    counts.update({"prompts": len(prompts), "prompts truncated": sum(
-        len(ids) < len(encode_prompt(enc, prompt, math.inf)) for ids, prompt in zip(encoded, prompts))})
-    return encoded
 
 
 def report_truncated(counts, log=None):

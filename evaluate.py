@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from common import Stage, check, generator, progress, run, set_up, write_json
-from data import (check_same_vocab, encode_prompts, load_tokenizer, pad_prompts, pad_responses, prompt_limit,
+from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, prompt_limit,
                   read_jsonl, report_truncated, write_jsonl)
 from model import load_model, token_logprobs
 from ppo import load_reward
@@ -297,9 +297,9 @@ def main(cfg):
                          cfg.response_tokens)
 
     def read_prompts(path, count):
-        texts = [row["prompt"] for row in read_jsonl(path, {"prompt": str})][:count]
-        encoded = encode_prompts(enc, texts, limit, truncated := Counter())
-        report_truncated(truncated)
+        texts, counts = [row["prompt"] for row in read_jsonl(path, {"prompt": str})][:count], Counter()
+        encoded = [encode_prompt(enc, text, limit, counts) for text in texts]
+        report_truncated(counts)
         return texts, encoded
 
     check(len({Path(path).stem for path in [cfg.prompts, *others]}) == 1 + len(others),

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from common import Stage, check, generator, run, set_up, visible
-from data import (encode_prompts, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, report_truncated,
+from data import (encode_prompt, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, report_truncated,
                   write_jsonl)
 from model import load_model
 from reward import score_many
@@ -82,8 +82,9 @@ def draw_responses(model, enc, prompts, cfg, autocast):
     one that is empty, no UTF-8 or a duplicate.
     """
     limit = prompt_limit(model.config.block_size, cfg.response_tokens)
-    encoded = encode_prompts(enc, prompts, limit, truncated := Counter())
-    report_truncated(truncated)
+    counts = Counter()
+    encoded = [encode_prompt(enc, prompt, limit, counts) for prompt in prompts]
+    report_truncated(counts)
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     kept, counts = [[] for _ in prompts], Counter()
     for _ in range(4):

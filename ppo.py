@@ -20,7 +20,7 @@ from torch.distributions import Categorical
 
 from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
-from data import (check_same_vocab, encode_prompts, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl,
+from data import (check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl,
                   report_truncated)
 from model import full_precision, load_model, token_logprobs
 from sampling import sample_prompts
@@ -335,8 +335,8 @@ def main(cfg):
     enc, vocab = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken"
     check_same_vocab(cfg.sft, *reward_folders)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
-    texts, counts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})], Counter()
-    prompts = encode_prompts(enc, texts, limit, counts)
+    rows, counts = read_jsonl(cfg.prompts, {"prompt": str}), Counter()
+    prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in rows]
     check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     stage.open()
     trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up, visible,
                     write_json)
-from data import (batches, check_same_vocab, encode_prompts, encode_rankings, length_mask, load_tokenizer,
+from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer,
                   pad_responses, pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings,
                   report_truncated, split_by_prompt)
 from model import load_model
@@ -195,8 +195,8 @@ def main(cfg):
         check_same_vocab(cfg.model, cfg.sft)
         policy = load_model(cfg.sft, device)
         limit = prompt_limit(min(policy.config.block_size, block_size), cfg.response_tokens)
-        texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})]
-        prompts = encode_prompts(enc, texts, limit, counts)
+        rows = read_jsonl(cfg.prompts, {"prompt": str})
+        prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in rows]
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out")
     stage.open()
 
