@@ -8,7 +8,6 @@ import torch
 import common
 import data
 import ppo
-import sampling
 from model import GPT, GPTConfig, ScalarModel
 from prepare.reviews import train_bpe
 
@@ -93,18 +92,3 @@ def checkpoints(tmp_path_factory):
 def log_of(folder):
     """The lines of a stage's log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def script(monkeypatch, *rows):
-    """Make the sampler draw these ids, one list per row; a row that has ended draws 9 until it leaves the batch."""
-    step, left, keep = iter(range(100)), list(range(len(rows))), sampling.KVCache.keep
-
-    def draw(*_):
-        t = next(step)
-        return torch.tensor([rows[i][t] if t < len(rows[i]) else 9 for i in left])
-
-    def watched(cache, kept):
-        left[:] = [left[i] for i in kept.tolist()]
-        keep(cache, kept)
-    monkeypatch.setattr(sampling, "draw", draw)
-    monkeypatch.setattr(sampling.KVCache, "keep", watched)
