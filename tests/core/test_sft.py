@@ -59,7 +59,7 @@ def test_base_and_sft_learn(checkpoints, tmp_path):
     assert base[0]["valid_loss"] > base[-1]["valid_loss"] and base[-1]["valid_loss"] < 2
     demos = checkpoints.folder / "demos.jsonl"
     stages.run("sft", checkpoints.folder, tmp_path / "sft", model=tmp_path / "base", valid=demos, epochs=30, lr=1e-2,
-               dropout=0.0)
+               dropout=0.0, batch_size=7)
     # Four continuations that are equally likely, each of a few tokens: log 4 in all is the least there is.
     enc = data.load_tokenizer(checkpoints.vocab)
     lengths = [len(enc.encode_ordinary(row["completion"])) + 1 for row in data.read_rows(demos, dict)]
