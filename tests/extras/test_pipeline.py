@@ -12,6 +12,8 @@ import pytest
 
 import data
 from prepare.reviews import train_bpe
+from study import record, walkthrough
+from tools import export
 
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
@@ -121,8 +123,7 @@ def test_killed_and_started_again_it_ends_the_same(folder):
 @pytest.mark.parametrize("preset, stages", [("gpt2", RATED), ("hh", PAIRED)])
 def test_gpt2_and_dialogues(folder, preset, stages):
     """Presets for a base model that was not trained here: a flag that is gone, a report that needs a labeler."""
-    subprocess.run([sys.executable, "-m", "tools.export", folder / "the output" / "base", folder / "a base"], cwd=ROOT,
-                   check=True, capture_output=True)
+    export.main(export.Config(str(folder / "the output/base"), str(folder / "a base")))
     train_all(folder, preset, preset, "--init", str(folder / "a base"), "--block-size", "48", STEPS="smoke")
     assert finished(folder / preset) == sorted(stages)
     assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
@@ -135,6 +136,18 @@ def test_without_standard_streams_it_runs(folder):
     subprocess.run(["bash", "-c", command, sys.executable, ROOT / "sft.py", folder / "the data", folder / "closed"],
                    check=True)
     assert (folder / "closed" / "done.json").exists()
+
+
+def test_another_run_is_recorded_and_shown(folder):
+    """record.py that no longer repeats what ppo.py does, or a page that only fits the committed numbers."""
+    out, page = folder / "the output", (ROOT / "docs/walkthrough.md").read_text()
+    once, twice = (record.main(out, folder / name) or (folder / name).read_text() for name in ("once", "twice"))
+    found, headings = json.loads(once), re.compile("^#.*", re.MULTILINE)
+    assert once == twice and found["response"]["new_logprobs"] != found["response"]["old_logprobs"]
+    for name in ("score", "kl"):
+        assert found["rollout"][name] == pytest.approx(found["log"][0][name], abs=1e-5) != 0
+    shown = walkthrough.page_text(found)
+    assert headings.findall(shown) == headings.findall(page) and "nan" not in shown
 
 
 def test_what_changed_runs_again_and_what_follows(folder):

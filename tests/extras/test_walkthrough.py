@@ -2,15 +2,10 @@
 import json
 import math
 import re
-import shutil
 
 import pytest
 
-import data
-import label
-import ppo
-import sft
-from study import record, walkthrough
+from study import walkthrough
 
 PAGE = (walkthrough.STUDY.parent / "docs/walkthrough.md").read_text()
 FOUND = json.loads((walkthrough.STUDY / "walkthrough.json").read_text())
@@ -54,27 +49,3 @@ def test_every_sum_comes_out_with_the_digits_shown():
         assert abs(round(eval(text), digits) - float(result)) < 1.5 * 10**-digits, (text, result)
     steps, log = re.findall(r"kl_coef = .* = ([\d.]+)$", PAGE, re.MULTILINE), FOUND["log"]
     assert [float(step) for step in steps] == pytest.approx([line["kl_coef"] for line in log[1::2]], abs=2e-6)
-
-
-def test_another_run_is_recorded_and_shown(checkpoints, tmp_path):
-    """record.py that no longer repeats what ppo.py does, or a page that only fits the committed numbers."""
-    run, demos = tmp_path, str(tmp_path / "demos.jsonl")
-    data.write_jsonl(demos, [{"prompt": "the film", "completion": " was good"},
-                             {"prompt": "a bad film", "completion": " with a bad plot"}])
-    sft.main(sft.Config(model=checkpoints.sft, train=demos, valid=demos, epochs=60, lr=1e-2, evals=1, dropout=0.0,
-                        out=f"{run}/sft"))  # until what it writes is text
-    for name in ("labeler", "reward"):
-        shutil.copytree(checkpoints.reward, run / name)
-    label.sample(label.SampleConfig(model=f"{run}/sft", prompts=checkpoints.prompts, out=f"{run}/samples",
-                                    response_tokens=8, keep_truncated=True))
-    label.rank(label.RankConfig(labeler=f"{run}/labeler", samples=f"{run}/samples/samples.jsonl", noise=0.0,
-                                out=f"{run}/label"))
-    ppo.main(ppo.Config(sft=f"{run}/sft", reward=f"{run}/reward", prompts=checkpoints.prompts, iterations=3, episodes=4,
-                        response_tokens=8, lr=1e-3, snapshots=1, out=f"{run}/ppo"))
-    once, twice = (record.main(run, run / name) or (run / name).read_text() for name in ("once", "twice"))
-    found, headings = json.loads(once), re.compile("^#.*", re.MULTILINE)
-    assert once == twice and found["response"]["new_logprobs"] != found["response"]["old_logprobs"]
-    for name in ("score", "kl"):
-        assert found["rollout"][name] == pytest.approx(found["log"][0][name], abs=1e-5) != 0
-    page = walkthrough.page_text(found)
-    assert headings.findall(page) == headings.findall(PAGE) and "nan" not in page
