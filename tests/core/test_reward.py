@@ -8,6 +8,7 @@ import torch
 
 import data
 import reward
+import stages
 from conftest import END, both_precisions, close, ragged_mask, random_model
 from data import pair_accuracy, ranking_accuracy
 from model import ScalarModel, load_model, score_many
@@ -95,18 +96,16 @@ def test_training_learns_and_normalises(checkpoints, tmp_path):
     rows = [{"prompt": f"the film {i}", "responses": [f" good {i % 7}", " plain", " bad bad"][:2 + i % 2]}
             for i in range(80)]
     data.write_jsonl(tmp_path / "rankings.jsonl", rows)  # 20 held out: enough for their accuracy to mean something
-    cfg = reward.Config(out=str(tmp_path / "out"), model=checkpoints.sft, sft=checkpoints.sft, pairs="",
-                        prompts=checkpoints.prompts, train=str(tmp_path / "rankings.jsonl"), test_share=0.25,
-                        samples=40, response_tokens=8, batch_size=4, epochs=8, lr=1e-2, device="cpu", dtype="float32")
-    reward.main(cfg)
+    stages.run("reward", checkpoints.folder, tmp_path / "out", train=tmp_path / "rankings.jsonl", test="",
+               test_share=0.25, samples=40, epochs=8, lr=1e-2, dropout=0.1)
     card = json.loads((tmp_path / "out/report_card.json").read_text())
     assert card["held-out rankings"]["accuracy"] > 0.8 and list(card) == ["held-out rankings"]
 
     enc, model = data.load_tokenizer(checkpoints.vocab), load_model(tmp_path / "out", kind="reward")
-    rows = data.read_jsonl(cfg.prompts, {"prompt": str})
-    prompts = [data.encode_prompt(enc, rows[i % len(rows)]["prompt"], 32 - 8) for i in range(cfg.samples)]
-    responses = sample_many(load_model(cfg.sft), prompts, 8, enc.eot_token, temperature=cfg.temperature,
-                            random=torch.Generator().manual_seed(cfg.seed))
+    rows = data.read_jsonl(checkpoints.prompts, {"prompt": str})
+    prompts = [data.encode_prompt(enc, rows[i % len(rows)]["prompt"], 32 - 6) for i in range(40)]
+    responses = sample_many(load_model(checkpoints.sft), prompts, 6, enc.eot_token, temperature=0.7,
+                            random=torch.Generator().manual_seed(1))
     scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std().item() == pytest.approx(1, abs=1e-4)
 
