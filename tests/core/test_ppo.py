@@ -1,4 +1,4 @@
-"""PPO against slow loops, closed forms and enumeration; then tiny runs that must stand still or go the right way."""
+"""PPO against slow loops and closed forms; then tiny runs that must stand still or go the right way."""
 import copy
 import math
 
@@ -9,9 +9,9 @@ from torch import nn
 import common
 import ppo
 from common import UserError
-from conftest import END, both_precisions, close, log_of, ppo_config, ragged_mask, random_model, rollout_of
+from conftest import END, both_precisions, close, log_of, ppo_config, ragged_mask, rollout_of
 from data import pad_prompts, pad_responses
-from model import ScalarModel, load_model, token_logprobs
+from model import load_model, token_logprobs
 from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 
 LENGTHS = [3, 1, 5, 0]  # a response of one token, a full row, and a row of padding only
@@ -276,9 +276,9 @@ def test_optimizer_step_clips_what_backward_made(tmp_path):
         assert log.write() == {"grad_norm": pytest.approx(5.0)} and weight.grad is None
         assert weight.tolist() == pytest.approx(moved, abs=1e-5)
     (weight * math.nan).sum().backward()
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="not finite") as stop:
         common.optimizer_step(optimizer, [weight], 1.0, 1, log)
-    assert weight.tolist() == [-3, -4]
+    assert weight.tolist() == [-3, -4] and stop.value.code == 1 and "not finite" in log_of(tmp_path)[-1]["stopped"]
 
 
 def test_adamw_and_learning_rate():

@@ -9,9 +9,8 @@ import torch
 import data
 import sft
 import stages
-from common import UserError
 from conftest import END, SENTENCES, log_of, random_model
-from model import load_model, row_logprobs, token_logprobs
+from model import load_model, row_logprobs
 
 # (ids, how many of them are given): demonstrations with prompts of unequal length, and packed text.
 ROWS = [([END, 3, 4, 5, 6, 7, END], 4), ([END, 8, END], 1), ([END, 9, 1, 2, 3, 4, END], 2), ([END, 2, 2, END], 3),
@@ -94,12 +93,3 @@ def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
     enc, model = data.load_tokenizer(tmp_path), load_model(tmp_path)
     total, count = loss_by_hand(model, sft.response_rows(enc, checkpoints.folder / "other.jsonl", 32, Counter()))
     assert saved["valid_loss"] == pytest.approx(min(losses), abs=1e-5) == pytest.approx(total / count, abs=1e-4)
-
-
-def test_nan_stops_before_the_step(checkpoints, tmp_path, monkeypatch):
-    """A checkpoint of NaN, or NaN as the best loss."""
-    monkeypatch.setattr("model.token_logprobs", lambda *args: token_logprobs(*args) * math.nan)
-    with pytest.raises(UserError, match="not finite") as stop:
-        stages.run("base", checkpoints.folder, tmp_path)
-    assert stop.value.code == 1 and not (tmp_path / "model.pt").exists()
-    assert "not finite" in log_of(tmp_path)[-1]["stopped"]
