@@ -16,8 +16,6 @@ from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_
 
 LENGTHS = [3, 1, 5, 0]  # a response of one token, a full row, and a row of padding only
 PROMPTS = [[END, 3, 4], [END], [END, 7, END, 2], [END, 1], [END, 5], [END, 9, 9, 9], [END, 2, 3], [END, 6]]
-FAST = {"iterations": 16, "episodes": 12, "epochs": 4, "microbatch": 12, "lr": 3e-2, "temperature": 1.0,
-        "kl_horizon": 0.0}
 
 
 def numbers(count, dtype, seed=0):
@@ -371,14 +369,9 @@ def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, value):
         model, (tokens, pad) = load_model(folder), pad_prompts([[269], [269, 100, 200, 50]], 269)
         return model(tokens, pad)[:, -1].softmax(-1)[:, :liked].sum(1).mean().item()
     watch(monkeypatch, "load_reward", lambda reward: setattr(reward, "score", scripted) or reward)
-    tiny_run(checkpoints, tmp_path, **FAST, value=value, lam=1.0 if value == "none" else 0.95, kl_coef=0.0)
+    tiny_run(checkpoints, tmp_path, iterations=16, episodes=12, epochs=4, microbatch=12, lr=3e-2, temperature=1.0,
+             value=value, lam=1.0 if value == "none" else 0.95, kl_coef=0.0, kl_horizon=0.0)
     assert sign * (share(tmp_path) - share(checkpoints.sft)) > 0.1
-
-
-def test_the_kl_penalty_holds(checkpoints, tmp_path):
-    """A KL reward of the wrong sign: a large coefficient keeps the policy nearer to the reference than none."""
-    held, free = (tiny_run(checkpoints, tmp_path / str(coef), **FAST, kl_coef=coef)[-1]["kl_k3"] for coef in (3.0, 0.0))
-    assert held < 0.2 * free
 
 
 @pytest.mark.parametrize("change, line, message", [
