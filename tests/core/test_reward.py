@@ -15,22 +15,14 @@ from model import ScalarModel, load_model, score_many
 from reward import batch_accuracy, ranking_loss, score_rankings
 from sampling import sample_many
 
-LENGTHS = [4, 2, 1, 3, 0]  # unequal K, a lone response and none: neither holds a comparison
-
-
-def ragged_scores(dtype):
-    """scores (B, K), best first, and mask; where no response exists stands a large number that must not count."""
-    random, mask = torch.Generator().manual_seed(0), ragged_mask(LENGTHS, 4).to(dtype)
-    scores = torch.randn(len(LENGTHS), 4, dtype=torch.float64, generator=random).to(dtype)
-    return torch.where(mask == 1, scores, 1000.0), mask
-
-
 @both_precisions
 def test_ranking_loss_is_the_mean_over_pairs(dtype):
     """A flipped sign, pairs counted twice, a long ranking that outweighs others, padding or order that matters."""
-    scores, mask = ragged_scores(dtype)
-    means = []
-    for row, n in zip(scores.tolist(), LENGTHS):
+    lengths, means = [4, 2, 1, 3, 0], []  # unequal K, a lone response and none: neither holds a comparison
+    mask = ragged_mask(lengths, 4).to(dtype)
+    scores = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores = torch.where(mask == 1, scores, 1000.0)  # where no response exists stands a number that must not count
+    for row, n in zip(scores.tolist(), lengths):
         pairs = [math.log1p(math.exp(-(better - worse))) for better, worse in itertools.combinations(row[:n], 2)]
         means += [sum(pairs) / len(pairs)] if pairs else []
     order, pad = [3, 0, 4, 2, 1], torch.nn.functional.pad

@@ -23,29 +23,6 @@ SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_
                 "PYTHON": sys.executable}
 
 
-def make_data(folder):
-    """Files as prepare.reviews and prepare.hh write them, of sentences drawn from few words."""
-    draw, folder, files = random.Random(1), folder / "the data", {}
-    folder.mkdir()
-
-    def text():
-        return f" {' '.join(draw.choices('good bad funny sad slow film plot actor was and very so'.split(), k=8))}."
-    makers = {
-        "corpus": lambda i: {"text": text()}, "prompts": lambda i: {"prompt": f"Film {i}{text()[:9]}"},
-        "demos": lambda i: {"prompt": f"Film {i}", "completion": text()},
-        "pairs": lambda i: {"prompt": f"Film {i}", "chosen": text() + "+", "rejected": text()},
-        "rankings": lambda i: {"prompt": "", "responses": [f"{text()}{k}" for k in range(4)],
-                               "means": [2.0, 1.0, 0.5, -1.0]}}
-    for name in ("corpus_train corpus_valid corpus_test demos_train demos_valid rankings_labeler rankings_judge "
-                 "rankings_test pairs_judge pairs_reward pairs_test prompts_label prompts_ppo prompts_eval "
-                 "prompts_amazon").split():
-        files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
-        data.write_jsonl(folder / f"{name}.jsonl", files[name])
-    data.save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
-    agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
-    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
-
-
 def start(folder, out, preset="smoke", *flags, **variables):
     """train_all.sh, started in another folder, with data and output in paths that hold a space."""
     env = {**os.environ, **SURROUNDINGS, "DATA": str(folder / "the data"), "OUT": str(folder / out), **variables}
@@ -75,11 +52,29 @@ def results(out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the data and one whole run, "the output"."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_data(folder)
-    train_all(folder, "the output")
-    return folder
+    """A folder with data as prepare.reviews and prepare.hh write them, of sentences drawn from few words, and one whole
+    run, "the output"."""
+    draw, folder, files = random.Random(1), tmp_path_factory.mktemp("pipeline") / "the data", {}
+    folder.mkdir()
+
+    def text():
+        return f" {' '.join(draw.choices('good bad funny sad slow film plot actor was and very so'.split(), k=8))}."
+    makers = {
+        "corpus": lambda i: {"text": text()}, "prompts": lambda i: {"prompt": f"Film {i}{text()[:9]}"},
+        "demos": lambda i: {"prompt": f"Film {i}", "completion": text()},
+        "pairs": lambda i: {"prompt": f"Film {i}", "chosen": text() + "+", "rejected": text()},
+        "rankings": lambda i: {"prompt": "", "responses": [f"{text()}{k}" for k in range(4)],
+                               "means": [2.0, 1.0, 0.5, -1.0]}}
+    for name in ("corpus_train corpus_valid corpus_test demos_train demos_valid rankings_labeler rankings_judge "
+                 "rankings_test pairs_judge pairs_reward pairs_test prompts_label prompts_ppo prompts_eval "
+                 "prompts_amazon").split():
+        files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
+        data.write_jsonl(folder / f"{name}.jsonl", files[name])
+    data.save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
+    agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
+    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
+    train_all(folder.parent, "the output")
+    return folder.parent
 
 
 def test_every_stage_leaves_what_it_should(folder):
