@@ -122,5 +122,5 @@ def smollm2(folder):
     write_json(folder / "tokenizer.json", tokenizer_of(metadata))
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **named,
                                                   "chat_template": metadata["tokenizer.chat_template"]})
-    write_atomic(folder / "model.safetensors", save(weights, {"format": "pt"}))
+    write_atomic(folder / "model.safetensors", lambda file: file.write(save(weights, {"format": "pt"})))
     write_json(folder / "config.json", config_of(metadata))

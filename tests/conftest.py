@@ -6,16 +6,14 @@ import pytest
 import torch
 
 import common
-import data
 import ppo
-import sampling
 from model import GPT, GPTConfig, ScalarModel
-from prepare.reviews import save_ranks, train_bpe
+from prepare.reviews import train_bpe
+from stages import SENTENCES, make_inputs
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
 
 END = 0  # EOS, and padding too, in the tests that need no text
-SENTENCES = ["the film was good and the plot was good", "a bad film with a bad plot", "the actor was funny, and sad"]
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -72,39 +70,13 @@ def autocast_off():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Paths of a whole tiny set-up: vocab, sft, reward (checkpoint folders), prompts and rankings (JSONL files)."""
-    vocab = (folder := tmp_path_factory.mktemp("checkpoints")) / "vocab.tiktoken"
-    save_ranks(train_bpe(SENTENCES * 2, 270), vocab)
-    size = data.load_tokenizer(vocab).n_vocab
-    torch.manual_seed(0)
-    for name, kind in (("sft", GPT), ("reward", ScalarModel)):
-        # Dropout in the stored configuration: PPO must switch it off.
-        model = kind(GPTConfig(size, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
-        common.save_checkpoint(folder / name, model, ppo_config(), vocab)
-    prompts = [" ".join(sentence.split()[:n]) for sentence in SENTENCES for n in range(1, 5)]
-    data.write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    data.write_jsonl(folder / "rankings.jsonl", [
-        {"prompt": prompt, "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
-        for i, prompt in enumerate(prompts)])
-    return SimpleNamespace(vocab=vocab, sft=str(folder / "sft"), reward=str(folder / "reward"),
-                           prompts=str(folder / "prompts.jsonl"), rankings=str(folder / "rankings.jsonl"))
+    """Paths of a whole tiny set-up: folder, and in it vocab, sft, reward (checkpoints), prompts, rankings and more."""
+    folder = make_inputs(tmp_path_factory.mktemp("checkpoints"), train_bpe(SENTENCES * 2, 270))
+    paths = {name: f"{folder}/{name}" for name in ("sft", "reward", "prompts.jsonl", "rankings.jsonl")}
+    return SimpleNamespace(folder=folder, vocab=folder / "vocab.tiktoken", **{
+        name.removesuffix(".jsonl"): path for name, path in paths.items()})
 
 
 def log_of(folder):
     """The lines of a stage's log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def script(monkeypatch, *rows):
-    """Make the sampler draw these ids, one list per row; a row that has ended draws 9 until it leaves the batch."""
-    step, left, keep = iter(range(100)), list(range(len(rows))), sampling.KVCache.keep
-
-    def draw(*_):
-        t = next(step)
-        return torch.tensor([rows[i][t] if t < len(rows[i]) else 9 for i in left])
-
-    def watched(cache, kept):
-        left[:] = [left[i] for i in kept.tolist()]
-        keep(cache, kept)
-    monkeypatch.setattr(sampling, "draw", draw)
-    monkeypatch.setattr(sampling.KVCache, "keep", watched)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from common import FREE, load, save_checkpoint
+from common import FREE, load, load_config, save_checkpoint
 from data import write_jsonl
-from prepare.reviews import save_ranks
 from model import GPT, GPTConfig, ScalarModel
 from ppo import Config
+from prepare.reviews import save_ranks
 
 TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_mb",
          "peak_gpu_memory_mb"}
+SENTENCES = ["the film was good and the plot was good", "a bad film with a bad plot", "the actor was funny, and sad"]
 SCRIPT = {"base": "sft", "sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "dpo"}
 STEPS = {"base": 9, "sft": 8, "reward": 8, "ppo": 6, "dpo": 8}
 FLAGS = {  # dropout, a best loss in the middle, log lines of several steps, a KL coefficient that moves
@@ -31,20 +32,20 @@ FLAGS = {  # dropout, a best loss in the middle, log lines of several steps, a K
             "log_every": 3}}
 
 
-def make_inputs(folder):
-    """Everything that the stages read, in this folder: its path."""
+def make_inputs(folder, ranks={bytes([byte]): byte for byte in range(256)}):
+    """Everything that the stages read, in this folder: its path. ranks: {token bytes: rank}, the vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_ranks({bytes([byte]): byte for byte in range(256)}, folder / "vocab.tiktoken")
+    save_ranks(ranks, folder / "vocab.tiktoken")
     torch.manual_seed(0)
     for name, kind in (("sft", GPT), ("reward", ScalarModel)):
-        model = kind(GPTConfig(257, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
+        model = kind(GPTConfig(len(ranks) + 1, block_size=32, n_layer=1, n_head=2, width=16, dropout=0.2))
         save_checkpoint(folder / name, model, Config(), folder / "vocab.tiktoken", inputs={})
     # Of the held-out text the demonstrations say nothing: its loss soon rises, and the best is not the last.
     words = 2 * ["good", "bad", "so", "sad"]
     rows = {"texts": [{"text": f"the plot was {word}, and the film too"} for word in words],
             "demos": [{"prompt": "the film", "completion": f" was {word}"} for word in words],
             "other": [{"prompt": "the plot", "completion": " z y x w"}] * 4,
-            "prompts": [{"prompt": f"the {word}"} for word in "film plot actor end book scene".split()],
+            "prompts": [{"prompt": " ".join(x.split()[:n])} for x in SENTENCES for n in range(1, 5)],
             "rankings": [{"prompt": f"film {i}", "responses": [f" good {i}", " plain", " bad bad"][:2 + i % 2]}
                          for i in range(8)]}
     for name, content in rows.items():
@@ -62,6 +63,12 @@ def command(stage, inputs, out, **changes):
     """(module, its command line) of a stage's run into the folder out; inputs: from make_inputs."""
     flags = {"device": "cpu", "dtype": "float32", "save_every": 1e9, "out": out, **FLAGS[stage], **changes}
     return importlib.import_module(SCRIPT[stage]), arguments(flags, inputs)
+
+
+def run(*args, **changes):
+    """A stage's run in this process; arguments as for command."""
+    module, flags = command(*args, **changes)
+    module.main(load_config(module.Config, module.PRESETS, flags))
 
 
 def outcome(folder):

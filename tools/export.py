@@ -117,7 +117,7 @@ def main(cfg):
     if kind == "reward" and model.config.rms_norm:
         config["score_bias"] = model.bias.item()
     open_folder(out)
-    write_atomic(out / "model.safetensors", safetensors.torch.save(weights, {"format": "pt"}))
+    write_atomic(out / "model.safetensors", lambda file: file.write(safetensors.torch.save(weights, {"format": "pt"})))
     shutil.copy(Path(cfg.model) / "vocab.tiktoken", out)  # for the way back: prepare.pretrained
     write_json(out / "config.json", config)
     added = {**special, PAD: model.config.vocab_size} if kind == "reward" else special

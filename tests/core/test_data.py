@@ -1,7 +1,5 @@
 """The tokenizer, truncation, files as people have them, padding, batches, and the command line."""
-import os
 import resource
-import sys
 from collections import Counter
 
 import pytest
@@ -44,8 +42,6 @@ def test_encode_prompt_and_prompt_limit(enc):
     assert encode_prompt(enc, "", 8) == [269] and encode_prompt(enc, "xyz", 1) == [269]
     assert enc.decode(encode_prompt(enc, "xyzw", 3)) == END + "zw"
     assert enc.decode(encode_prompt(enc, "xyzw", 5)) == END + "xyzw"
-    ids = encode_prompt(enc, "\n\nHuman: " + "word " * 50 + "\n\nAssistant:", 20)  # the only turn is too long
-    assert len(ids) == 20 and enc.decode(ids).endswith("word \n\nAssistant:")
     assert prompt_limit(32, 8) == 24 and prompt_limit(32, 30) == 2
     with pytest.raises(UserError, match="--response-tokens 31.* no room .* block size 32"):
         prompt_limit(32, 31)
@@ -168,7 +164,7 @@ def test_flags_that_make_no_sense_stop(flags, capsys):
     assert stop.value.code == 2 and "\n" not in str(stop.value) and capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("content", ["x" * 9999, b"x" * 9999])
+@pytest.mark.parametrize("content", ["x" * 9999, lambda file: torch.save(torch.zeros(9999), file)])
 def test_a_full_disk_leaves_what_was_there(tmp_path, content):
     """A traceback, the old file gone or half overwritten, or a .tmp that takes the last room there is."""
     path, limits = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -9,9 +9,9 @@ import label
 from common import UserError, generator, save_checkpoint
 from data import load_tokenizer, write_jsonl
 from label import RankConfig, SampleConfig
-from model import GPT, GPTConfig, ScalarModel, load_model
-from prepare.reviews import save_ranks
+from model import load_model
 from reward import score_many
+from stages import make_inputs
 
 PROMPTS = ["The film", "A plot", "Rarely", "This is", "One of", "My dog"]
 SAMPLES = [{"id": prompt[:3], "prompt": prompt, "responses": [f" {prompt} {c}." for c in "abcd"]} for prompt in PROMPTS]
@@ -21,17 +21,13 @@ RATINGS = {"the film is good": 2.0, "the plot is bad": -1.0, "a very good dog": 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A language model of readable letters that draws EOS now and then, a reward model, prompts, samples, ratings."""
-    folder = tmp_path_factory.mktemp("label")
-    save_ranks({bytes([byte]): byte for byte in range(256)}, folder / "vocab.tiktoken")
-    torch.manual_seed(0)
-    shape = GPTConfig(vocab_size=257, block_size=48, n_layer=1, n_head=2, width=16)
-    lm, reward, logits = GPT(shape), ScalarModel(shape), torch.full((257,), -20.0)
+    folder = make_inputs(tmp_path_factory.mktemp("label"))
+    lm, logits = load_model(folder / "sft"), torch.full((257,), -20.0)
     logits[[ord(c) for c in " abcdefgh"] + [256]] = 0.0  # the same for every prefix: the final norm ignores its input
     lm.trunk.norm.weight.data.zero_()
     lm.trunk.norm.bias.data.copy_(torch.eye(16)[0])
     lm.trunk.token_embedding.weight.data[:257, 0] = logits
-    for name, model in ("lm", lm), ("reward", reward):
-        save_checkpoint(folder / name, model, RankConfig(), folder / "vocab.tiktoken")
+    save_checkpoint(folder / "lm", lm, RankConfig(), folder / "vocab.tiktoken")
     write_jsonl(folder / "samples.jsonl", SAMPLES)
     write_jsonl(folder / "ratings.jsonl", [
         {"prompt": "", "responses": list(RATINGS), "means": list(RATINGS.values()), "domain": "movie"},

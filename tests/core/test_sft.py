@@ -9,16 +9,13 @@ import torch
 import data
 import sft
 import stages
-from common import UserError, load_config
 from conftest import END, SENTENCES, log_of, random_model
-from model import load_model, row_logprobs, token_logprobs
+from model import load_model, row_logprobs
 
 # (ids, how many of them are given): demonstrations with prompts of unequal length, and packed text.
 ROWS = [([END, 3, 4, 5, 6, 7, END], 4), ([END, 8, END], 1), ([END, 9, 1, 2, 3, 4, END], 2), ([END, 2, 2, END], 3),
         ([END, 5, 7, 7, 7, 7], 2), ([END] + [3] * 12 + [4] * 12, 13)]
 PACKED = [([END, 3, 4, END, 5], 1), ([5, 6, 7, END, 8], 1), ([8, 9, END, 1, 2], 1)]
-TEXTS = [{"text": sentence} for sentence in SENTENCES * 4]
-DEMOS = [{"prompt": "the film", "completion": f" was {word}"} for word in "good bad so good bad so".split()]
 
 
 def loss_by_hand(model, rows):
@@ -54,26 +51,19 @@ def test_packed_rows_are_the_documents(checkpoints, tmp_path):
     assert found[1:-1] != texts[:len(found) - 2]  # shuffled
 
 
-def trained(checkpoints, folder, rows, **changes):
-    """sft.main on these rows as training and validation set: the lines of its log."""
-    folder.mkdir(exist_ok=True)
-    data.write_jsonl(folder / "rows.jsonl", rows)
-    sft.main(sft.Config(**{"out": str(folder), "train": str(folder / "rows.jsonl"), "valid": str(folder / "rows.jsonl"),
-                           "vocab": str(checkpoints.vocab), "n_layer": 1, "n_head": 2, "width": 16, "block_size": 32,
-                           "pack": 16, "batch_size": 5, "microbatch": 5, "dropout": 0.0, "device": "cpu",
-                           "dtype": "float32", **changes}))
-    return log_of(folder)
-
-
 def test_base_and_sft_learn(checkpoints, tmp_path):
     """Training that does not lower the held-out loss, from nothing or from a checkpoint."""
-    base = trained(checkpoints, tmp_path / "base", TEXTS, epochs=20, lr=1e-2)
+    stages.run("base", checkpoints.folder, tmp_path / "base", epochs=40, dropout=0.0)
+    base = log_of(tmp_path / "base")
     assert base[0]["valid_loss"] > base[-1]["valid_loss"] and base[-1]["valid_loss"] < 2
-    tuned = trained(checkpoints, tmp_path / "sft", DEMOS, model=str(tmp_path / "base"), epochs=30, lr=1e-2)
-    # Three continuations that are equally likely, each of three tokens or so: log 3 in all is the least there is.
+    demos = checkpoints.folder / "demos.jsonl"
+    stages.run("sft", checkpoints.folder, tmp_path / "sft", model=tmp_path / "base", valid=demos, epochs=30, lr=1e-2,
+               dropout=0.0, batch_size=7)
+    # Four continuations that are equally likely, each of a few tokens: log 4 in all is the least there is.
     enc = data.load_tokenizer(checkpoints.vocab)
-    least = math.log(3) / (sum(len(enc.encode_ordinary(row["completion"])) + 1 for row in DEMOS) / len(DEMOS))
-    assert least - 0.01 < tuned[-1]["valid_loss"] < least + 0.2
+    lengths = [len(enc.encode_ordinary(row["completion"])) + 1 for row in data.read_rows(demos, dict)]
+    least = math.log(4) / (sum(lengths) / len(lengths))
+    assert least - 0.01 < log_of(tmp_path / "sft")[-1]["valid_loss"] < least + 0.2
 
 
 def test_held_out_loss_is_without_dropout(autocast_off):
@@ -83,12 +73,10 @@ def test_held_out_loss_is_without_dropout(autocast_off):
 
 
 @pytest.mark.parametrize("stage, changes", [("sft", {"dropout": 0.0}), ("reward", {"dropout": 0.0}), ("dpo", {})])
-def test_microbatches_change_no_run(tmp_path, stage, changes):
+def test_microbatches_change_no_run(checkpoints, tmp_path, stage, changes):
     """A mean per microbatch in place of one per batch: short rows weigh more, and memory decides the result."""
-    inputs = stages.make_inputs(tmp_path / "inputs")
     for size in (4, 3, 1):
-        script, argv = stages.command(stage, inputs, tmp_path / str(size), microbatch=size, lr=1e-3, **changes)
-        script.main(load_config(script.Config, {}, argv))
+        stages.run(stage, checkpoints.folder, tmp_path / str(size), microbatch=size, lr=1e-3, **changes)
     for whole, *others in zip(*(log_of(tmp_path / size) for size in "431"), strict=True):
         for name in ("loss", "grad_norm", "margin" if stage == "dpo" else "lr"):
             assert [line[name] for line in others] == pytest.approx([whole[name]] * 2, rel=2e-3, abs=1e-4), name
@@ -98,20 +86,10 @@ def test_microbatches_change_no_run(tmp_path, stage, changes):
 
 def test_the_best_checkpoint_is_kept(checkpoints, tmp_path):
     """The last weights saved in place of the best, or a held-out loss that is not that of the saved weights."""
-    data.write_jsonl(other := tmp_path / "other.jsonl", [{"prompt": "the plot", "completion": " z y x w"}] * 4)
-    lines = trained(checkpoints, tmp_path / "out", DEMOS, valid=str(other), model=checkpoints.sft, epochs=20, lr=3e-2)
-    best = min(line["valid_loss"] for line in lines)
-    assert best < lines[-1]["valid_loss"]  # the training set says nothing about the other, and it overfits
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    enc, model = data.load_tokenizer(tmp_path / "out"), load_model(tmp_path / "out")
-    total, count = loss_by_hand(model, sft.response_rows(enc, other, 32, Counter()))
-    assert saved["valid_loss"] == pytest.approx(best, abs=1e-5) == pytest.approx(total / count, abs=1e-4)
-
-
-def test_nan_stops_before_the_step(checkpoints, tmp_path, monkeypatch):
-    """A checkpoint of NaN, or NaN as the best loss."""
-    monkeypatch.setattr("model.token_logprobs", lambda *args: token_logprobs(*args) * math.nan)
-    with pytest.raises(UserError, match="not finite") as stop:
-        trained(checkpoints, tmp_path, TEXTS)
-    assert stop.value.code == 1 and not (tmp_path / "model.pt").exists()
-    assert "not finite" in log_of(tmp_path)[-1]["stopped"]
+    stages.run("sft", checkpoints.folder, tmp_path)
+    losses = [line["valid_loss"] for line in log_of(tmp_path)]
+    assert min(losses) < losses[-1]  # the training set says nothing about the other, and it overfits
+    saved = json.loads((tmp_path / "config.json").read_text())
+    enc, model = data.load_tokenizer(tmp_path), load_model(tmp_path)
+    total, count = loss_by_hand(model, sft.response_rows(enc, checkpoints.folder / "other.jsonl", 32, Counter()))
+    assert saved["valid_loss"] == pytest.approx(min(losses), abs=1e-5) == pytest.approx(total / count, abs=1e-4)

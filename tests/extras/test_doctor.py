@@ -60,7 +60,7 @@ def changed(record, metric, value, last=8):
     return record
 
 
-LIMITS = [  # symptom, stage, metric, a value that shows it, one that is unusual and no finding yet
+@pytest.mark.parametrize("symptom, stage, metric, sick, unusual", [  # a value that shows it, one that is no finding yet
     ("sampler differs", "ppo", "sampler_difference", 0.2, 0.04), ("first ratio", "ppo", "first_ratio_error", 0.3, 0.09),
     ("KL runs away", "ppo", "kl", 30.0, 17.5), ("KL stays at 0", "ppo", "kl_k3", 0.001, 0.06),
     ("length changes", "ppo", "length", 30.0, 20.0), ("length changes", "ppo", "length", 3.0, 9.2),
@@ -69,10 +69,7 @@ LIMITS = [  # symptom, stage, metric, a value that shows it, one that is unusual
     ("repetition", "ppo", "repetition", 0.5, 0.19), ("clip binds", "ppo", "clip_fraction", 0.5, 0.29),
     ("memorised", "reward", "accuracy", 0.99, 0.87),
     ("chosen falls", "dpo", "chosen_logprobs", -150.0, -66.0), ("labels are noise", "label", doctor.KEPT, 0.5, 0.61),
-    ("no better than SFT", "evaluate", f"{doctor.WINS}_interval", [0.4, 0.49], [0.51, 0.6])]
-
-
-@pytest.mark.parametrize("symptom, stage, metric, sick, unusual", LIMITS)
+    ("no better than SFT", "evaluate", f"{doctor.WINS}_interval", [0.4, 0.49], [0.51, 0.6])])
 def test_limits(symptom, stage, metric, sick, unusual, committed):
     """A check that cannot fire, that fires for another metric's sake, or whose limit moved towards healthy runs."""
     assert names(changed(committed[stage], metric, sick)) == [symptom]

@@ -12,6 +12,8 @@ import pytest
 
 import data
 from prepare.reviews import save_ranks, train_bpe
+from study import record, walkthrough
+from tools import export
 
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
@@ -19,29 +21,6 @@ PAIRED = "base sft judge reward dpo ppo evaluate".split()
 # A service has no home, a notebook names a way to draw that is not installed here: neither must stop a run.
 SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1",
                 "PYTHON": sys.executable}
-
-
-def make_data(folder):
-    """Files as prepare.reviews and prepare.hh write them, of sentences drawn from few words."""
-    draw, folder, files = random.Random(1), folder / "the data", {}
-    folder.mkdir()
-
-    def text():
-        return f" {' '.join(draw.choices('good bad funny sad slow film plot actor was and very so'.split(), k=8))}."
-    makers = {
-        "corpus": lambda i: {"text": text()}, "prompts": lambda i: {"prompt": f"Film {i}{text()[:9]}"},
-        "demos": lambda i: {"prompt": f"Film {i}", "completion": text()},
-        "pairs": lambda i: {"prompt": f"Film {i}", "chosen": text() + "+", "rejected": text()},
-        "rankings": lambda i: {"prompt": "", "responses": [f"{text()}{k}" for k in range(4)],
-                               "means": [2.0, 1.0, 0.5, -1.0]}}
-    for name in ("corpus_train corpus_valid corpus_test demos_train demos_valid rankings_labeler rankings_judge "
-                 "rankings_test pairs_judge pairs_reward pairs_test prompts_label prompts_ppo prompts_eval "
-                 "prompts_amazon").split():
-        files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
-        data.write_jsonl(folder / f"{name}.jsonl", files[name])
-    save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
-    agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
-    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
 
 
 def start(folder, out, preset="smoke", *flags, **variables):
@@ -73,11 +52,29 @@ def results(out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the data and one whole run, "the output"."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    make_data(folder)
-    train_all(folder, "the output")
-    return folder
+    """A folder with data as prepare.reviews and prepare.hh write them, of sentences drawn from few words, and one whole
+    run, "the output"."""
+    draw, folder, files = random.Random(1), tmp_path_factory.mktemp("pipeline") / "the data", {}
+    folder.mkdir()
+
+    def text():
+        return f" {' '.join(draw.choices('good bad funny sad slow film plot actor was and very so'.split(), k=8))}."
+    makers = {
+        "corpus": lambda i: {"text": text()}, "prompts": lambda i: {"prompt": f"Film {i}{text()[:9]}"},
+        "demos": lambda i: {"prompt": f"Film {i}", "completion": text()},
+        "pairs": lambda i: {"prompt": f"Film {i}", "chosen": text() + "+", "rejected": text()},
+        "rankings": lambda i: {"prompt": "", "responses": [f"{text()}{k}" for k in range(4)],
+                               "means": [2.0, 1.0, 0.5, -1.0]}}
+    for name in ("corpus_train corpus_valid corpus_test demos_train demos_valid rankings_labeler rankings_judge "
+                 "rankings_test pairs_judge pairs_reward pairs_test prompts_label prompts_ppo prompts_eval "
+                 "prompts_amazon").split():
+        files[name] = [makers[name.split("_")[0]](i) for i in range(200 if name == "corpus_train" else 80)]
+        data.write_jsonl(folder / f"{name}.jsonl", files[name])
+    save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
+    agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
+    (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
+    train_all(folder.parent, "the output")
+    return folder.parent
 
 
 def test_every_stage_leaves_what_it_should(folder):
@@ -121,8 +118,7 @@ def test_killed_and_started_again_it_ends_the_same(folder):
 @pytest.mark.parametrize("preset, stages", [("gpt2", RATED), ("hh", PAIRED)])
 def test_gpt2_and_dialogues(folder, preset, stages):
     """Presets for a base model that was not trained here: a flag that is gone, a report that needs a labeler."""
-    subprocess.run([sys.executable, "-m", "tools.export", folder / "the output" / "base", folder / "a base"], cwd=ROOT,
-                   check=True, capture_output=True)
+    export.main(export.Config(str(folder / "the output/base"), str(folder / "a base")))
     train_all(folder, preset, preset, str(folder / "a base"), "--block-size", "48", STEPS="smoke")
     assert finished(folder / preset) == sorted(stages)
     assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
@@ -135,6 +131,18 @@ def test_without_standard_streams_it_runs(folder):
     subprocess.run(["bash", "-c", command, sys.executable, ROOT / "sft.py", folder / "the data", folder / "closed"],
                    check=True)
     assert (folder / "closed" / "done.json").exists()
+
+
+def test_another_run_is_recorded_and_shown(folder):
+    """record.py that no longer repeats what ppo.py does, or a page that only fits the committed numbers."""
+    out, page = folder / "the output", (ROOT / "docs/walkthrough.md").read_text()
+    once, twice = (record.main(out, folder / name) or (folder / name).read_text() for name in ("once", "twice"))
+    found, headings = json.loads(once), re.compile("^#.*", re.MULTILINE)
+    assert once == twice and found["response"]["new_logprobs"] != found["response"]["old_logprobs"]
+    for name in ("score", "kl"):
+        assert found["rollout"][name] == pytest.approx(found["log"][0][name], abs=1e-5) != 0
+    shown = walkthrough.page_text(found)
+    assert headings.findall(shown) == headings.findall(page) and "nan" not in shown
 
 
 def test_what_changed_runs_again_and_what_follows(folder):

@@ -146,8 +146,7 @@ def slow_bpe(texts, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-@pytest.mark.parametrize("texts", [SENTENCES, ["aaa banana bandana cabana"] * 3,
-                                   ["don't, can't 12345 éé 🎬🎬 ..."] * 3])
+@pytest.mark.parametrize("texts", [SENTENCES, ["aaa banana bandana cabana"] * 3, ["don't 12345 éé 🎬🎬 ..."] * 3])
 def test_train_bpe_merges_the_most_frequent_pair(texts):
     """Counts that go stale after a merge, overlapping pairs (aaa) counted twice, ties broken by chance."""
     assert list(reviews.train_bpe(texts, 265).items()) == list(slow_bpe(texts, 265).items())

@@ -1,6 +1,5 @@
 """study/: its mathematics, the commands of its scripts, and that results/ holds what its figures and tables need."""
 import importlib
-import json
 import math
 import os
 import re
