@@ -346,7 +346,8 @@ class Log:
 
     def stop(self, problem):
         """End the run before it does harm, in one line: folder, optimizer step, problem, and what is still good."""
-        self.append({"stopped": problem, "optimizer_step": self.steps + 1})
+        means = {name: float(x / self.counts[name]) for name, x in self.sums.items() if math.isfinite(x)}
+        self.append({"stopped": problem, "optimizer_step": self.steps + 1, **means})
         good = [name for name in ("resume.pt", "model.pt") if self.path.with_name(name).is_file()] + ["none saved yet"]
         raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
                         f"last good state: {good[0]}", 1)

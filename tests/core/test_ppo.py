@@ -9,9 +9,10 @@ from torch import nn
 import common
 import ppo
 from common import UserError
-from conftest import END, both_precisions, close, log_of, ppo_config, ragged_mask, rollout_of
+from conftest import (END, both_precisions, close, log_of, ppo_config, ragged_mask, random_model,
+                      rollout_of)
 from data import pad_prompts, pad_responses
-from model import load_model, token_logprobs
+from model import ScalarModel, load_model, token_logprobs
 from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 
 LENGTHS = [3, 1, 5, 0]  # a response of one token, a full row, and a row of padding only
@@ -162,6 +163,25 @@ def test_rollout_against_one_response_at_a_time(four_models, monkeypatch, whiten
         {name: float(x) for name, x in expected.items()}, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")  # the standard deviation of one score
+def test_kl_estimators_by_enumeration(monkeypatch):
+    """A flipped log-ratio: the expectations of k1 and k3 over all responses of a toy policy are its exact KL."""
+    policy, ref = (random_model(seed=seed, vocab_size=2) for seed in (1, 2))
+    scorer, other = random_model(ScalarModel, vocab_size=2), 1
+    exact = k1 = k3 = total = 0.0
+    for response in ([END], [other, END], [other, other]):  # all there are, of at most two tokens
+        drawn = torch.tensor([response]), torch.tensor([len(response)]), torch.zeros(1, len(response))
+        monkeypatch.setattr(ppo, "sample_prompts", lambda *_, **__: drawn)
+        text = torch.tensor([[END, other] + response])
+        log_p, log_q = (token_logprobs(model(text), text, 0.7)[0, 1:].sum().item() for model in (policy, ref))
+        _, metrics = rollout_of(policy, ref, scorer, scorer, [[END, other]], ppo_config())
+        p = math.exp(log_p)
+        total, exact = total + p, exact + p * (log_p - log_q)
+        k1, k3 = k1 + p * metrics["kl"].item(), k3 + p * metrics["kl_k3"].item()
+    assert total == pytest.approx(1, abs=1e-6) and exact > 0.05
+    assert k1 == pytest.approx(exact, abs=1e-5) and k3 == pytest.approx(exact, abs=1e-5)
+
+
 def test_ppo_samples_from_the_full_softmax(four_models):
     """Sampling with top-k or another temperature than log-probabilities have."""
     cfg = ppo_config(response_tokens=1, temperature=2.0, microbatch=4096)
@@ -213,6 +233,16 @@ def test_a_logit_offset_in_bf16(four_models):
     with torch.no_grad(), common.set_up(cfg)[1]():
         logprobs = ppo.forward(policy, None, rollout, cfg.temperature)[1]
     assert (((logprobs - rollout["old_logprobs"]) * rollout["mask"]).exp() - 1).abs().max() < 0.02
+
+
+def test_frozen_models_in_bf16_change_no_number(four_models):
+    """Norms, embeddings or heads in bf16, or matrices of another precision than autocast's: a KL that is not the KL."""
+    cfg, rollouts = ppo_config(dtype="bfloat16"), []
+    for _ in range(2):
+        rollouts.append(rollout_of(*four_models, PROMPTS * 2, cfg)[0])
+        ppo.freeze(four_models[1], four_models[2])
+    assert all(torch.equal(rollouts[0][name], rollouts[1][name]) for name in rollouts[0])
+    assert four_models[1].trunk.blocks[0].up.weight.dtype == torch.bfloat16
 
 
 def one_update(four_models, folder, **changes):

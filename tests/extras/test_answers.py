@@ -80,7 +80,7 @@ def merged(tmp_path, *rows):
              "model": [{**SAMPLES[3], "labeler": "out/tiny/labeler"}], "more": rows, "samples": SAMPLES}
     for name, content in files.items():
         write_jsonl(tmp_path / name, content)
-    paths = ",".join(str(tmp_path / name) for name in files if name != "samples")
+    paths = [tmp_path / name for name in files if name != "samples"]
     merge.main(merge.Config(paths, f"{tmp_path}/samples", f"{tmp_path}/out"))
     return [read_rows(tmp_path / f"out/{name}.jsonl", dict) for name in ("answers", "rankings")]
 
@@ -174,7 +174,7 @@ def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, caps
     write_jsonl(tmp_path / "cy", [{"id": "s0", "prompt": "P0", "labeler": "out/cy", "responses": list("dcba")}])
     monkeypatch.setattr(agreement, "score_samples", lambda folder, samples, device, autocast: {
         (row["prompt"], text): -ord(text) for row in samples for text in row["responses"]})
-    agreement.main(agreement.Config(f"{tmp_path}/people,{tmp_path}/cy", "reward", f"{tmp_path}/out", device="cpu"))
+    agreement.main(agreement.Config((f"{tmp_path}/people", f"{tmp_path}/cy"), "reward", f"{tmp_path}/out", device="cpu"))
     facts = json.loads((tmp_path / "out/report.json").read_text())
     names = ("answers", "skipped", "all_equal", "none_acceptable", "seconds")
     assert [[row[name] for name in names] for row in facts["labelers"].values()] == [

@@ -88,6 +88,6 @@ def test_ranking_in_a_browser(browser, tmp_path):
     rows = read_rows(path, dict)
     assert [row["order"] for row in rows] == ["3 1=4 2", "4 3 2 1", "4 1 2 3", "", "4 3 2 1", "1 2 3 4 5 6 7"]
     assert [row.get("acceptable") for row in rows] == [None, False, None, None, None, None]
-    merge.main(merge.Config(str(path), f"{tmp_path}/samples.jsonl", f"{tmp_path}/out"))
+    merge.main(merge.Config((path,), f"{tmp_path}/samples.jsonl", f"{tmp_path}/out"))
     rankings = read_rankings(tmp_path / "out/rankings.jsonl")
     assert len(rankings) == 5 and rankings[0]["responses"] == [rows[0]["shown"][i] for i in (2, 0, 1)]

@@ -97,7 +97,8 @@ def commands_of(script, out):
         module = importlib.import_module(name.removesuffix(".py"))
         _, Config, *presets = module.STEPS[flags.pop(0)] if hasattr(module, "STEPS") else (
             "main", module.Config, getattr(module, "PRESETS", {}))
-        cfg = common.load_config(Config, dict(*presets), flags, tuple(Config.__dataclass_fields__))
+        words = re.search(r"words=\((.*)\)\)", Path(module.__file__).read_text())
+        cfg = common.load_config(Config, dict(*presets), flags, re.findall(r"\w+", words[1] if words else ""))
         models = [getattr(cfg, flag, "") for flag in ("sft", "model", "reward", "labeler", "judge", "policies")]
         assert set(",".join(models).split(",")) <= made | {"", "vader"}, f"{command}: not made yet"
         made.add(getattr(cfg, "out", ""))
