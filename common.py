@@ -29,7 +29,6 @@ LOCKED = {}  # output folder that this process has locked: its open handle
 say = tqdm.write  # print a line above the progress bar
 progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None)  # (iterable, name), on a terminal
 
-
 class UserError(Exception):
     """An end of the run that one line explains. code: 2 bad input or flags, 1 what happens later, 128 + n signal n."""
 
@@ -37,11 +36,9 @@ class UserError(Exception):
         super().__init__(message)
         self.code = code
 
-
 def check(condition, message, code=2):
     if not condition:
         raise UserError(message, code)
-
 
 def load_config(Config, presets, argv=None, words=()):
     """A Config from the command line: default < --preset < flag. A field's trailing comment is its --help text. A
@@ -52,8 +49,7 @@ def load_config(Config, presets, argv=None, words=()):
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
-    if presets:
-        parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
+    parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
     for name, default in ((field.name, field.default) for field in dataclasses.fields(Config)):
         kind = {"type": type(default), "metavar": "X"}
         if isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
@@ -63,14 +59,12 @@ def load_config(Config, presets, argv=None, words=()):
         parser.add_argument(name if name in words else f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS,
                             help=f"{help_of.get(name, '')} (default: {default!r})".replace("%", "%%"))
     flags = vars(parser.parse_intermixed_args(argv))
-    preset = flags.pop("preset", None)
-    config = Config(**{**(presets[preset] if preset else {}), **flags})
+    config = Config(**{**presets.get(flags.pop("preset"), {}), **flags})
     for name, value in dataclasses.asdict(config).items():
         if type(value) in (int, float) and name != "seed" and (default := getattr(Config, name)) >= 0:
             least = 1 if isinstance(default, int) and default and "0:" not in help_of.get(name, "") else 0
             check(least <= value < math.inf, f"--{name.replace('_', '-')} is {value}: it must be {least} or more")
     return config
-
 
 def run(main, Config, presets=(), words=(), argv=None):
     """The guard at the end of each script: parse, run, and turn what can go wrong into one line and an exit code."""
@@ -95,11 +89,9 @@ def run(main, Config, presets=(), words=(), argv=None):
     print(visible(problem).replace("\n", " "), file=sys.stderr if code else sys.stdout)
     sys.exit(code)
 
-
 def visible(text):
     """Text that cannot act on the terminal: escape codes, direction marks and the like become \\x1b, \\u202e, ..."""
     return "".join(c if c.isprintable() or c in "\n\xa0\u200c\u200d" else ascii(c)[1:-1] for c in text)
-
 
 def set_up(cfg):
     """Seed the generators and resolve cfg.device and cfg.dtype in place ("auto": bfloat16 on a GPU that has it, else
@@ -116,14 +108,10 @@ def set_up(cfg):
         cfg.dtype = "bfloat16" if fast else "float32"
     return cfg.device, lambda: torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
-
 def generator(*key):
     """A private CPU generator that depends only on the key (integers), so that a position in a run is two numbers."""
-    seed = 0
-    for part in key:
-        seed = (seed * 1_000_003 + int(part) + 1) % (2**62)
+    seed = functools.reduce(lambda seed, part: (seed * 1_000_003 + int(part) + 1) % 2**62, key, 0)
     return torch.Generator().manual_seed(seed)
-
 
 def learning_rate(step, steps, peak, warmup=0, schedule="cosine", floor=0.0):
     """Learning rate at step 0..steps-1: linear warm-up, then "cosine" down to floor * peak or "linear" to 0."""
@@ -132,14 +120,12 @@ def learning_rate(step, steps, peak, warmup=0, schedule="cosine", floor=0.0):
     done = (step - warmup) / max(1, steps - warmup)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
 
-
 def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     """Fused AdamW. Weight decay applies to matrices and embeddings only, not to biases and norms."""
     parameters = list(parameters)
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-
 
 def optimizer_step(optimizer, lr, grad_clip, log):
     """Clip the gradients to a global norm (0: none), log it, stop if anything logged is not finite, step at this lr."""
@@ -153,7 +139,6 @@ def optimizer_step(optimizer, lr, grad_clip, log):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     log.steps += 1
-
 
 def write_atomic(path, content):
     """Write a text, or what content(file) writes, then rename: a crash leaves the old file or the new one."""
@@ -169,10 +154,8 @@ def write_atomic(path, content):
         problem = getattr(error, "strerror", "disk full?")
         raise UserError(f"{path}: cannot be written: {problem} (what was there before is unharmed)", 1) from None
 
-
 def write_json(path, content):
     write_atomic(path, json.dumps(content, indent=1) + "\n")
-
 
 def digest(path, size=2**63):
     """sha256 of a file, or of its first bytes, in hexadecimal."""
@@ -182,7 +165,6 @@ def digest(path, size=2**63):
             sha256.update(block)
     return sha256.hexdigest()
 
-
 def save(path, content):
     """Write nested dicts of tensors and plain values, with the sha256 of it all behind them."""
     def write(file):
@@ -190,7 +172,6 @@ def save(path, content):
         file.flush()
         file.write(digest(file.name).encode())
     write_atomic(path, write)
-
 
 def load(path):
     """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
@@ -201,7 +182,6 @@ def load(path):
               f"{path}: damaged, or not a checkpoint of this version (delete its folder and run again)")
     return torch.load(path, map_location="cpu", weights_only=True)
 
-
 def save_checkpoint(folder, model, cfg, vocab, **facts):
     """Write vocab.tiktoken (copied from the file vocab), model.pt, and what model.pt says of itself as config.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -211,7 +191,6 @@ def save_checkpoint(folder, model, cfg, vocab, **facts):
     save(f"{folder}/model.pt", {**facts, "weights": model.state_dict()})
     write_json(f"{folder}/config.json", facts)
 
-
 def read_checkpoint(folder, kind):
     """(weights, facts) of a checkpoint folder; UserError if there is none, or one of another kind."""
     path, vocab = Path(folder) / "model.pt", Path(folder) / "vocab.tiktoken"
@@ -220,7 +199,6 @@ def read_checkpoint(folder, kind):
     check(facts["kind"] == kind, f"{folder}: this is a checkpoint of kind {facts['kind']}, expected {kind}")
     check(vocab.is_file() and digest(vocab) == facts["vocab"], f"{vocab}: missing, or not the vocabulary of model.pt")
     return facts.pop("weights"), facts
-
 
 def open_folder(folder):
     """Make an output folder and keep other processes out of it until this one ends: its Path."""
@@ -233,12 +211,10 @@ def open_folder(folder):
     LOCKED[folder.resolve()] = handle
     return folder
 
-
 def state_of(part):
     """What reads and what writes the state of a part of a run: a dict, a generator, or anything with a state_dict."""
     names = {dict: ("copy", "update"), torch.Generator: ("get_state", "set_state")}
     return [getattr(part, name) for name in names.get(type(part), ("state_dict", "load_state_dict"))]
-
 
 class Stage:
     """One run in its output folder: skipped if finished, resumed if interrupted, refused if the folder holds other work
@@ -246,14 +222,12 @@ class Stage:
     resume() before the loop, keep() after each step, save(), finish()."""
 
     def __init__(self, cfg, *inputs, folder=None):
-        check(folder or cfg.out, "--out is empty: name a folder")
         self.cfg, self.folder, self.began, self.received = cfg, Path(folder or cfg.out), time.time(), 0
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
         for name in inputs:
             value = getattr(cfg, name)
             for path in map(Path, filter(None, [value] if Path(value).exists() else value.split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
-                check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("*model*"))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
         self.compare()
@@ -328,7 +302,6 @@ class Stage:
         write_json(self.folder / "done.json", facts)
         (self.folder / "resume.pt").unlink(missing_ok=True)
         print(f"{self.folder}:", ", ".join(f"{key} {value}" for key, value in facts.items()))
-
 
 class Log:
     """Averages metrics between two calls of write, and appends one JSON line per write to folder/log.jsonl."""

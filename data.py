@@ -33,7 +33,6 @@ BEFORE = {"system": "", "user": f"{TURN} ", "assistant": f"{REPLY} "}
 FORMATS = {"chatml": ("<|im_start|>", "{role}\n{content}", "<|im_end|>", "\n"),
            "llama3": ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{content}", "<|eot_id|>")}
 
-
 class Tokenizer(tiktoken.Encoding):
     """Byte-pair encoding by tiktoken, and begin, end: the ids before a plain text and behind every response; chat: how
     dialogues are written (load_tokenizer), None: as one text. Use encode_ordinary: no text becomes a special token."""
@@ -52,7 +51,6 @@ class Tokenizer(tiktoken.Encoding):
             text = "".join(c for c in text if self.lacking.isdisjoint(c.encode("utf-8", "replace")))
         return super().encode_ordinary(text)
 
-
 def load_tokenizer(where, chat=False):
     """The Tokenizer in vocab.tiktoken, a file or in a folder: "base64 rank" of each token, as tiktoken writes them. A
     first line of JSON says what differs from ours: "pattern", "special" {text: id}, "begin", "end", "nfc", "chat":
@@ -68,13 +66,10 @@ def load_tokenizer(where, chat=False):
     check(ids == list(range(len(ids))), f"{path}: damaged, not a complete vocabulary")
     return Tokenizer(ranks, settings, chat)
 
-
-def check_same_vocab(first, *others):
+def check_same_vocab(*folders):
     """UserError unless these checkpoint folders have the same vocabulary: the ids of one model go into the others."""
-    for folder in others:
-        check((Path(folder) / "vocab.tiktoken").read_bytes() == (Path(first) / "vocab.tiktoken").read_bytes(),
-              f"{folder} and {first} do not share a vocabulary")
-
+    check(len({(Path(folder) / "vocab.tiktoken").read_bytes() for folder in folders}) == 1,
+          f"{' and '.join(map(str, folders))} do not share a vocabulary")
 
 def turns_of(prompt):
     """Messages {"role", "content"} of a list of them, of a transcript as in HH, or of a plain text, which is one turn
@@ -87,7 +82,6 @@ def turns_of(prompt):
     turns = [{"role": "user" if mark == TURN else "assistant", "content": text.strip()}
              for mark, text in zip(parts[::2], parts[1::2])]
     return turns_of([{"role": "system", "content": system.strip()}] * bool(system.strip()) + turns)
-
 
 def chat_ids(enc, turns):
     """ids of a dialogue (turns_of) in the model's chat format, up to where the response follows."""
@@ -103,7 +97,6 @@ def chat_ids(enc, turns):
             ids += enc.encode_ordinary(part.format(**turn)) if special is None else [special]
             if turn is turns[-1] and "{content}" in part:
                 return ids + chat.get("think", [])
-
 
 def encode_prompt(enc, prompt, limit, counts=None):
     """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue what precedes its first turn, then
@@ -125,39 +118,33 @@ def encode_prompt(enc, prompt, limit, counts=None):
         counts.update({"prompts": 1, "prompts truncated": number > 0 or len(ids) > limit})
     return begin + ids[max(len(begin), len(ids) - limit + len(begin)):]
 
-
 def encode_texts(enc, prompt, responses, block_size, counts):
     """ids of a prompt, and of each response with EOS. All that training truncates: the prompt keeps what the longest
-    response leaves, half of the block at least; a response too long for the rest loses its end, EOS included. counts: a
-    Counter of prompts and responses, and of truncated ones."""
+    response leaves, half of the block at least; a response too long for the rest loses its end, EOS included."""
     encoded = [enc.encode_ordinary(text.strip() if enc.chat else text) + [enc.end] for text in responses]
     prompt_ids = encode_prompt(enc, prompt, max(block_size - max(map(len, encoded)), block_size // 2), counts)
     room = block_size - len(prompt_ids)
     counts.update({"responses": len(encoded), "responses truncated": sum(len(ids) > room for ids in encoded)})
     return prompt_ids, [ids[:room] for ids in encoded]
 
-
 def encode_rankings(enc, rows, block_size, counts):
     """Each row's texts as ids of prompt, response and EOS: a list of lists, in the order of row["responses"]."""
     encoded = (encode_texts(enc, row["prompt"], row["responses"], block_size, counts) for row in rows)
     return [[prompt + response for response in responses] for prompt, responses in encoded]
 
-
 def report_truncated(counts, log=None):
     """Print what has been truncated, and note it in the log."""
-    cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses") if counts[f"{what} truncated"]}
-    for what, n in cut.items():
-        so = ": they have no EOS, and the model will not learn to stop" if what == "responses" else ""
-        print(f"{n:,} of {counts[what]:,} {what} are truncated{so}")
-    if cut and log:
-        log.append({"truncated": {"prompts": 0, "responses": 0, **cut, "of": counts["responses"]}})
-
+    cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses")}
+    for what, so in zip(cut, ("", ": they have no EOS, and the model will not learn to stop")):
+        if cut[what]:
+            print(f"{cut[what]:,} of {counts[what]:,} {what} are truncated{so}")
+    if log and any(cut.values()):
+        log.append({"truncated": {**cut, "of": counts["responses"]}})
 
 def prompt_limit(block_size, response_tokens):
     """How many ids a prompt may have before a response of this length is sampled."""
     check(block_size > response_tokens + 1, f"--response-tokens {response_tokens}: no room in block size {block_size}")
     return block_size - response_tokens
-
 
 def pad_prompts(prompts, pad_id):
     """Left-pad lists of ids: tokens (B, P), pad (B,)."""
@@ -165,17 +152,14 @@ def pad_prompts(prompts, pad_id):
     tokens = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts])
     return tokens, torch.tensor([longest - len(ids) for ids in prompts])
 
-
 def pad_responses(responses, pad_id):
     """Right-pad lists of ids: tokens (B, R), mask (B, R) with 1.0 on the real ones."""
     longest = max(map(len, responses))
     tokens = torch.tensor([list(ids) + [pad_id] * (longest - len(ids)) for ids in responses])
     return tokens, length_mask(torch.tensor([len(ids) for ids in responses]), longest)
 
-
 def length_mask(lengths, size):  # (B,): (B, size) with 1.0 in the first lengths[b] places of row b
     return (torch.arange(size, device=lengths.device) < lengths[:, None]).float()
-
 
 def batches(lengths, size, *seed):
     """Shuffled batches of row numbers, a function of the seed numbers. lengths: one number per row; rows are sorted by
@@ -185,7 +169,6 @@ def batches(lengths, size, *seed):
     pools = [sorted(order[i:i + 16 * size], key=lambda row: lengths[row]) for i in range(0, len(order), 16 * size)]
     made = [pool[i:i + size] for pool in pools for i in range(0, len(pool), size)]
     return [made[i] for i in torch.randperm(len(made), generator=random).tolist()]
-
 
 def split_by_prompt(rows, test_share, seed):
     """Two lists of rankings, to train on and held out: a prompt is in one of them only (if there are several)."""
@@ -199,7 +182,6 @@ def split_by_prompt(rows, test_share, seed):
     held = {names[i] for i in order[:max(1, round(test_share * len(names)))]}
     return [[row for key, row in zip(keys, rows) if (key in held) == chosen] for chosen in (False, True)]
 
-
 def pair_accuracy(margins, ends):
     """{"accuracy", "interval", "pairs"} of margins (N,): the share above 0, a tie counted half. ends (N, 2): numbers of
     the two texts of each pair. A text is in several pairs, so these are not independent: the 95 % interval is from the
@@ -210,9 +192,8 @@ def pair_accuracy(margins, ends):
     accuracy, S = hits.mean().item(), len(pairs)
     without = (hits.sum() - hits_of) / (len(hits) - pairs).clamp(min=1)  # (S,)
     spread = 1.96 * math.sqrt((S - 1) / S * (without - without.mean()).square().sum().item())
-    interval = [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]
-    return {"accuracy": round(accuracy, 4), "pairs": len(margins), "interval": interval}
-
+    return {"accuracy": round(accuracy, 4), "pairs": len(margins),
+            "interval": [round(max(0.0, accuracy - spread), 4), round(min(1.0, accuracy + spread), 4)]}
 
 def ranking_accuracy(rankings, scores):
     """pair_accuracy of all pairs of some rankings (lists of texts in ids, best first); scores: (K,) of each ranking."""
@@ -222,11 +203,9 @@ def ranking_accuracy(rankings, scores):
     better, worse = torch.cat([torch.combinations(part) for part in scores]).T
     return pair_accuracy(better - worse, torch.cat([torch.combinations(part) for part in names]))
 
-
 def write_jsonl(path, rows):
     """Write one JSON object per line, UTF-8, atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
 
 def read_rows(path, accept, expected="an object"):
     """[accept(row) for each JSON object of a JSONL file, .gz or not]; accept raises ValueError("field: problem") for a
@@ -249,7 +228,6 @@ def read_rows(path, accept, expected="an object"):
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows
 
-
 def read_jsonl(path, *layouts):
     """Rows of a JSONL file, each with these fields: {"prompt": str, "responses": list, ...}; a list is one of two or
     more different texts. Of several layouts the first row decides, the others must be like it."""
@@ -270,7 +248,6 @@ def read_jsonl(path, *layouts):
         return row
     return read_rows(path, accept, f"an object with {' or '.join(map(', '.join, layouts))}")
 
-
 def check_text(text, name):
     """ValueError unless this is a text that a model can be trained on; only a prompt may be empty."""
     if not isinstance(text, str):
@@ -280,9 +257,9 @@ def check_text(text, name):
     if re.search("[\ud800-\udfff\0]", text):
         raise ValueError(f"{name}: holds a NUL or half a surrogate pair")
 
-
 def read_rankings(files):
     """Rows {"prompt", "responses": best to worst} of rankings or pairs ("chosen", "rejected"); several files: a,b."""
     layouts = {"prompt": str, "responses": list}, {"prompt": str, "chosen": str, "rejected": str}
-    rows = [row for path in str(files).split(",") for row in read_jsonl(path, *layouts)]
+    paths = [files] if Path(files).exists() else str(files).split(",")  # as common.Stage has it
+    rows = [row for path in paths for row in read_jsonl(path, *layouts)]
     return [row if "responses" in row else {**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]

@@ -24,7 +24,6 @@ from data import (batches, encode_texts, load_tokenizer, ranking_accuracy, read_
                   split_by_prompt)
 from model import load_model, row_logprobs
 
-
 @dataclass
 class Config:
     out: str = "out/tiny/dpo"                     # folder for the checkpoint
@@ -49,10 +48,8 @@ class Config:
     device: str = "auto"                          # auto, cpu, cuda, mps
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-
 GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}  # Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop
 PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1}, "gpt2": GPT2, "hh": {**GPT2, "batch_size": 64}}
-
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.
@@ -66,10 +63,8 @@ def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_reject
     losses = -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
-
 def encode(enc, rows, block_size, comparisons, counts):
-    """Rankings: lists of texts, best first, each (ids, length of the prompt). comparisons: see Config. Of texts that
-    truncation has made equal the best stays; a ranking of one text compares nothing."""
+    """Rankings: lists of texts, best first, each (ids, length of the prompt), without duplicates made by truncation."""
     rankings = []
     for row in rows:
         prompt, responses = encode_texts(enc, row["prompt"], row["responses"], block_size, counts)
@@ -82,7 +77,6 @@ def encode(enc, rows, block_size, comparisons, counts):
     check(rankings, "nothing to compare: no ranking is left")
     return rankings
 
-
 def response_logprobs(model, rankings, end, device, autocast, size=32):
     """Log-probability in nats of every response, summed over its tokens: one (K,) per ranking."""
     texts = [text for ranking in rankings for text in ranking]
@@ -91,7 +85,6 @@ def response_logprobs(model, rankings, end, device, autocast, size=32):
             for start in range(0, len(order), size)]
     place = torch.tensor(order).argsort().to(device)  # where each text's sum is now
     return torch.cat(sums)[place].split([len(ranking) for ranking in rankings])
-
 
 def measure(logprobs, ref_logprobs, cfg):
     """{metric: its mean over a ranking's pairs, then over rankings, as in reward.py's ranking_loss}; logprobs,
@@ -104,7 +97,6 @@ def measure(logprobs, ref_logprobs, cfg):
                       "margin": chosen - rejected, "chosen_reward": chosen, "rejected_reward": rejected,
                       "chosen_logprobs": own[i], "rejected_logprobs": own[j]})
     return {name: torch.stack([pairs[name].mean() for pairs in means]).mean() for name in means[0]}
-
 
 def main(cfg):
     check(cfg.comparisons in ("all", "ends"), f"--comparisons is {cfg.comparisons!r}: write all or ends")
@@ -120,11 +112,10 @@ def main(cfg):
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
     stage.open()
-    end = enc.end
     with torch.no_grad():  # the policy is still the SFT model: its log-probabilities now are the reference's for good
-        ref_logprobs = response_logprobs(policy, rankings, end, device, autocast)
-        test_ref_logprobs = response_logprobs(policy, test, end, device, autocast)
-    # As in reward.py: rankings of similar length share a batch, but in steps of 64 tokens.
+        ref_logprobs = response_logprobs(policy, rankings, enc.end, device, autocast)
+        test_ref_logprobs = response_logprobs(policy, test, enc.end, device, autocast)
+    # Rankings of similar length share a batch, but in steps of 64 tokens, as in reward.py.
     lengths = [max(len(ids) - 1 for ids, _ in ranking) // 64 for ranking in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     log = Log(stage.folder)
@@ -134,7 +125,7 @@ def main(cfg):
         batch = order[step]
         for first in range(0, len(batch), cfg.microbatch):
             part = batch[first:first + cfg.microbatch]  # numbers of rankings
-            logprobs = response_logprobs(policy, [rankings[i] for i in part], end, device, autocast)
+            logprobs = response_logprobs(policy, [rankings[i] for i in part], enc.end, device, autocast)
             metrics = measure(logprobs, [ref_logprobs[i] for i in part], cfg)
             (metrics["loss"] * (len(part) / len(batch))).backward()  # how a batch is split changes nothing
             log.add(len(part), **metrics)
@@ -148,9 +139,8 @@ def main(cfg):
         stage.keep(step + 1)
 
     with torch.no_grad():
-        logprobs = response_logprobs(policy, test, end, device, autocast)
+        logprobs = response_logprobs(policy, test, enc.end, device, autocast)
     held_out = {name: round(x.item(), 4) for name, x in measure(logprobs, test_ref_logprobs, cfg).items()}
-    # How often the implicit reward orders as the ranking does, over pairs, as reward.py has it of the reward model.
     rewards = [cfg.beta * (own - ref).cpu() for own, ref in zip(logprobs, test_ref_logprobs)]
     card = ranking_accuracy([[ids for ids, _ in ranking] for ranking in test], rewards)
     print("held out: loss {0[loss]:.3f} margin {0[margin]:.3f} accuracy {1[accuracy]:.3f} ({1[interval][0]:.3f}-"
@@ -158,7 +148,6 @@ def main(cfg):
     write_json(stage.folder / "report_card.json", {"held-out rankings": card})
     stage.save(policy, f"{cfg.model}/vocab.tiktoken", held_out={**held_out, "accuracy": card["accuracy"]})
     stage.finish(held_out_accuracy=card["accuracy"])
-
 
 if __name__ == "__main__":
     run(main, Config, PRESETS)

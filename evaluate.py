@@ -29,7 +29,6 @@ from reward import score_many
 from sampling import sample_many
 from sft import held_out_loss, packed_rows
 
-
 @dataclass
 class Config:
     out: str = "out/tiny/evaluate"           # folder for samples.jsonl and results.json
@@ -56,21 +55,17 @@ class Config:
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast)
 
-
 PRESETS = {"tiny": {"dtype": "bfloat16"},
            "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16, "bootstrap": 100},
            "gpt2": {"response_tokens": 24},
            "hh": {"count": 500, "snapshot_count": 128, "best_of_count": 128, "response_tokens": 128}}
 
-
 # ---- estimators: pure functions of scores and wins -----------------------------------------------------------------
-
 
 def mean_interval(x, resamples, random):
     """Mean of x (N,) and its 95 % bootstrap interval over the rows."""
     means = x[torch.randint(len(x), (resamples, len(x)), generator=random)].mean(1)
     return round(x.mean().item(), 4), [round(q, 4) for q in means.quantile(torch.tensor([0.025, 0.975])).tolist()]
-
 
 def length_controlled(wins, longer, resamples, random):
     """Win rate at equal length, with a 95 % bootstrap interval: logistic regression of the win on the difference.
@@ -94,7 +89,6 @@ def length_controlled(wins, longer, resamples, random):
     low, high = rates[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return round(rates[0].item(), 4), [round(low, 4), round(high, 4)]
 
-
 def expected_best(scores, values, n):
     """Mean value of the response with the highest score among n: scores, values (M, N) to (M,), one per prompt.
 
@@ -106,13 +100,11 @@ def expected_best(scores, values, n):
     weights = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.double)
     return (values.double().gather(1, scores.argsort(dim=1, stable=True)) * weights).sum(1)
 
-
 def best_of_kl(n):
     """KL of best-of-n to the model sampled from, nats (Stiennon et al. 2020): an upper bound, nearly met while
     responses hardly repeat (Beirami et al. 2024). The chosen response's rank u in (0, 1) has the density n u^(n-1), and
     the KL is the mean of its logarithm."""
     return math.log(n) - (n - 1) / n
-
 
 def unique_bigrams(responses):
     """Share of different bigrams among all bigrams of all responses (distinct-2 of Li et al. 2016); it falls as more
@@ -120,16 +112,13 @@ def unique_bigrams(responses):
     pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
     return len(set(pairs)) / max(1, len(pairs))
 
-
 def same_order(a, b):
     """Share of the pairs of one prompt's responses that two scorers order alike, a tie of either counted half:
     a, b (M, N)."""
     i, j = torch.triu_indices(a.size(1), a.size(1), offset=1)
     return (0.5 + 0.5 * torch.sign(a[:, i] - a[:, j]) * torch.sign(b[:, i] - b[:, j])).mean().item()
 
-
 # ---- responses and what is measured of them --------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
@@ -148,7 +137,6 @@ def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
         kl[rows] = ((own - other) * mask).sum(1)
     return kl
 
-
 def respond(model, ref, scorers, prompts, enc, cfg, autocast, seed=0):
     """Sample the model's responses and measure them: a dict with responses (ids), texts, scores of each scorer, and kl,
     length and ended (N,)."""
@@ -164,7 +152,6 @@ def respond(model, ref, scorers, prompts, enc, cfg, autocast, seed=0):
             "kl": torch.zeros(len(prompts)) if model is ref else
             kl_to(ref, model, prompts, responses, enc.end, cfg, autocast)}
 
-
 def select(measured, rows):
     """Some rows (a list) of what respond returns."""
     def pick(x):
@@ -172,17 +159,14 @@ def select(measured, rows):
             x[rows] if torch.is_tensor(x) else [x[i] for i in rows])
     return pick(measured)
 
-
 def wins_over(measured, base, scorer="judge"):
     """1 where the scorer prefers the response to the SFT model's, 0 where not, 0.5 for a tie: (N,)."""
     return 0.5 + 0.5 * torch.sign(measured["scores"][scorer] - base["scores"][scorer])
-
 
 def means(measured, base):
     """Mean scores, KL and win rate, as a point of a curve."""
     return {"kl": measured["kl"].mean().item(), "win_rate_judge": wins_over(measured, base).mean().item(),
             **{name: scores.mean().item() for name, scores in measured["scores"].items()}}
-
 
 def summarise(measured, base, cfg):
     """The row of the table for one policy; base: the SFT model's responses to the same prompts."""
@@ -198,7 +182,6 @@ def summarise(measured, base, cfg):
         row["length_controlled"], row["length_controlled_interval"] = length_controlled(
             wins_over(measured, base), measured["length"] - base["length"], cfg.bootstrap, random)
     return row
-
 
 def best_of_n(pool, base, n, missing_eos_score):
     """From a pool of n responses of the SFT model to each prompt (row by row): the responses that the proxy finds best,
@@ -220,7 +203,6 @@ def best_of_n(pool, base, n, missing_eos_score):
     return best, curve, {name: round(same_order(proxy, scores.view(M, n)), 4)
                          for name, scores in pool["scores"].items() if name != "proxy"}
 
-
 def extremes(prompts, base, measured):
     """The responses with the largest, the middle and the smallest changes of the judge's score, for the report."""
     change = measured["scores"]["judge"] - base["scores"]["judge"]
@@ -229,7 +211,6 @@ def extremes(prompts, base, measured):
              "sft_judge": base["scores"]["judge"][i].item(), "judge": measured["scores"]["judge"][i].item()}
             for name, rows in [("best", order[:4]), ("median", order[middle - 2:middle + 2]), ("worst", order[-4:])]
             for i in rows]
-
 
 def histograms(everyone):
     """{scorer: {"edges", "counts": {policy: responses per bin}}}."""
@@ -241,19 +222,15 @@ def histograms(everyone):
         made[scorer] = {"edges": edges.tolist(), "counts": counts}
     return made
 
-
 # ---- what is read of other stages ------------------------------------------------------------------------------------
-
 
 def load_json(path):
     """The content of a JSON file, {} if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
-
 def flags(stage):
     """The flags of a stage without those that are nan, which is not JSON."""
     return {flag: value for flag, value in stage.items() if value == value}
-
 
 def stage_facts(cfg, folders, scorers):
     """What the stages before this one left: report cards, flags, logs, seconds and memory, for results.json."""
@@ -268,7 +245,6 @@ def stage_facts(cfg, folders, scorers):
             "flags": {name: flags(load_json(path / "config.json").get("stage", {})) for name, path in folders.items()},
             "training": logs, "stages": {path.parent.name: load_json(path) for path in done}}
 
-
 def hardware():
     """The processor or GPU, in words."""
     if torch.cuda.is_available():
@@ -277,7 +253,6 @@ def hardware():
     names = [line.split(":")[1].strip() for line in (cpu.read_text().splitlines() if cpu.is_file() else [])
              if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
 
 def main(cfg):
     check(cfg.bootstrap > 1 and cfg.best_of != 1, "--bootstrap must be 2 or more, --best-of 0 (left out), 2 or more")
@@ -354,7 +329,6 @@ def main(cfg):
     below = [name for name in policies if rows[name]["win_rate_judge"] < cfg.min_win_rate]
     check(not below, f"win rate of {', '.join(below)} below --min-win-rate {cfg.min_win_rate}", 1)
     stage.finish()
-
 
 if __name__ == "__main__":
     run(main, Config, PRESETS)

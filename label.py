@@ -33,7 +33,6 @@ from model import load_model
 from reward import score_many
 from sampling import sample_many
 
-
 @dataclass
 class SampleConfig:
     out: str = "out/tiny/samples"  # folder for samples.jsonl
@@ -49,7 +48,6 @@ class SampleConfig:
     device: str = "auto"           # auto, cpu, cuda, mps
     dtype: str = "auto"            # auto, float32, bfloat16 (autocast)
 
-
 @dataclass
 class RankConfig:
     labeler: str = "out/tiny/labeler"  # folder of a reward model
@@ -64,16 +62,12 @@ class RankConfig:
     device: str = "auto"               # auto, cpu, cuda, mps
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast)
 
-
 PRESETS = {"tiny": {"dtype": "bfloat16"}, "gpt2": {"response_tokens": 24},
            "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_truncated": True}}  # has hardly met an EOS
 
-
 RANK_PRESETS = {"tiny": {"dtype": "bfloat16"}, "gpt2": {}, "smoke": {}}
 
-
 # ---- sample --------------------------------------------------------------------------------------------------------
-
 
 def draw_responses(model, enc, prompts, cfg, autocast):
     """For each prompt (text) up to K different response texts; and a Counter of what became of the samples.
@@ -104,11 +98,9 @@ def draw_responses(model, enc, prompts, cfg, autocast):
                 kept[i].append(text)
     return kept, counts
 
-
 def shuffled(texts, *key):
     """The texts in an order that depends on the key (integers) alone: the likelier samples tend to come first."""
     return [texts[i] for i in torch.randperm(len(texts), generator=generator(*key)).tolist()]
-
 
 def sample(cfg):
     check(cfg.K > 1, f"--K is {cfg.K}: it must be 2 or more")
@@ -133,15 +125,12 @@ def sample(cfg):
     stage.finish(prompts=len(rows), prompts_dropped=len(prompts) - len(rows),
                  prompts_below_K=sum(len(row["responses"]) < cfg.K for row in rows), **counts)
 
-
 # ---- rank ----------------------------------------------------------------------------------------------------------
-
 
 def noisy_order(scores, temperature, random):
     """Indices of scores (K,) from best to worst, with Plackett-Luce noise; temperature 0: the plain order."""
     gumbel = -torch.empty_like(scores).exponential_(generator=random).log()
     return (scores + temperature * gumbel).argsort(descending=True, stable=True).tolist()
-
 
 def order_kept(margins, temperature, flip=0.0):
     """Share of pairs, margins (N,) apart in score, that (a noisy and the noiseless, two noisy) rankings order alike."""
@@ -149,12 +138,10 @@ def order_kept(margins, temperature, flip=0.0):
     keep = keep * (1 - flip) + (1 - keep) * flip
     return keep.mean().item(), (keep**2 + (1 - keep)**2).mean().item()
 
-
 def calibrated_temperature(scores, means, people):
     """People's temperature, from rating units to score units: scores, means (N,) of the same sentences."""
     check(scores.std() > 0 and means.std() > 0, "all scores or all ratings are the same: use --noise 0")
     return people * (scores.std() / means.std()).item()
-
 
 def read_ratings(path):
     """{held-out movie sentence: mean rating}, and people's temperature from the summary.json beside the file."""
@@ -166,7 +153,6 @@ def read_ratings(path):
     summary = Path(path).parent / "summary.json"
     check(summary.is_file(), f"{summary}: missing (python -m prepare.reviews writes it; or use --noise 0)")
     return mean_of, json.loads(summary.read_text())
-
 
 def rank(cfg):
     """Order each sample by the labeler's scores and calibrated noise, and write rankings.jsonl."""
@@ -206,7 +192,6 @@ def rank(cfg):
     write_jsonl(stage.folder / "rankings.jsonl", ranked)
     stage.finish(rankings=len(ranked), temperature=round(temperature, 4),
                  order_kept=round(shares["these samples"][0], 4))
-
 
 STEPS = {"sample": (sample, SampleConfig, PRESETS), "rank": (rank, RankConfig, RANK_PRESETS)}
 

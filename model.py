@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from common import check, read_checkpoint
 from data import pad_responses
 
-
 @dataclass
 class GPTConfig:
     """The defaults are a small GPT-2 (Radford et al. 2019); from n_kv_head on: what Llama and Qwen have otherwise."""
@@ -42,21 +41,16 @@ class GPTConfig:
     tied: bool = True         # the language model's head is the token embedding
 
     def __post_init__(self):
-        check(self.head_size or self.width % self.n_head == 0, f"--width {self.width}: not a multiple of --n-head")
         self.n_kv_head, self.mlp_width = self.n_kv_head or self.n_head, self.mlp_width or 4 * self.width
         self.head_size = self.head_size or self.width // self.n_head
         self.padded_vocab = math.ceil(self.vocab_size / 64) * 64  # with unused rows, for faster matrix products
 
-
 def make_norm(config, size):
     return RMSNorm(size, config.norm_eps) if config.rms_norm else nn.LayerNorm(size, config.norm_eps)
 
-
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        """x / sqrt(mean(x^2)), computed in float32, times a weight per number."""
+    def forward(self, x):  # x / sqrt(mean(x^2)), computed in float32, times a weight per number
         return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
-
 
 def rope_rotation(config, position):
     """Cosines and sines of RoPE's angles, in float32: position (..., T): two of shape (..., T, 1, D / 2)."""
@@ -68,12 +62,10 @@ def rope_rotation(config, position):
     angle = position[..., None, None] * frequency
     return angle.cos(), angle.sin()
 
-
 def rotate(x, cos, sin):
     """RoPE of queries or keys x (B, T, heads, D), in float32: number i pairs with i + D / 2, as in Llama's weights."""
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
 
 def attention(q, k, v, bias):
     """Scaled dot-product attention: q (B, H, t, D), k and v (B, G, T, D), H / G queries to a key: (B, H, t, D). bias (B
@@ -91,7 +83,6 @@ def attention(q, k, v, bias):
     scores = scores if bias is None else scores + bias.to(q.dtype)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)  # never in bf16
     return (weights.view(B, G, -1, T) @ v).view(B, H, t, D)
-
 
 class Attention(nn.Module):
     """Causal self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward)."""
@@ -116,7 +107,6 @@ class Attention(nn.Module):
         y = attention(q, k, v, bias).transpose(1, 2)  # (B, T, H, D)
         return self.proj(y[at].flatten(-2))  # heads side by side again: (..., C)
 
-
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention, then x + MLP. x (B, T, C); only the positions `at` come out."""
 
@@ -138,7 +128,6 @@ class Block(nn.Module):
         else:
             hidden = F.gelu(hidden, approximate=self.config.gelu)
         return x + self.dropout(self.down(hidden))
-
 
 class Trunk(nn.Module):
     """Everything but the head: tokens to the hidden states after the final norm."""
@@ -186,7 +175,6 @@ class Trunk(nn.Module):
         if cache is not None:
             cache.length = len(key)
         return self.norm(x)
-
 
 class GPT(nn.Module):
     """The language model: the trunk and a head, which is the token embedding once more unless config.tied is False."""
@@ -236,11 +224,9 @@ class GPT(nn.Module):
               f"{folder}: {', '.join(extra[:3])}: no weight of this architecture")
         return model.eval()
 
-
 class ScalarModel(nn.Module):
-    """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state). The
-    head has no bias, and starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code; reward.py sets gain and bias
-    after training, to normalise the score."""
+    """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state). It
+    starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code; gain and bias normalise the score (reward.py)."""
 
     kind = "reward"
 
@@ -260,14 +246,12 @@ class ScalarModel(nn.Module):
         """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
         return self(tokens, pad, at=(torch.arange(len(tokens), device=tokens.device), last))
 
-
 def full_precision(head, hidden):
     """A linear head in float32, outside autocast: hidden (..., C): (..., rows), or (...) for one row. In bf16
     logits near -100, as GPT-2 has them, would be 0.5 apart, and different scores equal."""
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.to(dtype), head.weight.to(dtype), getattr(head, "bias", None)).squeeze(-1)
-
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). logits (B, T, V), divided by the
@@ -280,7 +264,6 @@ def token_logprobs(logits, tokens, temperature=1.0):
         logits = logits / temperature
     return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-
 def row_logprobs(model, rows, pad_id, device, autocast):
     """Log-probability in nats of each row (ids, first), summed over its counted tokens ids[first:]: (B,)."""
     P = min(first for _, first in rows)  # the head runs from here on only
@@ -292,7 +275,6 @@ def row_logprobs(model, rows, pad_id, device, autocast):
         logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
-
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
     """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model. fresh_head: a scalar model
     on the trunk of a language model."""
@@ -302,7 +284,6 @@ def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fr
     model.load_state_dict({name: weights.get(name, fresh) for name, fresh in model.state_dict().items()})
     model.trunk.recompute = recompute
     return model.to(device).eval()
-
 
 # Hugging Face's names of our settings and modules; of several, one of ours holds the rows one after the other.
 GPT2 = dict(n_layer="n_layer", n_head="n_head", width="n_embd", mlp_width="n_inner", block_size="n_positions",
@@ -320,7 +301,6 @@ SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["d
              "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys((
                  "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "num_local_experts",
                  "scale_attn_by_inverse_layer_idx", "add_cross_attention"), [False])}
-
 
 def hub_config(settings, block_size=0, vocab_size=0):
     """GPTConfig from the content of a config.json; UserError names a setting that cannot be computed here."""
@@ -340,7 +320,6 @@ def hub_config(settings, block_size=0, vocab_size=0):
     scaling = tuple(settings[name] for name in ROPE_SCALING) if settings["rope_type"] == "llama3" else ()
     return GPTConfig(**ours, swiglu=True, rms_norm=True, qk_norm=kind == "qwen3", rope=settings["rope_theta"],
                      rope_scaling=scaling, bias="qkv" if kind == "qwen2" else "none")
-
 
 def hub_weights(model):
     """(Hugging Face's name, the part of a weight that it names, as a view) of all of a model: to write or to read."""

@@ -25,7 +25,6 @@ from data import (check_same_vocab, encode_prompt, length_mask, load_tokenizer, 
 from model import full_precision, load_model, token_logprobs
 from sampling import sample_prompts
 
-
 @dataclass
 class Config:  # the comments are the --help texts
     out: str = "out/tiny/ppo"           # folder for the checkpoint
@@ -65,26 +64,22 @@ class Config:  # the comments are the --help texts
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
     # Ziegler et al. 2019's sentiment task, with a tenth of its code's million episodes.
     "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
-             "kl_horizon": 10000.0},
+             "kl_horizon": 1e4},
     # trlx's examples/hh for 125M (12,000 episodes), but for the learning-rate schedule, temperature and KL control.
     "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05,
            "kl_horizon": 2000.0},
 }
 
-
 # ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
-
 
 def masked_mean(x, mask):
     """Mean of x (any shape) where mask is 1; 0 for an empty mask."""
     return torch.where(mask > 0, x, 0).sum() / mask.sum().clamp(min=1)
-
 
 def whiten(x, mask, shift_mean=True):
     """x (B, R) with variance 1 over the mask (population variance), and mean 0 if shift_mean; 0 outside the mask."""
@@ -93,7 +88,6 @@ def whiten(x, mask, shift_mean=True):
     white = (x - mean) * torch.rsqrt(var + 1e-8)
     return (white if shift_mean else white + mean) * mask
 
-
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """Per-token rewards (B, R): -kl_coef * (logprobs - ref_logprobs), and the score (B,) on the last real token, where
     the mask ends (Ziegler et al. 2019, eq. 2, with the log-ratio spread over the tokens)."""
@@ -101,7 +95,6 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     last = (place * mask).amax(1, keepdim=True)  # (B, 1)
     at_last = (place == last) * mask  # (B, R), all 0 in a row without tokens
     return -kl_coef * (logprobs - ref_logprobs) * mask + at_last * scores[:, None]
-
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages and returns, both (B, R). The value
@@ -116,7 +109,6 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, and the share of tokens where the clip binds."""
     ratio = torch.exp((logprobs - old_logprobs) * mask)  # (B, R); masked first, as padding may hold anything
@@ -125,14 +117,12 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     loss = masked_mean(torch.maximum(plain, clipped), mask)
     return loss, masked_mean((clipped > plain).to(mask.dtype), mask)
 
-
 def value_loss(values, old_values, returns, mask, clip):
     """Half the mean of the larger of two squared errors: of the value, and of the value kept within clip of the old."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask)
     return loss, masked_mean((clipped > plain).to(mask.dtype), mask)
-
 
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019, section 2.2: raises the KL coefficient while KL is above target."""
@@ -146,13 +136,11 @@ class AdaptiveKL:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * episodes / self.horizon
 
-
 class Ensemble(torch.nn.ModuleList):
     """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
     def score(self, *batch):
         scores = torch.stack([model.score(*batch) for model in self])  # (models, B)
         return scores.mean(0) if self.how == "mean" else scores.amin(0)
-
 
 def load_reward(folders, device="cpu", how="mean"):
     """The reward models in checkpoint folders, with commas between, as one: how "mean" or "min"."""
@@ -161,9 +149,7 @@ def load_reward(folders, device="cpu", how="mean"):
     models.how, models.config = how, min((model.config for model in models), key=lambda config: config.block_size)
     return models.eval()
 
-
 # ---- rollout and update ----------------------------------------------------------------------------------------------
-
 
 def freeze(*models):
     """Keep the matrices of the blocks in bf16, as autocast casts them in every pass: half the memory, the same numbers.
@@ -172,14 +158,12 @@ def freeze(*models):
         if "blocks." in name and isinstance(module, torch.nn.Linear):
             module.to(torch.bfloat16)
 
-
 def select(rollout, rows):
     """Some rows of a rollout (a dict of tensors), without the columns that are padding in all of them."""
     part = {name: x[rows] for name, x in rollout.items()}
     left, right = int(part["pad"].min()), part["mask"].size(1) - int(part["lengths"].max())
     part = {name: x[:, :x.size(1) - right] if x.dim() == 2 else x for name, x in part.items()}
     return {**part, "tokens": part["tokens"][:, left:], "pad": part["pad"] - left}
-
 
 def forward(policy, value, batch, temperature):
     """One pass of the training graph over a batch: logits (B, R, V), logprobs (B, R), values (B, R). The logits at
@@ -195,15 +179,12 @@ def forward(policy, value, batch, temperature):
         return logits, logprobs, full_precision(value, hidden)
     return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
 
-
 @torch.no_grad()
 def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, random):
-    """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics).
-
-    The rollout is a dict of tensors with one row per response, in order of length, so that neighbouring rows need
-    little padding: tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B, R):
-    mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns.
-    """
+    """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics). The rollout
+    is a dict of tensors with one row per response, in order of length, so that neighbouring rows need little padding:
+    tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B, R): mask,
+    sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns."""
     device = next(policy.parameters()).device
     tokens, pad = pad_prompts(prompts, end)  # to one length; the sampler pads its own groups
     with autocast():  # one context: its cache of bf16 weights serves the whole rollout
@@ -215,7 +196,6 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         mask = length_mask(lengths, responses.size(1))
         rollout = {"tokens": torch.cat([tokens, responses], dim=1), "pad": pad, "mask": mask, "lengths": lengths.cpu(),
                    "sampler_logprobs": sampler_logprobs, "scores": torch.zeros(len(mask), device=device)}
-
         # Old log-probabilities come from the training graph, not the sampler: then the first ratio is 1 up to rounding.
         names = ("old_logprobs", "ref_logprobs", "values", "entropy")
         rollout.update({name: torch.zeros_like(mask) for name in names})
@@ -251,7 +231,6 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
         "repetition": repetition(responses, mask), **explained,
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask)}
 
-
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
     """Epochs of clipped policy and value updates on one rollout."""
     for epoch in range(cfg.epochs):
@@ -276,14 +255,12 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             optimizer_step(optimizer, lr, cfg.grad_clip, log)
 
-
 def guard_ratio(error, log):
     """Stop a run whose ratio, before anything was learned from a rollout, is off by more than 0.5 at some token."""
     log.add(first_ratio_error=error)
     if error > 0.5:
         log.stop(f"the ratio is {error:.2f} away from 1 though nothing has been learned yet: old and new "
                  "log-probabilities of the same weights differ (masks, positions, temperature, dropout?)")
-
 
 def guard(kl, streak, kl_ceiling, log):
     """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below -0.1 five rollouts in a row."""
@@ -292,16 +269,13 @@ def guard(kl, streak, kl_ceiling, log):
         log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g} (a larger --kl-coef or smaller "
                  "--lr holds the policy, with --overwrite)")
     if streak["below_zero"] >= 5:
-        log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: the responses were not sampled from "
-                 "the policy whose log-probabilities are counted")
-
+        log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: these are not the policy's own samples")
 
 def repetition(responses, mask):
     """Share of bigrams that their response had before, mean over responses (B, R) with mask (B, R): 0 to nearly 1."""
     bigrams, real = responses[:, :-1] * (responses.max() + 1) + responses[:, 1:], mask[:, 1:]  # (B, R - 1), as numbers
     before = (bigrams[:, :, None] == bigrams[:, None]).tril(-1).any(2)  # (B, R - 1)
     return ((before * real).sum(1) / real.sum(1).clamp(min=1)).mean()
-
 
 def one_response(enc, rollout, iteration):
     """One response of a rollout with its score and KL, to print and log: looking at samples finds most RLHF faults."""
@@ -312,14 +286,12 @@ def one_response(enc, rollout, iteration):
     return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
             "score": round(rollout["scores"][i].item(), 3), "kl": round(kl.item(), 3)}
 
-
 def main(cfg):
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
     check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "sft", "reward", "prompts")
-
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     reward, reward_folders = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
     if cfg.dtype == "bfloat16":
@@ -355,14 +327,11 @@ def main(cfg):
         place = iteration % per_epoch  # in an epoch over the prompts; the few that are left over wait for the next
         order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()  # one an epoch
         batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
-
-        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.end, autocast,
-                                   sampling)
+        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.end, autocast, sampling)
         log.add(**metrics)
         guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
-
         show = iteration == 0 or (iteration + 1) % cfg.sample_every == 0
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
                          lr=lr, seconds=round(stage.seconds(), 1),
@@ -379,7 +348,6 @@ def main(cfg):
         stage.keep(iteration + 1)
     stage.save(policy, vocab)
     stage.finish()
-
 
 if __name__ == "__main__":
     run(main, Config, PRESETS)

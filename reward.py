@@ -23,7 +23,6 @@ from data import (batches, check_same_vocab, encode_prompt, encode_rankings, len
 from model import load_model
 from sampling import sample_many
 
-
 @dataclass
 class Config:
     out: str = "out/tiny/reward"             # folder for the checkpoint
@@ -55,37 +54,30 @@ class Config:
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-
 GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}  # as Ziegler et al. 2019
-SMOKE = {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}
 PRESETS = {
     "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
     "tiny": {"dtype": "bfloat16", "epochs": 2},  # the reward model, from the labeler's rankings
-    "smoke-people": SMOKE, "smoke": SMOKE,
-    "gpt2-people": {**GPT2, "response_tokens": 24}, "gpt2": {**GPT2, "response_tokens": 24},
+    **dict.fromkeys(("smoke", "smoke-people"), {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}),
+    **dict.fromkeys(("gpt2", "gpt2-people"), {**GPT2, "response_tokens": 24}),
     "hh": {**GPT2, "microbatch": 16, "response_tokens": 128},  # from people's pairs: no labeler in between
 }
 
-
 def ranking_loss(scores, mask):
-    """scores (B, K) of a prompt's responses, best first; mask (B, K) 1.0 where a response exists: a scalar.
-
-    Mean over a prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of a
-    prompt stay in one element of the batch: a response is one forward pass, however many pairs it is in.
-    """
+    """scores (B, K) of a prompt's responses, best first; mask (B, K) 1.0 where a response exists: a scalar. Mean over a
+    prompt's pairs of -logsigmoid(better - worse), then over prompts: InstructGPT eq. 1. The pairs of a prompt stay in
+    one element of the batch: a response is one forward pass, however many pairs it is in."""
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K), better - worse above the diagonal
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)  # (B, K, K)
     losses = (-F.logsigmoid(margins) * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)  # (B,)
     rankings = (mask.sum(1) > 1).to(losses.dtype)  # a lone response holds no comparison
     return (losses * rankings).sum() / rankings.sum().clamp(min=1)
 
-
 def batch_accuracy(scores, mask):
     """Share of a batch's pairs with better > worse, a tie counted half; scores, mask (B, K) as in ranking_loss."""
     margins = scores[:, :, None] - scores[:, None, :]
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)
     return ((0.5 + 0.5 * torch.sign(margins)) * pairs).sum() / pairs.sum()
-
 
 def without_duplicates(rankings):
     """Rankings (lists of texts in ids) without texts that truncation has made equal; single texts are dropped."""
@@ -96,7 +88,6 @@ def without_duplicates(rankings):
     check(kept, "no ranking is left: the texts are equal within the block size")
     return kept
 
-
 def score_texts(model, texts):
     """Scores (N,) of texts (lists of ids, prompt and response together). Texts of similar length share a forward pass,
     whichever ranking they are from: else half of it would be padding."""
@@ -106,28 +97,24 @@ def score_texts(model, texts):
         scores.append(model.score(tokens.to(device), None, real.sum(1).long().to(device) - 1))
     return torch.cat(scores)[torch.tensor(order).argsort().to(device)]
 
-
 @torch.no_grad()
 def score_many(model, texts):
     """score_texts on the CPU, where duplicates have one score."""
     number = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
     return score_texts(model, list(number)).float().cpu()[[number[tuple(text)] for text in texts]]
 
-
 def score_rankings(model, rankings):
     """scores and mask (B, K) of a batch of rankings, each a list of texts in ids, best first."""
     counts = [len(texts) for texts in rankings]
     scores = score_texts(model, [text for texts in rankings for text in texts])
     scores = torch.nn.utils.rnn.pad_sequence(scores.split(counts), batch_first=True)  # (B, K)
-    return scores, length_mask(torch.tensor(counts), max(counts)).to(scores.device)
-
+    return scores, length_mask(torch.tensor(counts, device=scores.device), max(counts))
 
 def train(model, rankings, counts, cfg, stage, device, autocast):
     """One optimizer step per batch of rankings, in the order that batches() gives."""
     optimizer = adamw(model.parameters(), cfg.lr, cfg.weight_decay)
     steps = cfg.epochs * math.ceil(len(rankings) / cfg.batch_size)
-    # Rankings of similar length share a batch, but in steps of 64 tokens: short ones stay a plain shuffle.
-    lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]
+    lengths = [max(len(text) - 1 for text in texts) // 64 for texts in rankings]  # in steps: short ones are shuffled
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
     log = Log(stage.folder)
     report_truncated(counts, log)
@@ -151,7 +138,6 @@ def train(model, rankings, counts, cfg, stage, device, autocast):
         stage.keep(step + 1)
     model.eval()
 
-
 @torch.no_grad()
 def normalise(model, policy, prompts, cfg, end, device, autocast):
     """Set gain and bias so that samples of the SFT model (policy) have scores of mean 0 and standard deviation 1."""
@@ -160,33 +146,30 @@ def normalise(model, policy, prompts, cfg, end, device, autocast):
     with autocast():
         responses = sample_many(policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
         scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
-    check(scores.std() > 0, "the reward model gives every sample the same score: nothing to normalise")
     model.gain /= scores.std().item()
     model.bias -= model.gain * scores.mean().item()
-
 
 @torch.no_grad()
 def human_accuracy(model, enc, rows, autocast):
     """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, a group for each "domain" and "sample"
     that they name: {"movie, random": {"reward model": pair_accuracy}}."""
-    texts = sorted({(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")})
-    single = [{"prompt": prompt, "responses": [text]} for prompt, text in texts]
+    pairs = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
+    texts = [tuple(text) for pair in encode_rankings(enc, pairs, model.config.block_size, Counter()) for text in pair]
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text is in several pairs
+    ends, groups = torch.tensor([number[text] for text in texts]).view(-1, 2), {}
     with autocast():
-        scores = score_many(model, [ids for ids, in encode_rankings(enc, single, model.config.block_size, Counter())])
-    number, groups = {text: i for i, text in enumerate(texts)}, {}
-    ends = torch.tensor([[number[row["prompt"], row[side]] for side in ("chosen", "rejected")] for row in rows])
+        margins = score_many(model, texts).view(-1, 2)
     for i, row in enumerate(rows):
         groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append(i)
-    return {name: {"reward model": pair_accuracy(scores[ends[ids, 0]] - scores[ends[ids, 1]], ends[ids])}
+    return {name: {"reward model": pair_accuracy(margins[ids, 0] - margins[ids, 1], ends[ids])}
             for name, ids in sorted(groups.items())}
-
 
 def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     model, counts = load_model(cfg.model, device, "lm", cfg.dropout, cfg.recompute, fresh_head=True), Counter()
-    enc, block_size = load_tokenizer(cfg.model), model.config.block_size
-    rows, split_seed = read_rankings(cfg.train), cfg.seed if cfg.split_seed == -1 else cfg.split_seed
+    enc, block_size, rows = load_tokenizer(cfg.model), model.config.block_size, read_rankings(cfg.train)
+    split_seed = cfg.seed if cfg.split_seed == -1 else cfg.split_seed
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, split_seed)
     rankings = without_duplicates(encode_rankings(enc, rows[:cfg.limit or len(rows)], block_size, counts))
     test = without_duplicates(encode_rankings(enc, held_out, block_size, Counter()))
@@ -208,14 +191,13 @@ def main(cfg):
         card["human comparisons"] = human_accuracy(model, enc, human, autocast)
     shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items()}
     for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
-        print("accuracy on {}: {accuracy:.3f} ({interval[0]:.3f}-{interval[1]:.3f}), {pairs} pairs"
-              .format(visible(name), **row))
+        low, high = row["interval"]
+        print(f"accuracy on {visible(name)}: {row['accuracy']:.3f} ({low:.3f}-{high:.3f}), {row['pairs']} pairs")
     if cfg.sft:
         normalise(model, policy, prompts, cfg, enc.end, device, autocast)
     write_json(stage.folder / "report_card.json", card)
     stage.save(model, f"{cfg.model}/vocab.tiktoken", held_out_accuracy=card["held-out rankings"]["accuracy"])
     stage.finish(held_out_accuracy=card["held-out rankings"]["accuracy"])
-
 
 if __name__ == "__main__":
     run(main, Config, PRESETS)

@@ -17,7 +17,6 @@ from model import load_model
 from reward import score_many
 from sampling import sample_many
 
-
 @dataclass
 class Config:
     model: str = ""            # checkpoint folder of a language model
@@ -33,7 +32,6 @@ class Config:
     device: str = "auto"       # auto, cpu, cuda, mps
     dtype: str = "auto"        # auto, float32, bfloat16 (autocast)
 
-
 def likeliest(probs, top_k, top_p):
     """probs (B, V) of the k likeliest tokens (0: all), or of the likeliest that reach share p, and 0 of the others."""
     if 0 < top_k < probs.size(-1):
@@ -41,7 +39,6 @@ def likeliest(probs, top_k, top_p):
     ordered, index = (probs / probs.sum(-1, keepdim=True)).sort(descending=True)
     beyond = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens alone reach the share
     return probs.masked_fill(beyond.scatter(1, index, beyond), 0) if top_p < 1 else probs
-
 
 @torch.no_grad()
 def respond(text, cfg, policy, reward, enc, autocast, how):
@@ -58,7 +55,6 @@ def respond(text, cfg, policy, reward, enc, autocast, how):
         shown = visible(text + enc.decode(ids[:-1] if ended else ids)) + ("" if ended else " ...")
         print(shown if score is None else f"{score:6.2f}  {shown}", flush=True)
 
-
 @torch.no_grad()
 def answer(turns, cfg, policy, enc, autocast, how):
     """Print a response to a dialogue and add it to its turns."""
@@ -67,7 +63,6 @@ def answer(turns, cfg, policy, enc, autocast, how):
         ids, = sample_many(policy, [prompt], cfg.response_tokens, enc.end, **how)
     turns.append({"role": "assistant", "content": enc.decode([token for token in ids if token != enc.end]).strip()})
     print(visible(turns[-1]["content"]), flush=True)
-
 
 def main(cfg):
     check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
@@ -90,7 +85,6 @@ def main(cfg):
         else:
             respond(line, cfg, policy, reward, enc, autocast, how)
         print()
-
 
 if __name__ == "__main__":
     run(main, Config, words=("model", "prompt"))

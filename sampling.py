@@ -9,7 +9,6 @@ LOOK = {"cpu": 1}  # steps between two looks at which rows have ended; elsewhere
 TOKENS = 2**16  # prompt and response tokens of a sampling batch, at most: 2.4 GB of cache for GPT-2 124M in bf16
 LEAVE = 0.8  # rows that have ended leave the batch when at most this share still runs: it costs a copy of the cache
 
-
 class KVCache:
     """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
 
@@ -32,7 +31,6 @@ class KVCache:
     def keep(self, rows):
         for layer, (keys, values) in self.layers.items():  # one by one: the memory of one layer twice, not of all
             self.layers[layer] = keys[rows], values[rows]
-
 
 @torch.no_grad()
 def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, only=None):
@@ -72,13 +70,11 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
     R = lengths.max()
     return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
 
-
 def draw(probs, uniform):
     """One token per row of probs (B, V): the one in whose part of the cumulative sum a number falls: ids (B,). uniform
     (B, 1): numbers from 0 to below 1."""
     reached = probs.cumsum(-1)  # (B, V)
     return torch.searchsorted(reached, uniform * reached[:, -1:], right=True).squeeze(1)
-
 
 def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
     """One response to each of a list of prompts (lists of ids), as sample returns them. Prompts of similar length share
@@ -100,7 +96,6 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
         responses[rows, :R], logprobs[rows, :R], lengths[rows] = drawn, drawn_logprobs, n
     R = int(lengths.max())
     return responses[:, :R], lengths, logprobs[:, :R]
-
 
 def sample_many(model, prompts, max_tokens, end, batch_size=256, **how):
     """The responses of sample_prompts as lists of ids; one that ended has `end` as its last id."""

@@ -20,7 +20,6 @@ from common import (Log, Stage, adamw, check, generator, learning_rate, optimize
 from data import batches, encode_texts, load_tokenizer, read_jsonl, report_truncated
 from model import GPT, GPTConfig, load_model, row_logprobs
 
-
 @dataclass
 class Config:
     out: str = "out/tiny/base"                      # folder for the checkpoint
@@ -50,7 +49,6 @@ class Config:
     device: str = "auto"                            # auto, cpu, cuda, mps
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-
 # Radford et al. 2018 (GPT, 117M), section 4.1, but without dropout, so that the microbatch changes nothing.
 GPT2 = {"lr": 6.25e-5, "weight_decay": 0.01, "warmup": 0.002, "dropout": 0.0, "evals": 4}
 PRESETS = {
@@ -62,7 +60,6 @@ PRESETS = {
     "hh-sft": {**GPT2, "microbatch": 16},
 }
 
-
 def packed_rows(enc, path, size, seed):
     """Shuffled documents, each begun by <|endoftext|>, split into rows of size + 1 ids; all but the first count."""
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
@@ -73,7 +70,6 @@ def packed_rows(enc, path, size, seed):
     check(len(stream) > size, f"{path}: {len(stream)} tokens do not fill one row of --pack {size}")
     return [(stream[i:i + size + 1], 1) for i in range(0, len(stream) - size, size)]
 
-
 def response_rows(enc, path, block_size, counts):
     """Demonstrations as (prompt and response ids, length of the prompt): the response and its EOS count."""
     rows = []
@@ -81,7 +77,6 @@ def response_rows(enc, path, block_size, counts):
         prompt, (response,) = encode_texts(enc, row["prompt"], [row["completion"]], block_size, counts)
         rows.append((prompt + response, len(prompt)))
     return rows
-
 
 @torch.no_grad()
 def held_out_loss(model, rows, pad_id, device, autocast, size=32):
@@ -92,7 +87,6 @@ def held_out_loss(model, rows, pad_id, device, autocast, size=32):
         total -= row_logprobs(model, [rows[i] for i in batch], pad_id, device, autocast).sum().item()
     model.train(training)
     return total / sum(len(ids) - first for ids, first in rows)
-
 
 def main(cfg):
     device, autocast = set_up(cfg)
@@ -147,7 +141,6 @@ def main(cfg):
                 stage.save(model, vocab, step=step + 1, valid_loss=valid_loss)
         stage.keep(step + 1)
     stage.finish(steps=steps, best_valid_loss=round(best["valid_loss"], 4))
-
 
 if __name__ == "__main__":
     run(main, Config, PRESETS)

@@ -1,7 +1,9 @@
 """Each script reads its files through the one reader (see test_data.py): a bad line ends it, and nothing is written."""
 import contextlib
+import gzip
 import importlib
 import io
+import json
 import re
 import shutil
 import sys
@@ -9,6 +11,7 @@ import sys
 import pytest
 
 import common
+import data
 import stages
 
 LABELER, SFT = {"labeler": "reward", "samples": "samples"}, {"model": "sft", "train": "demos", "valid": "demos"}
@@ -65,9 +68,41 @@ def test_a_bad_line_ends_the_script(inputs, tmp_path, monkeypatch, capsys, scrip
     ("reward", {}), ("label sample", {}), ("ppo", {"episodes": 2, "iterations": 1}),
     ("evaluate", {"best_of": 0, "others": ""})])
 def test_truncated_prompts_are_told(inputs, tmp_path, capsys, script, more):
-    """Prompts that lose their beginning before a response is sampled, and nobody is told."""
+    """Prompts that lose their beginning before a response is sampled, or end in its space, and nobody is told."""
     flags = next(flags for name, flags, _ in CASES if name == script)
     (tmp_path / "long.jsonl").write_text("".join(f'{{"prompt": "{i} {"x" * i * 20}"}}\n' for i in range(4)))
     with contextlib.suppress(SystemExit):  # a random model may not say enough to go on
         run(script, {**flags, **more, "prompts": tmp_path / "long.jsonl", "out": tmp_path / "out"}, inputs)
-    assert re.search(r"^2 of \d+ prompts are truncated$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^2 of \d+ prompts are truncated$", out, re.MULTILINE)
+    assert ("1 of 4 prompts end in a space" in out) == (script == "label sample")
+
+
+@pytest.mark.parametrize("typed", [b"the film\r\nso \r\n", b"\xef\xbb\xbfthe film\nso \n", b"the film\nso "])
+def test_prompts_from_standard_input(inputs, monkeypatch, capsys, typed):
+    """A carriage return or a byte-order mark that becomes a token; a space at the end that nobody is told of."""
+    printed = []
+    for content in (b"the film\nso \n", typed):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="\n"))
+        run("sample", {"model": "sft", "response_tokens": 4, "count": 1}, inputs)
+        printed.append(capsys.readouterr())
+    assert printed[0] == printed[1] and printed[0].err.count("ends in a space") == 1
+
+
+@pytest.mark.parametrize("write", [
+    lambda text: text.replace("\n", "\r\n").encode(), lambda text: text.encode("utf-8-sig"),
+    lambda text: f"\n{text.rstrip()}".encode(), lambda text: gzip.compress(text.encode())])
+def test_files_of_other_systems(tmp_path, write):
+    """A row lost, or a character that is no part of the text, in a file from Windows, packed, or cut off cleanly."""
+    rows = [{"prompt": "café", "completion": " a\u2028b\x85"}, {"prompt": "x\r\n", "completion": " 🎬"}]
+    path = tmp_path / ("a.gz" if write("").startswith(b"\x1f\x8b") else "a.jsonl")
+    path.write_bytes(write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
+    assert data.read_jsonl(path, {"prompt": str, "completion": str}) == rows
+
+
+def test_a_comma_in_a_name_is_no_border(tmp_path):
+    """The command that another script prints for this very file, and that cannot be pasted."""
+    files = [tmp_path / name for name in ("a,b", "c")]
+    for file in files:
+        file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert len(data.read_rankings(str(files[0]))) == 1 and len(data.read_rankings(f"{files[1]},{files[1]}")) == 2

@@ -174,7 +174,8 @@ def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, caps
     write_jsonl(tmp_path / "cy", [{"id": "s0", "prompt": "P0", "labeler": "out/cy", "responses": list("dcba")}])
     monkeypatch.setattr(agreement, "score_samples", lambda folder, samples, device, autocast: {
         (row["prompt"], text): -ord(text) for row in samples for text in row["responses"]})
-    agreement.main(agreement.Config((f"{tmp_path}/people", f"{tmp_path}/cy"), "reward", f"{tmp_path}/out", device="cpu"))
+    files = f"{tmp_path}/people", f"{tmp_path}/cy"
+    agreement.main(agreement.Config(files, "reward", f"{tmp_path}/out", device="cpu"))
     facts = json.loads((tmp_path / "out/report.json").read_text())
     names = ("answers", "skipped", "all_equal", "none_acceptable", "seconds")
     assert [[row[name] for name in names] for row in facts["labelers"].values()] == [
