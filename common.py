@@ -177,8 +177,7 @@ def save(path, content):
 def load(path):
     """What save wrote to path; UserError if one bit of it differs. Nothing in the file is executed."""
     with open(path, "rb") as file:
-        size = file.seek(0, 2) - 64
-        file.seek(max(0, size))
+        file.seek(max(0, size := file.seek(0, 2) - 64))
         check(file.read().decode("latin-1") == digest(path, size),
               f"{path}: damaged, or not a checkpoint of this version (delete its folder and run again)")
     return torch.load(path, map_location="cpu", weights_only=True)

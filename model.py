@@ -71,8 +71,7 @@ def attention(q, k, v, bias):
     """Scaled dot-product attention: q (B, H, t, D), k and v (B, G, T, D), H / G queries to a key: (B, H, t, D). bias (B
     or 1, 1, t, T): 0 where a query may look, -inf where not; None: causal, a lone query being the newest token."""
     (B, H, t, D), (_, G, T, _) = q.shape, k.shape
-    # The same in one kernel. On a CPU it is slower than the lines below, up to ten times, but for this one case.
-    if q.device.type != "cpu" or bias is None and q.dtype == torch.float32 and H == G:
+    if q.device.type != "cpu" or bias is None and q.dtype == torch.float32 and H == G:  # else it is up to 10 x slower
         if bias is not None and G < H:  # no fast kernel takes both
             k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
         bias = bias if bias is None else bias.to(q.dtype)
