@@ -125,13 +125,11 @@ def adamw(parameters, lr, weight_decay, betas=(0.9, 0.999), eps=1e-8):
     parameters = list(parameters)
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    optimizer.parameters = parameters  # in the models' order
-    return optimizer
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
-def optimizer_step(optimizer, lr, grad_clip, log):
+def optimizer_step(optimizer, parameters, lr, grad_clip, log):
     """Clip the gradients to a global norm (0: none), log it, stop if anything logged is not finite, step at this lr."""
-    log.add(grad_norm=torch.nn.utils.clip_grad_norm_(optimizer.parameters, grad_clip or math.inf).item())
+    log.add(grad_norm=torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item())
     for name, value in log.sums.items():
         if not math.isfinite(value):
             log.stop(f"{name} is not finite (a lower --lr usually helps, with --overwrite)")

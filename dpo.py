@@ -130,7 +130,7 @@ def main(cfg):
             (metrics["loss"] * (len(part) / len(batch))).backward()  # how a batch is split changes nothing
             log.add(len(part), **metrics)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
-        optimizer_step(optimizer, lr, cfg.grad_clip, log)
+        optimizer_step(optimizer, list(policy.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
             # Both log-probabilities often fall: the loss sees only their difference, the rest goes to unranked texts.

@@ -233,6 +233,7 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
 
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
     """Epochs of clipped policy and value updates on one rollout."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(cfg.episodes, generator=random)
         for minibatch, rows in enumerate(shuffled.chunk(cfg.minibatches)):
@@ -253,7 +254,7 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                         guard_ratio((moved.exp() - 1).abs().max(), log)
                     log.add(part_tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
-            optimizer_step(optimizer, lr, cfg.grad_clip, log)
+            optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 def guard_ratio(error, log):
     """Stop a run whose ratio, before anything was learned from a rollout, is off by more than 0.5 at some token."""

@@ -129,7 +129,7 @@ def main(cfg):
             log.add(loss=loss.detach() * len(parts))
         seen += sum(len(ids) for ids, _ in batch)
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), floor=0.1)
-        optimizer_step(optimizer, lr, cfg.grad_clip, log)
+        optimizer_step(optimizer, list(model.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
             valid_loss = held_out_loss(model, valid, enc.end, device, autocast, cfg.microbatch)
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), valid_loss=valid_loss, lr=lr,

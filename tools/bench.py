@@ -91,7 +91,7 @@ class Bench:
             with self.autocast():
                 loss = loss_of()
             loss.backward()
-            optimizer_step(optimizer, LR, 1.0, log)
+            optimizer_step(optimizer, parameters, LR, 1.0, log)
         return self.time(step)
 
     def record(self, figure, seconds, amount, unit, work=None):

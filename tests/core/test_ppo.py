@@ -299,12 +299,12 @@ def test_optimizer_step_clips_what_backward_made(tmp_path):
     for grad_clip, moved in ((1, [-0.6, -0.8]), (0, [-3, -4]), (9, [-3, -4])):
         weight.data.zero_()
         (weight * torch.tensor([3.0, 4.0])).sum().backward()
-        common.optimizer_step(optimizer, 1.0, grad_clip, log)
+        common.optimizer_step(optimizer, [weight], 1.0, grad_clip, log)
         assert log.write() == {"grad_norm": pytest.approx(5.0)} and weight.grad is None
         assert weight.tolist() == pytest.approx(moved, abs=1e-5)
     (weight * math.nan).sum().backward()
     with pytest.raises(UserError, match="not finite") as stop:
-        common.optimizer_step(optimizer, 1.0, 1, log)
+        common.optimizer_step(optimizer, [weight], 1.0, 1, log)
     assert weight.tolist() == [-3, -4] and stop.value.code == 1 and "not finite" in log_of(tmp_path)[-1]["stopped"]
 
 
