@@ -33,6 +33,7 @@ class Config:
     out: str = "data/own"     # folder for the converted files
     vocab: str = "data/reviews/vocab.tiktoken"  # tokenizer that counts tokens: a file or a checkpoint folder
     block_size: int = 1024    # of the model that will be trained, to tell what is truncated
+    turns: str = "last"       # responses of a dialogue {"messages"}: last, or all: a row for each assistant turn
     pairs: bool = False       # write rankings as all their pairs, for programs that know no rankings
     valid_share: float = 0.0  # hold out this share of the prompts in NAME_valid.jsonl, for sft.py --valid
     test_share: float = 0.0   # hold out this share of the prompts in NAME_test.jsonl; the same prompts of every file
@@ -137,18 +138,30 @@ def convert(row, counts):
     return kind, {**new, **kept}
 
 
-def read_own(path, counts, skip_bad):
+def dialogues(row, turns):
+    """The row, or, with turns "all", one for each assistant turn of its messages, which end there."""
+    messages = row.get("messages")
+    if turns == "last" or not isinstance(messages, list):
+        return [row]
+    ends = [i for i, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"]
+    return [{**row, "messages": messages[:end + 1]} for end in ends] or [row]
+
+
+def read_own(path, counts, cfg):
     """(kind, converted rows) of a file; UserError that names the bad lines. Counts what is left out."""
     bad = Counter()
 
     def accept(row):
         try:  # None: tables have a column for each field of any row
-            return convert({name: value for name, value in row.items() if value is not None}, counts)
+            row = {name: value for name, value in row.items() if value is not None}
+            return [convert(part, counts) for part in dialogues(row, cfg.turns)]
         except ValueError as error:
-            if not skip_bad:
+            if not cfg.skip_bad:
                 raise ValueError(f"{error} (--skip-bad leaves it out)") from None
             bad[f"rows left out: {error}"] += 1
-    rows = read_rows(path, accept)
+            return [None]
+    check(cfg.turns in ("last", "all"), f"--turns is {cfg.turns!r}: write last or all")
+    rows = [row for parts in read_rows(path, accept) for row in parts]
     check(10 * bad.total() <= len(rows), f"{path}: more than a tenth of the rows are bad: {'; '.join(list(bad)[:3])}")
     counts.update(bad)
     kinds = sorted({row[0] for row in rows if row})
@@ -206,7 +219,7 @@ def main(cfg):
     check(paths, "name your files: python -m prepare.own demos.jsonl pairs.jsonl")
     enc, files, content = load_tokenizer(cfg.vocab), {}, {}
     for path in paths:
-        kind, rows = read_own(path, counts := Counter(), cfg.skip_bad)
+        kind, rows = read_own(path, counts := Counter(), cfg)
         if cfg.pairs and kind == "rankings":
             kind, rows = "pairs", [{**{key: row[key] for key in row if key != "responses"}, "chosen": a, "rejected": b}
                                    for row in rows for a, b in itertools.combinations(row["responses"], 2)]

@@ -43,6 +43,12 @@ def test_layouts(convert, row, new):
     assert made["a.jsonl"] == [new, {**new, "id": 7, "domain": "x"}] and counts["field 'source' left out"] == 1
 
 
+def test_every_assistant_turn_is_a_row(convert):
+    """A turn that is learned twice or not at all, or whose prompt holds what comes after it."""
+    _, made = convert({"a.jsonl": [MESSAGES]}, turns="all")
+    assert made["a.jsonl"] == [{"prompt": ASKED, "completion": NO}, {"prompt": f"{ASKED} No{ASKED}", "completion": YES}]
+
+
 @pytest.mark.parametrize("row, problem", [
     ({"prompt": "a", "completion": " "}, "completion: empty"), ({"completion": "a"}, "prompt: missing"),
     *(({**MESSAGES, name: [{"name": "f"}]}, f"{name}: not used") for name in "tools functions documents".split()),
