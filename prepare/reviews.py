@@ -200,7 +200,7 @@ def rankings(pools, rng, dropped):
             dropped["rankings: sentence tied with one in its group"] += len(pool[i:i + K]) - len(best_first)
             if len(best_first) > 1:
                 texts = [s.text for s in best_first]
-                made[frozenset(texts), *more.values()] = {"prompt": "", "responses": texts, "means": [
+                made[(frozenset(texts), *more.values())] = {"prompt": "", "responses": texts, "means": [
                     s.mean for s in best_first], "domain": best_first[0].domain, **more}
     return rng.sample(list(made.values()), len(made))
 
