@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # The longest files first, so that two processes end at the same time.
-files="tests/extras/test_pipeline.py tests/core/test_resume.py tests/core tests/extras"
+files="tests/extras/test_pipeline.py tests/extras/test_presets.py tests/core/test_resume.py tests/core tests/extras"
 if [ "${1:-}" = core ]; then
   files="tests/core/test_resume.py tests/core"
   shift

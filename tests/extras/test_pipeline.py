@@ -13,11 +13,9 @@ import pytest
 import data
 from prepare.reviews import save_ranks, train_bpe
 from study import record, walkthrough
-from tools import export
 
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
-PAIRED = "base sft judge reward dpo ppo evaluate".split()
 # A service has no home, a notebook names a way to draw that is not installed here: neither must stop a run.
 SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "OMP_NUM_THREADS": "1",
                 "PYTHON": sys.executable}
@@ -50,11 +48,9 @@ def results(out):
     return {name: found[name] for name in same}, (out / "evaluate" / "samples.jsonl").read_text()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with data as prepare.reviews and prepare.hh write them, of sentences drawn from few words, and one whole
-    run, "the output"."""
-    draw, folder, files = random.Random(1), tmp_path_factory.mktemp("pipeline") / "the data", {}
+def make_data(folder):
+    """Files as prepare.reviews and prepare.hh write them, of sentences drawn from few words."""
+    draw, folder, files = random.Random(1), folder / "the data", {}
     folder.mkdir()
 
     def text():
@@ -73,8 +69,14 @@ def folder(tmp_path_factory):
     save_ranks(train_bpe([row["text"] for row in files["corpus_train"]], 300), folder / "vocab.tiktoken")
     agreement = {"movie": {"random": [0.8, 0.75], "close": [0.6, 0.6]}}
     (folder / "summary.json").write_text(json.dumps({"temperature": 0.8, "agreement": agreement}))
-    train_all(folder.parent, "the output")
-    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, and one whole run, "the output"."""
+    make_data(folder := tmp_path_factory.mktemp("pipeline"))
+    train_all(folder, "the output")
+    return folder
 
 
 def test_every_stage_leaves_what_it_should(folder):
@@ -113,15 +115,6 @@ def test_killed_and_started_again_it_ends_the_same(folder):
     text = train_all(folder, "killed")
     assert "another run" not in text and text.count("finished already") == 8
     assert results(folder / "killed") == results(folder / "the output")
-
-
-@pytest.mark.parametrize("preset, stages", [("gpt2", RATED), ("hh", PAIRED)])
-def test_gpt2_and_dialogues(folder, preset, stages):
-    """Presets for a base model that was not trained here: a flag that is gone, a report that needs a labeler."""
-    export.main(export.Config(str(folder / "the output/base"), str(folder / "a base")))
-    train_all(folder, preset, preset, str(folder / "a base"), "--block-size", "48", STEPS="smoke")
-    assert finished(folder / preset) == sorted(stages)
-    assert json.loads((folder / preset / "ppo" / "config.json").read_text())["model"]["block_size"] == 48
 
 
 def test_without_standard_streams_it_runs(folder):

@@ -1,0 +1,31 @@
+"""Presets for a base model that was not trained here, from start to end, on small models of two families."""
+import json
+
+import sft
+from test_pipeline import RATED, finished, make_data, train_all
+from tools import export
+
+
+def test_gpt2(tmp_path):
+    """A flag that is gone, or a base model on disk whose block size, tokenizer or format is lost on the way."""
+    make_data(tmp_path)
+    files = {"train": "corpus_train.jsonl", "valid": "corpus_valid.jsonl", "vocab": "vocab.tiktoken"}
+    files = {flag: f"{tmp_path}/the data/{name}" for flag, name in files.items()}
+    sft.main(sft.Config(**sft.PRESETS["smoke-base"], **files, out=f"{tmp_path}/base", device="cpu"))
+    export.main(export.Config(f"{tmp_path}/base", f"{tmp_path}/a base"))
+    train_all(tmp_path, "out", "gpt2", f"{tmp_path}/a base", "--block-size", "48", STEPS="smoke")
+    assert finished(tmp_path / "out") == sorted(RATED)
+    assert json.loads((tmp_path / "out/ppo/config.json").read_text())["model"]["block_size"] == 48
+
+
+def test_dialogues_and_a_llama(tmp_path):
+    """A report that needs a labeler; a stage that works with models of GPT-2's family only."""
+    make_data(tmp_path)
+    (tmp_path / "a base").mkdir()
+    (tmp_path / "a base/config.json").write_text(json.dumps({
+        "model_type": "llama", "max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True}))
+    train_all(tmp_path, "out", "hh", f"{tmp_path}/a base", "--random", "--block-size", "48", "--vocab",
+              f"{tmp_path}/the data/vocab.tiktoken", STEPS="smoke")
+    assert finished(tmp_path / "out") == sorted("base sft judge reward dpo ppo evaluate".split())
+    assert json.loads((tmp_path / "out/ppo/config.json").read_text())["model"]["rope"]
