@@ -122,7 +122,7 @@ def read_model(folder, block_size, vocab_size):
     rows = settings["vocab_size"]
     check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
-        say(f"{rows - vocab_size:,} rows of the token embedding are dropped: the tokenizer has no such tokens")
+        say(f"{rows - vocab_size:,} rows of the token embedding are dropped: padding, or added tokens, which are lost")
     if any(folder.glob("model*.safetensors")):
         return GPT.from_pretrained(folder, block_size, vocab_size)
     with tempfile.TemporaryDirectory() as converted:
