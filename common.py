@@ -31,7 +31,6 @@ progress = functools.partial(tqdm, dynamic_ncols=True, leave=False, disable=None
 
 class UserError(Exception):
     """An end of the run that one line explains. code: 2 bad input or flags, 1 what happens later, 128 + n signal n."""
-
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
@@ -52,7 +51,9 @@ def load_config(Config, presets, argv=None, words=()):
     parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
     for name, default in ((field.name, field.default) for field in dataclasses.fields(Config)):
         kind = {"type": type(default), "metavar": "X"}
-        if isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
+        if isinstance(default, bool) and words:  # would take the next word for its value
+            kind = {"action": "store_true"}
+        elif isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
             kind = {"type": json.loads, "choices": [False, True], "nargs": "?", "const": True, "metavar": "true|false"}
         if name in words:
             kind = {"nargs": "*" if isinstance(default, tuple) else "?"}
@@ -218,7 +219,6 @@ class Stage:
     """One run in its output folder: skipped if finished, resumed if interrupted, refused if the folder holds other work
     (unless --overwrite). In main: Stage(cfg, flags that name inputs), open() once the input is known to be good,
     resume() before the loop, keep() after each step, save(), finish()."""
-
     def __init__(self, cfg, *inputs, folder=None):
         self.cfg, self.folder, self.began, self.received = cfg, Path(folder or cfg.out), time.time(), 0
         self.facts = {"stage": dataclasses.asdict(cfg), "inputs": {}, "versions": {"torch": str(torch.__version__)}}
@@ -226,6 +226,7 @@ class Stage:
             value = getattr(cfg, name)
             for path in map(Path, filter(None, [value] if Path(value).exists() else value.split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
+                check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
                 files = [path] if path.is_file() else sorted(path.glob("*model*"))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
         self.compare()
@@ -244,7 +245,7 @@ class Stage:
               f"{self.folder} holds another run: {changed} (choose another --out, or --overwrite)")
         if not changed and (self.folder / "done.json").is_file():
             (self.folder / "resume.pt").unlink(missing_ok=True)
-            raise UserError(f"{self.folder}: finished already", 0)
+            raise UserError(f"{self.folder}: finished already (to run it again, delete the folder)", 0)
         return changed
 
     def open(self):
@@ -303,7 +304,6 @@ class Stage:
 
 class Log:
     """Averages metrics between two calls of write, and appends one JSON line per write to folder/log.jsonl."""
-
     def __init__(self, folder):
         self.path = Path(folder) / "log.jsonl"
         self.steps, self.text, self.sums, self.counts = 0, "", {}, {}  # steps of the optimizer, lines so far
@@ -339,3 +339,4 @@ class Log:
 
     def load_state_dict(self, state):
         vars(self).update(state)
+        self.path.write_text(self.text)

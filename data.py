@@ -36,7 +36,6 @@ FORMATS = {"chatml": ("<|im_start|>", "{role}\n{content}", "<|im_end|>", "\n"),
 class Tokenizer(tiktoken.Encoding):
     """Byte-pair encoding by tiktoken, and begin, end: the ids before a plain text and behind every response; chat: how
     dialogues are written (load_tokenizer), None: as one text. Use encode_ordinary: no text becomes a special token."""
-
     def __init__(self, ranks, settings, chat):
         super().__init__("plainrlhf", pat_str=settings["pattern"], mergeable_ranks=ranks,
                          special_tokens=settings["special"])
@@ -99,12 +98,13 @@ def chat_ids(enc, turns):
                 return ids + chat.get("think", [])
 
 def encode_prompt(enc, prompt, limit, counts=None):
-    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue what precedes its first turn, then
-    whole turns; if the last turn is too long, its own beginning. counts: a Counter of prompts, and truncated ones."""
+    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue whole turns first (as one text: what
+    precedes the first before). counts: a Counter of prompts, and truncated ones."""
     begin = [] if enc.chat else [enc.begin]
     if enc.chat:
         turns = turns_of(prompt)
-        suffixes = [turns] + [turns[i:] for i, turn in enumerate(turns) if i and turn["role"] == "user"]
+        system = turns[:turns[0]["role"] == "system"]  # stays
+        suffixes = [turns] + [system + turns[i:] for i, turn in enumerate(turns) if i and turn["role"] == "user"]
         encoded = (chat_ids(enc, suffix) for suffix in suffixes)
     else:
         if isinstance(prompt, list):

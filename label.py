@@ -79,6 +79,7 @@ def draw_responses(model, enc, prompts, cfg, autocast):
     counts = Counter()
     encoded = [encode_prompt(enc, prompt, limit, counts) for prompt in prompts]
     report_truncated(counts)
+    specials = set(enc.settings["special"].values())  # as text they would be ordinary tokens
     random = torch.Generator(next(model.parameters()).device).manual_seed(cfg.seed)
     kept, counts = [[] for _ in prompts], Counter()
     for _ in range(4):
@@ -91,7 +92,9 @@ def draw_responses(model, enc, prompts, cfg, autocast):
         for i, ids in zip(missing, drawn):
             ended = ids[-1] == enc.end
             text = enc.decode(ids[:-1] if ended else ids)
-            fate = ("truncated" if not (ended or cfg.keep_truncated) else "empty" if not text.strip() else
+            text = text.strip() if enc.chat else text
+            fate = ("special token" if any(i in specials for i in ids[:-1]) else
+                    "truncated" if not (ended or cfg.keep_truncated) else "empty" if not text.strip() else
                     "no UTF-8" if re.search("[\0\ufffd]", text) else "duplicate" if text in kept[i] else "kept")
             counts[fate] += 1
             if fate == "kept":

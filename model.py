@@ -86,7 +86,6 @@ def attention(q, k, v, bias):
 
 class Attention(nn.Module):
     """Causal self-attention: x (B, T, C) to the positions `at` of it (see Trunk.forward)."""
-
     def __init__(self, config):
         super().__init__()
         self.config, self.heads = config, [config.n_head, config.n_kv_head, config.n_kv_head]
@@ -109,7 +108,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention, then x + MLP. x (B, T, C); only the positions `at` come out."""
-
     def __init__(self, config):
         super().__init__()
         self.norm1 = make_norm(config, config.width)
@@ -131,7 +129,6 @@ class Block(nn.Module):
 
 class Trunk(nn.Module):
     """Everything but the head: tokens to the hidden states after the final norm."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -178,7 +175,6 @@ class Trunk(nn.Module):
 
 class GPT(nn.Module):
     """The language model: the trunk and a head, which is the token embedding once more unless config.tied is False."""
-
     kind = "lm"
 
     def __init__(self, config):
@@ -209,6 +205,8 @@ class GPT(nn.Module):
         with torch.device("meta"):  # no memory yet: a weight takes it when it is written
             model = cls(hub_config(json.loads((Path(folder) / "config.json").read_text()), block_size, vocab_size))
         model.to_empty(device="cpu").trunk.token_embedding.weight[model.config.vocab_size:] = 0
+        if not model.config.tied:
+            model.lm_head.weight[model.config.vocab_size:] = 0
         where = {}  # name of a weight: (file, name there)
         for path in sorted(Path(folder).glob("model*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -227,7 +225,6 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state). It
     starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code; gain and bias normalise the score (reward.py)."""
-
     kind = "reward"
 
     def __init__(self, config):
@@ -254,9 +251,8 @@ def full_precision(head, hidden):
         return F.linear(hidden.to(dtype), head.weight.to(dtype), getattr(head, "bias", None)).squeeze(-1)
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). logits (B, T, V), divided by the
-    temperature here, or (B, T-1, V) without the last, which predicts nothing in tokens (B, T). The one place that
-    shifts, divides and gathers, so that PPO, DPO and evaluation agree to the bit."""
+    """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). tokens (B, T); logits (B, T, V),
+    divided by the temperature here, or (B, T-1, V). One place, so that PPO, DPO and evaluation agree to the bit."""
     targets = tokens[:, 1:]
     logits = logits[:, :targets.size(1)]
     logits = logits if logits.dtype == torch.float64 else logits.float()

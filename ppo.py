@@ -126,7 +126,6 @@ def value_loss(values, old_values, returns, mask, clip):
 
 class AdaptiveKL:
     """The controller of Ziegler et al. 2019, section 2.2: raises the KL coefficient while KL is above target."""
-
     def __init__(self, coef, target, horizon):
         self.coef, self.target, self.horizon = coef, target, horizon
 
@@ -289,6 +288,7 @@ def one_response(enc, rollout, iteration):
 
 def main(cfg):
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
+    check(cfg.temperature > 0 and cfg.kl_target > 0, "--temperature and --kl-target must be above 0")
     check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
     device, autocast = set_up(cfg)

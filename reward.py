@@ -146,6 +146,7 @@ def normalise(model, policy, prompts, cfg, end, device, autocast):
     with autocast():
         responses = sample_many(policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
         scores = score_many(model, [prompt + response for prompt, response in zip(prompts, responses)])
+    check(scores.std() > 0, "the scores of the SFT model's samples are all the same: nothing to normalise")
     model.gain /= scores.std().item()
     model.bias -= model.gain * scores.mean().item()
 

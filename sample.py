@@ -4,7 +4,7 @@
     python sample.py out/tiny/ppo "The film is" --count 5          one prompt, five samples
     python sample.py out/tiny/sft --reward out/tiny/reward         with scores, best first (best-of-n)
     head prompts.txt | python sample.py out/tiny/base              a prompt per line from standard input
-    python sample.py out/smollm/base --chat                        talk turn by turn, in the model's chat format
+    python sample.py out/smollm2/base --chat                        talk turn by turn, in the model's chat format
 """
 import sys
 from dataclasses import dataclass
@@ -66,6 +66,7 @@ def answer(turns, cfg, policy, enc, autocast, how):
 
 def main(cfg):
     check(cfg.model, "name a checkpoint folder, such as: python sample.py out/tiny/ppo")
+    check(not (cfg.chat and cfg.reward), "--chat gives one answer: --reward has nothing to choose from")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
     device, autocast = set_up(cfg)
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model, cfg.chat)

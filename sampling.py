@@ -11,7 +11,6 @@ LEAVE = 0.8  # rows that have ended leave the batch when at most this share stil
 
 class KVCache:
     """Keys and values of the tokens so far, in memory that is allocated once: two (B, H, T, D) per layer."""
-
     def __init__(self, size):
         self.size, self.length, self.layers = size, 0, {}
 

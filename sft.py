@@ -65,8 +65,8 @@ def packed_rows(enc, path, size, seed):
     texts = [row["text"] for row in read_jsonl(path, {"text": str})]
     stream = []
     for i in torch.randperm(len(texts), generator=generator(seed)).tolist():
-        stream += [enc.end] + enc.encode_ordinary(texts[i])
-    stream.append(enc.end)
+        stream += [enc.begin] + enc.encode_ordinary(texts[i])
+    stream.append(enc.begin)
     check(len(stream) > size, f"{path}: {len(stream)} tokens do not fill one row of --pack {size}")
     return [(stream[i:i + size + 1], 1) for i in range(0, len(stream) - size, size)]
 
@@ -136,6 +136,8 @@ def main(cfg):
                              tokens_per_second=round(seen / (time.time() - start)), seconds=round(stage.seconds(), 1))
             say("step {step}/{of} loss {loss:.3f} held-out {valid_loss:.3f} nats/token, {tokens_per_second} tokens/s"
                 .format(of=steps, **line))
+            if not math.isfinite(valid_loss):
+                log.stop("the held-out loss is not finite (a lower --lr usually helps, with --overwrite)")
             if valid_loss < best["valid_loss"]:
                 best["valid_loss"] = valid_loss
                 stage.save(model, vocab, step=step + 1, valid_loss=valid_loss)

@@ -95,7 +95,9 @@ def fetch(name, folder):
             for file in ("tokenizer_config.json", "chat_template.jinja", INDEX):
                 download(f"{address}/{file}", folder / file, optional=True)
             index = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).is_file() else {}
-            for file in sorted(set(index.values())) or ["model.safetensors"]:
+            files = sorted(set(index.values())) or ["model.safetensors"]
+            check(all(re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files), f"{INDEX}: names a strange file")
+            for file in files:
                 download(f"{address}/{file}", folder / file)
         except UserError as error:
             raise UserError(f"{error}; offline: put config.json, model.safetensors, tokenizer.json and "
@@ -141,6 +143,7 @@ def main(cfg):
         fetch(cfg.init, folder)
     check(local or named or not cfg.random, f"--random: the shape of {cfg.init} is not known")
     shape = shape_of(cfg.init) if cfg.random and named else json.loads((folder / "config.json").read_text())
+    check("model_type" in shape, f"{folder}: not in Hugging Face's format (a checkpoint of ours is ready as it is)")
     try:
         ranks, settings = read_tokenizer(folder, cfg.vocab, shape["model_type"] == "gpt2")
     except UserError:
