@@ -98,8 +98,8 @@ def chat_ids(enc, turns):
                 return ids + chat.get("think", [])
 
 def encode_prompt(enc, prompt, limit, counts=None):
-    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue whole turns first (as one text: what
-    precedes the first before). counts: a Counter of prompts, and truncated ones."""
+    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue its oldest turns (in a chat format a
+    system message stays), then the last turn its own beginning. counts: a Counter of prompts, and truncated ones."""
     begin = [] if enc.chat else [enc.begin]
     if enc.chat:
         turns = turns_of(prompt)

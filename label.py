@@ -73,7 +73,7 @@ def draw_responses(model, enc, prompts, cfg, autocast):
     """For each prompt (text) up to K different response texts; and a Counter of what became of the samples.
 
     reward.py reads the EOS behind each response, so one that has none is sampled again, in four rounds at most, like
-    one that is empty, no UTF-8 or a duplicate.
+    one that is empty, no UTF-8, a duplicate, or has a special token inside.
     """
     limit = prompt_limit(model.config.block_size, cfg.response_tokens)
     counts = Counter()
