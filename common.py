@@ -316,12 +316,10 @@ class Log:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def stop(self, problem):
-        """End the run before it does harm, in one line: folder, optimizer step, problem, and what is still good."""
+        """End the run before it does harm, in one line: folder, optimizer step, problem."""
         means = {name: float(x / self.counts[name]) for name, x in self.sums.items() if math.isfinite(x)}
         self.append({"stopped": problem, "optimizer_step": self.steps + 1, **means})
-        good = [name for name in ("resume.pt", "model.pt") if self.path.with_name(name).is_file()] + ["none saved yet"]
-        raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step, "
-                        f"last good state: {good[0]}", 1)
+        raise UserError(f"{self.path.parent}, optimizer step {self.steps + 1}: {problem}; stopped before the step", 1)
 
     def write(self, **facts):
         """Append the interval's means and these facts as one line, six significant digits each; returns the line."""

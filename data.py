@@ -134,10 +134,10 @@ def encode_rankings(enc, rows, block_size, counts):
 
 def report_truncated(counts, log=None):
     """Print what has been truncated, and note it in the log."""
+    for what, so in (("prompts", ""), ("responses", ": they have no EOS, and the model will not learn to stop")):
+        if cut := counts[f"{what} truncated"]:
+            print(f"{cut:,} of {counts[what]:,} {what} are truncated{so}")
     cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses")}
-    for what, so in zip(cut, ("", ": they have no EOS, and the model will not learn to stop")):
-        if cut[what]:
-            print(f"{cut[what]:,} of {counts[what]:,} {what} are truncated{so}")
     if log and any(cut.values()):
         log.append({"truncated": {**cut, "of": counts["responses"]}})
 
@@ -209,22 +209,18 @@ def write_jsonl(path, rows):
 
 def read_rows(path, accept, expected="an object"):
     """[accept(row) for each JSON object of a JSONL file, .gz or not]; accept raises ValueError("field: problem") for a
-    bad one, which becomes UserError "file:line: field: problem": the first five, and how many more there are."""
+    bad one, which becomes UserError "file:line: field: problem"."""
     check(Path(path).is_file(), f"{path}: no such file")
-    rows, bad = [], []
+    rows, number = [], 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged, or not UTF-8 text: {error}") from None
-    for number, line in lines:
-        try:
-            if not isinstance(row := json.loads(line), dict):
-                raise ValueError(f"expected {expected}, found {type(row).__name__}")
-            rows.append(accept(row))
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}")
-    check(not bad, "; ".join(bad[:5] + [f"and {len(bad) - 5} more bad lines"] * (len(bad) > 5)))
+            for number, line in ((number, line) for number, line in enumerate(file, start=1) if line.strip()):
+                if not isinstance(row := json.loads(line), dict):
+                    raise ValueError(f"expected {expected}, found {type(row).__name__}")
+                rows.append(accept(row))
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as error:
+        kind = {json.JSONDecodeError: "not JSON: ", UnicodeDecodeError: "not UTF-8 text after it: "}.get(type(error), "")
+        raise UserError(f"{path}:{number}: {kind}{error}") from None
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows
 
@@ -237,8 +233,8 @@ def read_jsonl(path, *layouts):
         left[:] = [fields for fields in left if fields.keys() & row.keys() - {"prompt"}][:1] or left
         for name, kind in left[0].items():
             if not isinstance(value := row.get(name), kind):
-                raise ValueError(f"{name}: " + (f"expected {kind.__name__}, found {type(value).__name__}"
-                                                if name in row else f"missing (found: {', '.join(row)})"))
+                found = type(value).__name__ if name in row else f"only {', '.join(row)}"
+                raise ValueError(f"{name}: expected {kind.__name__}, found {found}")
             for text in value if kind is list else [value]:
                 check_text(text, name)
             if kind is list and len(set(value)) < max(2, len(value)):

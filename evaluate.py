@@ -24,7 +24,6 @@ from common import Stage, check, generator, progress, run, set_up, write_json
 from data import (check_same_vocab, encode_prompt, load_tokenizer, pad_prompts, pad_responses, prompt_limit,
                   read_jsonl, report_truncated, write_jsonl)
 from model import load_model, token_logprobs
-from ppo import load_reward
 from reward import score_many
 from sampling import sample_many
 from sft import held_out_loss, packed_rows
@@ -117,6 +116,19 @@ def same_order(a, b):
     a, b (M, N)."""
     i, j = torch.triu_indices(a.size(1), a.size(1), offset=1)
     return (0.5 + 0.5 * torch.sign(a[:, i] - a[:, j]) * torch.sign(b[:, i] - b[:, j])).mean().item()
+
+class Ensemble(torch.nn.ModuleList):
+    """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
+    def score(self, *batch):
+        scores = torch.stack([model.score(*batch) for model in self])  # (models, B)
+        return scores.mean(0) if self.how == "mean" else scores.amin(0)
+
+def load_reward(folders, device="cpu", how="mean"):
+    """The reward models in checkpoint folders, with commas between, as one: how "mean" or "min"."""
+    check(how in ("mean", "min"), f"--ensemble is {how!r}: write mean or min")
+    models = Ensemble(load_model(folder, device, "reward") for folder in folders.split(","))
+    models.how, models.config = how, min((model.config for model in models), key=lambda config: config.block_size)
+    return models.eval()
 
 # ---- responses and what is measured of them --------------------------------------------------------------------------
 

@@ -204,9 +204,8 @@ class GPT(nn.Module):
         block_size, vocab_size: how many positions, and rows of the token embedding, are kept; 0: all."""
         with torch.device("meta"):  # no memory yet: a weight takes it when it is written
             model = cls(hub_config(json.loads((Path(folder) / "config.json").read_text()), block_size, vocab_size))
-        model.to_empty(device="cpu").trunk.token_embedding.weight[model.config.vocab_size:] = 0
-        if not model.config.tied:
-            model.lm_head.weight[model.config.vocab_size:] = 0
+        for x in model.to_empty(device="cpu").parameters():
+            x.zero_()  # the rows of padded_vocab stay so
         where = {}  # name of a weight: (file, name there)
         for path in sorted(Path(folder).glob("model*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -265,8 +264,7 @@ def row_logprobs(model, rows, pad_id, device, autocast):
     P = min(first for _, first in rows)  # the head runs from here on only
     tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); no real token sees padding on the right
     firsts = torch.tensor([first for _, first in rows])
-    mask = real * (torch.arange(tokens.size(1)) >= firsts[:, None])  # (B, T)
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens, mask = tokens.to(device), (real * (torch.arange(tokens.size(1)) >= firsts[:, None])).to(device)  # (B, T)
     with autocast():
         logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
@@ -294,9 +292,9 @@ LLAMA = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_hea
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
              "hidden_act": ["silu"], "activation_function": ["gelu", "gelu_new", "gelu_pytorch_tanh"],
-             "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys((
-                 "attention_bias", "mlp_bias", "use_sliding_window", "num_experts", "num_local_experts",
-                 "scale_attn_by_inverse_layer_idx", "add_cross_attention"), [False])}
+             "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys(
+                 "attention_bias mlp_bias use_sliding_window num_experts num_local_experts "
+                 "scale_attn_by_inverse_layer_idx add_cross_attention".split(), [False])}
 
 def hub_config(settings, block_size=0, vocab_size=0):
     """GPTConfig from the content of a config.json; UserError names a setting that cannot be computed here."""

@@ -1,13 +1,15 @@
 """PPO: the policy learns to write what the reward model scores highly, with a KL penalty to the SFT model.
 
     python ppo.py --preset tiny --sft out/tiny/sft --reward out/tiny/reward --out out/tiny/ppo
-    python ppo.py --preset tiny --kl-coef 0 --kl-ceiling 0 --out out/tiny/ppo-free    no KL penalty: over-optimisation
+    python ppo.py --preset tiny --advantages rloo --out out/tiny/rloo                 without a value model
 
 One iteration: sample a response to each prompt; score whole responses; charge every token for leaving the SFT model
-(KL); estimate advantages (GAE); then a few epochs of clipped updates of policy and value on those same responses.
+(KL); estimate advantages; then a few epochs of clipped updates of policy and value on those same responses.
 
 Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, adaptive controller); Stiennon et al.
-2020 (separate value model). Left out on purpose: an entropy bonus, a pretraining loss, several GPUs.
+2020 (separate value model). RLOO (Ahmadian et al. 2024) and GRPO (Shao et al. 2024) compare responses to the same
+prompt instead; all else is PPO's here. In the papers GRPO's KL is a term of the loss, which is averaged per response
+first; RLOO makes one step per rollout, on sums over tokens. Left out on purpose: an entropy bonus, several GPUs.
 """
 import math
 import shutil
@@ -29,10 +31,12 @@ from sampling import sample_prompts
 class Config:  # the comments are the --help texts
     out: str = "out/tiny/ppo"           # folder for the checkpoint
     sft: str = "out/tiny/sft"           # the policy starts here, and the reference stays here
-    reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: folder,folder
+    reward: str = "out/tiny/reward"     # reward model; the value model starts from it too; several: a,b; rule:NAME
     ensemble: str = "mean"              # of several reward models' scores: mean or min (Coste et al. 2023)
+    advantages: str = "gae"             # gae: by the value model; rloo, grpo: by other responses to the same prompt
+    group: int = 4                      # responses to each prompt of a rollout, with rloo and grpo; gae: 1
     prompts: str = "data/reviews/prompts_ppo.jsonl"  # {"prompt"}
-    value: str = "separate"             # separate: from the reward model; sft: from SFT; shared: policy's; none
+    value: str = "separate"             # separate: from the reward model (a rule's: sft); sft; shared: policy's; none
     iterations: int = 32                # rollouts
     episodes: int = 128                 # responses per rollout
     epochs: int = 4                     # passes over a rollout
@@ -67,9 +71,6 @@ class Config:  # the comments are the --help texts
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    # Ziegler et al. 2019's sentiment task, with a tenth of its code's million episodes.
-    "gpt2": {"iterations": 200, "episodes": 512, "microbatch": 64, "response_tokens": 24, "lr": 1e-5, "kl_coef": 0.15,
-             "kl_horizon": 1e4},
     # trlx's examples/hh for 125M (12,000 episodes), but for the learning-rate schedule, temperature and KL control.
     "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05,
            "kl_horizon": 2000.0},
@@ -109,6 +110,16 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = next_advantage
     return advantages, (advantages + values) * mask
 
+def group_advantages(returns, group, kind):
+    """Advantages (N,) of responses from their returns (N,), those of a prompt side by side, K = group of them. "rloo":
+    the return less the mean of the other K - 1 (Ahmadian et al. 2024). "grpo": less the mean of all K, divided by their
+    standard deviation (Shao et al. 2024, section 4.1.2)."""
+    returns = returns.view(-1, group)  # (prompts, K)
+    above = returns - returns.mean(1, keepdim=True)
+    if kind == "rloo":
+        return (above * group / (group - 1)).flatten()  # the mean of all K holds 1 / K of the response itself
+    return (above / (returns.std(1, keepdim=True) + 1e-4)).flatten()
+
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, and the share of tokens where the clip binds."""
     ratio = torch.exp((logprobs - old_logprobs) * mask)  # (B, R); masked first, as padding may hold anything
@@ -135,26 +146,14 @@ class AdaptiveKL:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * episodes / self.horizon
 
-class Ensemble(torch.nn.ModuleList):
-    """Several reward models as one, by the mean or least score, against over-optimisation (Coste et al. 2023)."""
-    def score(self, *batch):
-        scores = torch.stack([model.score(*batch) for model in self])  # (models, B)
-        return scores.mean(0) if self.how == "mean" else scores.amin(0)
-
-def load_reward(folders, device="cpu", how="mean"):
-    """The reward models in checkpoint folders, with commas between, as one: how "mean" or "min"."""
-    check(how in ("mean", "min"), f"--ensemble is {how!r}: write mean or min")
-    models = Ensemble(load_model(folder, device, "reward") for folder in folders.split(","))
-    models.how, models.config = how, min((model.config for model in models), key=lambda config: config.block_size)
-    return models.eval()
-
-# ---- rollout and update ----------------------------------------------------------------------------------------------
+# --reward rule:NAME: a function of prompt and response, both texts, that returns a score. Add your own.
+NEGATIVE = set("bad worst worse awful terrible boring dull poor stupid waste mess fails lacks no not never".split())
+RULES = {"no-negative-word": lambda prompt, response: float(NEGATIVE.isdisjoint(response.lower().split()))}
 
 def freeze(*models):
-    """Keep the matrices of the blocks in bf16, as autocast casts them in every pass: half the memory, the same numbers.
-    Norms, embeddings and heads stay in float32."""
-    for name, module in (pair for model in models for pair in model.named_modules()):
-        if "blocks." in name and isinstance(module, torch.nn.Linear):
+    """Keep the matrices of the blocks in bf16, as autocast casts them in every pass: half the memory, same numbers."""
+    for module in (module for model in models for module in model.trunk.blocks.modules()):
+        if isinstance(module, torch.nn.Linear):
             module.to(torch.bfloat16)
 
 def select(rollout, rows):
@@ -179,16 +178,16 @@ def forward(policy, value, batch, temperature):
     return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
 
 @torch.no_grad()
-def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, random):
-    """Sample a response to each prompt, score it, and work out rewards and advantages: (rollout, metrics). The rollout
-    is a dict of tensors with one row per response, in order of length, so that neighbouring rows need little padding:
-    tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B, R): mask,
-    sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns."""
+def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, random):
+    """Sample a response to each prompt, K in a row being a group's, score it, and work out advantages: (rollout,
+    metrics). The rollout is a dict of tensors with one row per response, in order of length, so that neighbouring rows
+    need little padding: tokens (B, T); pad (B,) and lengths (B,) of responses, both on the CPU; scores (B,); and (B,
+    R): mask, sampler_logprobs, old_logprobs, ref_logprobs, values, entropy, advantages, returns."""
     device = next(policy.parameters()).device
-    tokens, pad = pad_prompts(prompts, end)  # to one length; the sampler pads its own groups
+    tokens, pad = pad_prompts(prompts, enc.end)  # to one length; the sampler pads its own groups
     with autocast():  # one context: its cache of bf16 weights serves the whole rollout
         responses, lengths, sampler_logprobs = sample_prompts(
-            policy, prompts, cfg.response_tokens, end, temperature=cfg.temperature, random=random)
+            policy, prompts, cfg.response_tokens, enc.end, temperature=cfg.temperature, random=random)
         order = (lengths.cpu() - pad).argsort(stable=True)  # by length of prompt and response, less P, the same for all
         tokens, responses, pad, lengths, sampler_logprobs = (
             x[order] for x in (tokens.to(device), responses, pad, lengths, sampler_logprobs))
@@ -204,30 +203,43 @@ def collect(policy, ref, reward, value, prompts, kl_coef, cfg, end, autocast, ra
             tokens, pad, P = batch["tokens"], batch["pad"].to(device), batch["tokens"].size(1) - batch["mask"].size(1)
             logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
             ref_logprobs = token_logprobs(ref.response_logits(tokens, pad, P), tokens[:, P - 1:], cfg.temperature)
-            # The reward model reads at the last real token, EOS included.
-            rollout["scores"][rows] = reward.score(tokens, pad, P + lengths[rows] - 1)
+            if rewards:  # a reward model reads at the last real token, EOS included
+                scores = torch.stack([model.score(tokens, pad, P + lengths[rows] - 1) for model in rewards])  # (., B)
+                rollout["scores"][rows] = scores.amin(0) if cfg.ensemble == "min" else scores.mean(0)
             entropy = Categorical(logits=logits / cfg.temperature, validate_args=False).entropy()
             for name, x in zip(names, (logprobs, ref_logprobs, values, entropy)):
                 rollout[name][rows, :x.size(1)] = x * batch["mask"]
+    if not rewards:
+        texts = [(enc.decode(prompts[i][1:]), enc.decode([token for token in ids if token != enc.end]))
+                 for i, ids in zip(order.tolist(), responses.tolist())]
+        rollout["scores"] = torch.tensor([RULES[cfg.reward[5:]](*pair) for pair in texts], device=device)
 
-    scores, ended = rollout["scores"], responses.gather(1, lengths[:, None] - 1).squeeze(1) == end
+    scores, ended = rollout["scores"], responses.gather(1, lengths[:, None] - 1).squeeze(1) == enc.end
     paid = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
-    rewards = shape_rewards(paid, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
-    rewards = whiten(rewards, mask, shift_mean=False) if cfg.whiten_rewards else rewards
-    advantages, returns = gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
-    rollout.update(advantages=whiten(advantages, mask) if cfg.whiten_advantages else advantages, returns=returns)
+    per_token = shape_rewards(paid, rollout["old_logprobs"], rollout["ref_logprobs"], mask, kl_coef)
+    per_token = whiten(per_token, mask, shift_mean=False) if cfg.whiten_rewards else per_token
+    if cfg.advantages == "gae":
+        advantages, returns = gae(per_token, rollout["values"], mask, cfg.gamma, cfg.lam)
+        advantages, groups = whiten(advantages, mask) if cfg.whiten_advantages else advantages, {}
+    else:  # rloo, grpo: each token of a response has its response's advantage, and no values learn from returns
+        total, by_prompt = per_token.sum(1), order.argsort()  # (B,), and the order in which a prompt's K are neighbours
+        advantage = group_advantages(total[by_prompt], cfg.group, cfg.advantages)[order]  # (B,)
+        advantages, returns = advantage[:, None] * mask, torch.zeros_like(mask)
+        stds = torch.stack([paid, total, advantage])[:, by_prompt].view(3, -1, cfg.group).std(2)  # (3, prompts)
+        groups = {"group_std": stds[1].mean(), "advantage_group_std": stds[2].mean(),
+                  "equal_groups": (stds[0] < 1e-3).float().mean()}  # share of prompts whose scores are all equal
+    rollout.update(advantages=advantages, returns=returns)
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
     error, variance = returns - rollout["values"], masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    explains = value is not None and variance > 1e-8
-    explained = {"explained_variance": 1 - masked_mean(error ** 2, mask) / variance} if explains else {}
+    explained = {"explained_variance": 1 - masked_mean(error**2, mask) / variance} if value and variance > 1e-8 else {}
     return rollout, {
-        "score": scores.mean(), "score_std": scores.std(), "rewards": rewards.sum(1).mean(),
+        "score": scores.mean(), "score_std": scores.std(), "rewards": per_token.sum(1).mean(),
         "kl": log_ratio.sum(1).mean(),                                          # k1: unbiased, can be negative
         "kl_k3": (torch.exp(-log_ratio) - 1 + log_ratio).sum(1).mean(),         # k3: unbiased too, never negative
         "entropy": masked_mean(rollout["entropy"], mask), "length": lengths.float().mean(),
         "eos_rate": ended.float().mean(), "unique_responses": len(torch.unique(responses, dim=0)) / len(responses),
-        "repetition": repetition(responses, mask), **explained,
+        "repetition": repetition(responses, mask), **explained, **groups,
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask)}
 
 def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
@@ -266,8 +278,7 @@ def guard(kl, streak, kl_ceiling, log):
     """Stop a run whose KL (nats per response) is above the ceiling (0: none), or below -0.1 five rollouts in a row."""
     streak["below_zero"] = streak["below_zero"] + 1 if kl < -0.1 else 0
     if kl > (kl_ceiling or math.inf):
-        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g} (a larger --kl-coef or smaller "
-                 "--lr holds the policy, with --overwrite)")
+        log.stop(f"KL is {kl:.1f} nats per response, above --kl-ceiling {kl_ceiling:g} (a larger --kl-coef holds it)")
     if streak["below_zero"] >= 5:
         log.stop(f"KL is {kl:.2f} nats per response, below zero for 5 rollouts: these are not the policy's own samples")
 
@@ -279,8 +290,7 @@ def repetition(responses, mask):
 
 def one_response(enc, rollout, iteration):
     """One response of a rollout with its score and KL, to print and log: looking at samples finds most RLHF faults."""
-    i = iteration * 37 % len(rollout["mask"])  # rows are in order of length: not always a short one
-    R = rollout["mask"].size(1)
+    i, R = iteration * 37 % len(rollout["mask"]), rollout["mask"].size(1)  # rows are by length: not always a short one
     tokens, pad, n = rollout["tokens"][i].tolist(), int(rollout["pad"][i]), int(rollout["lengths"][i])
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"])[i] * rollout["mask"][i]).sum()
     return {"prompt": enc.decode(tokens[pad + 1:-R])[-200:], "response": enc.decode(tokens[-R:][:n]),
@@ -289,28 +299,33 @@ def one_response(enc, rollout, iteration):
 def main(cfg):
     check(cfg.kl_horizon == 0 or cfg.kl_horizon > 0.2 * cfg.episodes, "--kl-horizon: 0, or above a fifth of --episodes")
     check(cfg.temperature > 0 and cfg.kl_target > 0, "--temperature and --kl-target must be above 0")
-    check(cfg.value in ("separate", "sft", "shared", "none"), "--value: separate, sft, shared or none")
     check(cfg.episodes % cfg.minibatches == 0 and cfg.episodes > 1, "--episodes: above 1, a multiple of --minibatches")
+    for name, of in (("value", "separate sft shared none"), ("advantages", "gae rloo grpo"), ("ensemble", "mean min")):
+        check(getattr(cfg, name) in of.split(), f"--{name}: one of {of}")
+    group, rule = 1 if cfg.advantages == "gae" else cfg.group, cfg.reward.startswith("rule:")
+    check(cfg.advantages == "gae" or group > 1 and cfg.episodes % group == 0, "--group: above 1, divides --episodes")
+    check(not rule or cfg.reward[5:] in RULES, f"--reward rule:NAME: NAME is one of {', '.join(RULES)} (ppo.py: RULES)")
+    cfg.value = "none" if cfg.advantages != "gae" else "sft" if rule and cfg.value == "separate" else cfg.value
+    reward_folders = [] if rule else cfg.reward.split(",")
     device, autocast = set_up(cfg)
-    stage = Stage(cfg, "sft", "reward", "prompts")
+    stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts")
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
-    reward, reward_folders = load_reward(cfg.reward, device, cfg.ensemble), cfg.reward.split(",")
+    rewards = [load_model(folder, device, "reward") for folder in reward_folders]
     if cfg.dtype == "bfloat16":
-        freeze(ref, reward)
+        freeze(ref, *rewards)
     value = None
-    if cfg.value == "separate":
-        value = load_model(reward_folders[0], device, kind="reward", recompute=cfg.recompute)
-    elif cfg.value == "sft":
-        value = load_model(cfg.sft, device, recompute=cfg.recompute, fresh_head=True)
+    if cfg.value in ("separate", "sft"):
+        start = (reward_folders[0], device, "reward") if cfg.value == "separate" else (cfg.sft, device)
+        value = load_model(*start, recompute=cfg.recompute, fresh_head=True)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first
-    enc, vocab = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken"
+    enc, vocab, counts = load_tokenizer(cfg.sft), f"{cfg.sft}/vocab.tiktoken", Counter()
     check_same_vocab(cfg.sft, *reward_folders)
-    limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, reward))
-    rows, counts = read_jsonl(cfg.prompts, {"prompt": str}), Counter()
-    prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in rows]
-    check(len(prompts) >= cfg.episodes, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
+    limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, *rewards))
+    prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    per_epoch, every = len(prompts) * group // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
+    check(per_epoch, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
     stage.open()
     trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], cfg.lr, 0.0, eps=cfg.adam_eps)
@@ -318,7 +333,6 @@ def main(cfg):
     sampling = torch.Generator(device).manual_seed(cfg.seed)
     log, streak = Log(stage.folder), {"below_zero": 0}  # rollouts in a row; a dict, which resume fills in place
     report_truncated(counts, log)
-    per_epoch, every = len(prompts) // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
     first = stage.resume(cfg.iterations, **trained, optimizer=optimizer, log=log, controller=vars(controller),
                          sampling=sampling, streak=streak)  # vars(): what is written to it sets the attributes
     if first == 0:
@@ -327,8 +341,8 @@ def main(cfg):
     for iteration in (bar := progress(range(first, cfg.iterations), "ppo")):
         place = iteration % per_epoch  # in an epoch over the prompts; the few that are left over wait for the next
         order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()  # one an epoch
-        batch = [prompts[i] for i in order[place * cfg.episodes:(place + 1) * cfg.episodes]]
-        rollout, metrics = collect(policy, ref, reward, value, batch, controller.coef, cfg, enc.end, autocast, sampling)
+        batch = [prompts[i] for i in np.repeat(order, group)[place * cfg.episodes:(place + 1) * cfg.episodes]]
+        rollout, metrics = collect(policy, ref, rewards, value, batch, controller.coef, cfg, enc, autocast, sampling)
         log.add(**metrics)
         guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
@@ -340,9 +354,8 @@ def main(cfg):
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))
         if show:
-            say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} entropy {entropy:.2f} "
-                "length {length:.1f} EOS {eos_rate:.2f} clip {clip_fraction:.3f} value loss {value_loss:.3f}, "
-                "{seconds} s".format(of=cfg.iterations, **line))
+            say("iteration {iteration}/{of} score {score:.2f} kl {kl:.2f} kl_coef {kl_coef:.3f} length {length:.1f} "
+                "EOS {eos_rate:.2f} clip {clip_fraction:.3f}, {seconds} s".format(of=cfg.iterations, **line))
             say("  [{prompt!r}]{response!r} score {score:.2f} kl {kl:.1f}".format(**line["sample"]))
         if (iteration + 1) % every == 0:
             save_checkpoint(stage.folder / "snapshots" / f"{iteration + 1:05d}", policy, cfg, vocab)

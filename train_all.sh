@@ -6,7 +6,7 @@
 #   hh     GPT-2 on Anthropic's dialogues, for one GPU of 24 GB: people compared responses to the same prompt, so the
 #          reward model learns from them, without a labeler. Words for prepare.pretrained may follow: gpt2-medium
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
-# SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that the stages
+# RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that the stages
 # below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh runs the stages of
 # hh with the few steps of smoke.
 set -euo pipefail
@@ -88,7 +88,9 @@ else
 fi
 stage dpo      dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out"
 stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo" --reward "$OUT/reward" --labeler "$labeler" \
+[ -z "${RLOO:-}" ] || \
+stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
+stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo${RLOO:+,$OUT/rloo}" --reward "$OUT/reward" --labeler "$labeler" \
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
 script report  -m study.report "$OUT/evaluate"

@@ -1,67 +1,40 @@
 #!/usr/bin/env bash
-# Where does RLHF stop helping? On top of a finished train_all.sh, three experiments, and out/tiny/study/study.md:
+# Which method, at what KL? On top of a finished train_all.sh (RLOO=1), all methods on one footing, and out/tiny/frontier/frontier.md:
 #   bash study/frontier.sh [tiny|smoke]             (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
-# 1. The frontier: the judge's score against KL for best-of-n, for PPO at four KL targets and for DPO at four betas.
-# 2. Over-optimisation: PPO without a KL penalty, and best-of-n, against reward models that learned from 250, from 1,000 and
-#    from all comparisons; and against three reward models at once that learned from the same 250.
-# 3. Labels that disagree: rankings without noise, and with a quarter of them reversed, beside those of train_all.sh.
+# Best-of-n; DPO at four betas; PPO, RLOO and GRPO at four KL targets; RLOO and GRPO with groups of 2 and 8; PPO without a
+# value model (--lam 1: lam 0.95 would discount the score by 5 % a token), and without any baseline: REINFORCE.
+# All have 128 episodes in a rollout: 128 prompts once, 64 twice, 32 four times or 16 eight times.
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
-reward() {  # reward NAME RANKINGS [FLAGS]
-  stage "study/$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" \
-                   --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl" "${@:3}"
+F=$OUT/frontier policies=$OUT/ppo,$OUT/dpo dpos=$OUT/dpo
+ppo() {  # ppo NAME [FLAGS]; horizon 250: 10 % per rollout; the default's 2.6 % hardly moves the coefficient in 32 rollouts
+  stage "frontier/$1" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl" \
+                      --kl-horizon 250 --snapshots 1 "${@:2}"
+  policies=$policies,$F/$1
 }
-ppo() {  # ppo NAME REWARD [FLAGS]
-  stage "study/$1" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$2" --prompts "$DATA/prompts_ppo.jsonl" "${@:3}"
+measure() {  # measure NAME POLICIES [FLAGS]
+  stage "frontier/$1" evaluate.py --preset $STEPS --sft "$OUT/sft" --reward "$OUT/reward" --policies "$2" --labeler "$OUT/labeler" \
+                      --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" "${@:3}"
 }
-measure() {  # measure NAME REWARD POLICIES [FLAGS]
-  stage "study/$1" evaluate.py --preset $STEPS --sft "$OUT/sft" --reward "$2" --policies "$3" --labeler "$OUT/labeler" --judge "$OUT/judge" \
-                   --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" "${@:4}"
-}
-S=$OUT/study rankings=$OUT/label/rankings.jsonl
 
-policies=$OUT/ppo,$OUT/dpo
-for target in 3 6 9 12; do  # horizon 250: 10 % per rollout; the default's 2.6 % hardly moves the coefficient in 32 rollouts
-  ppo ppo-kl$target "$OUT/reward" --kl-target $target --kl-horizon 250
-  policies=$policies,$S/ppo-kl$target
+[ ! -d "$OUT/rloo" ] || policies=$policies,$OUT/rloo
+for target in 3 6 9 12; do
+  ppo ppo-kl$target --kl-target $target
+  ppo rloo-kl$target --kl-target $target --advantages rloo
+  ppo grpo-kl$target --kl-target $target --advantages grpo
 done
+for K in 2 8; do
+  ppo rloo-group$K --advantages rloo --group $K
+  ppo grpo-group$K --advantages grpo --group $K
+done
+ppo no-values --value none --lam 1
+ppo reinforce --value none --lam 1 --whiten-advantages false
 for beta in 0.05 0.5 1; do
-  stage study/dpo-beta$beta dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --beta $beta
-  policies=$policies,$S/dpo-beta$beta
+  stage frontier/dpo-beta$beta dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$OUT/label/rankings.jsonl" --beta $beta
+  dpos=$dpos,$F/dpo-beta$beta policies=$policies,$F/dpo-beta$beta
 done
-measure frontier "$OUT/reward" "$policies" --best-of 64 --best-of-count 256
-
-# 42 rankings of four are 252 comparisons, 167 are 1,002. Epochs: the best held-out accuracy in seed 1, of 2, 8, 30 for 250
-# (0.565, 0.547, 0.581) and of 2, 4, 8, 16 for 1,000 (0.609, 0.638, 0.667, 0.664).
-free="--kl-coef 0 --kl-horizon 0 --kl-ceiling 0"  # no KL penalty
-pool="--best-of 64 --count 256"  # few prompts: only curves are read
-reward reward-250  "$rankings" --limit 42 --epochs 30
-reward reward-1000 "$rankings" --limit 167 --epochs 8
-ppo free-250  "$S/reward-250"  $free
-ppo free-1000 "$S/reward-1000" $free
-ppo free-all  "$OUT/reward"    $free
-measure over-250  "$S/reward-250"  "$S/free-250"  $pool
-measure over-1000 "$S/reward-1000" "$S/free-1000" $pool
-measure over-all  "$OUT/reward"    "$S/free-all"  $pool
-
-three=$S/reward-250
-for member in 2 3; do  # the same comparisons; another head, order and dropout: seeds 12 and 13 for this one call
-  split=$SEED
-  SEED=$SEED$member reward reward-250-$member "$rankings" --limit 42 --epochs 30 --split-seed $split
-  three=$three,$S/reward-250-$member
-done
-for how in mean min; do
-  ppo free-250-$how "$three" --ensemble $how $free
-  measure over-250-$how "$three" "$S/free-250-$how" --ensemble $how $pool
-done
-
-stage study/label-exact   label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0
-stage study/label-flipped label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0 --flip 0.25
-for labels in exact flipped; do
-  reward reward-$labels "$S/label-$labels/rankings.jsonl"
-  ppo ppo-$labels "$S/reward-$labels"
-  measure labels-$labels "$S/reward-$labels" "$S/ppo-$labels" --best-of-count 256
-done
-script collect -m study.collect "$S" "$S" --seed "$SEED"
-script report -m study.frontier "$S"
-echo "done in $SECONDS s: $S/study.md"
+measure evaluate "$policies" --best-of 64 --best-of-count 256
+measure evaluate-at-1 "$dpos" --temperature 1 --best-of 0 --snapshot-count 1  # the temperature that DPO trains at
+script collect -m study.collect "$F" "$F" --seed "$SEED"
+script report -m study.frontier "$F"
+echo "done in $SECONDS s: $F/frontier.md"

@@ -53,7 +53,8 @@ def ppo_config(**changes):
 
 def rollout_of(policy, ref, reward, value, prompts, cfg, seed=0, kl_coef=0.1):
     """ppo.collect with EOS 0: (rollout, metrics)."""
-    return ppo.collect(policy, ref, reward, value, prompts, kl_coef, cfg, END, common.set_up(cfg)[1],
+    enc = SimpleNamespace(end=END)
+    return ppo.collect(policy, ref, [reward], value, prompts, kl_coef, cfg, enc, common.set_up(cfg)[1],
                        torch.Generator().manual_seed(seed))
 
 

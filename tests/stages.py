@@ -15,8 +15,8 @@ from prepare.reviews import save_ranks
 TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "update_tokens_per_second", "peak_memory_mb",
          "peak_gpu_memory_mb"}
 SENTENCES = ["the film was good and the plot was good", "a bad film with a bad plot", "the actor was funny, and sad"]
-SCRIPT = {"base": "sft", "sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "dpo"}
-STEPS = {"base": 9, "sft": 8, "reward": 8, "ppo": 6, "dpo": 8}
+SCRIPT = {"base": "sft", "sft": "sft", "reward": "reward", "ppo": "ppo", "rloo": "ppo", "grpo": "ppo", "dpo": "dpo"}
+STEPS = {"base": 9, "sft": 8, "reward": 8, "ppo": 6, "rloo": 6, "grpo": 6, "dpo": 8}
 FLAGS = {  # dropout, a best loss in the middle, log lines of several steps, a KL coefficient that moves
     "base": {"train": "texts", "valid": "texts", "vocab": "vocab", "n_layer": 1, "n_head": 2, "width": 16,
              "block_size": 32, "pack": 16, "batch_size": 8, "lr": 1e-2, "epochs": 3, "dropout": 0.2, "evals": 3},
@@ -30,6 +30,7 @@ FLAGS = {  # dropout, a best loss in the middle, log lines of several steps, a K
             "snapshots": 3, "missing_eos_score": "nan"},
     "dpo": {"model": "sft", "train": "rankings", "test": "rankings", "batch_size": 4, "epochs": 4, "lr": 1e-3,
             "log_every": 3}}
+FLAGS |= {kind: {**FLAGS["ppo"], "advantages": kind, "group": 2} for kind in ("rloo", "grpo")}
 
 
 def make_inputs(folder, ranks={bytes([byte]): byte for byte in range(256)}):

@@ -14,7 +14,7 @@ from common import UserError
 from conftest import END, both_precisions, close, random_model
 from data import pad_prompts
 from model import GPT, GPTConfig, ScalarModel, attention, load_model, token_logprobs
-from ppo import Ensemble, load_reward
+from evaluate import Ensemble, load_reward
 from reward import score_many
 from sampling import sample
 

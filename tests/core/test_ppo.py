@@ -11,7 +11,7 @@ import ppo
 from common import UserError
 from conftest import (END, both_precisions, close, log_of, ppo_config, ragged_mask, random_model,
                       rollout_of)
-from data import pad_prompts, pad_responses
+from data import pad_prompts, pad_responses, read_jsonl
 from model import ScalarModel, load_model, token_logprobs
 from ppo import AdaptiveKL, gae, masked_mean, policy_loss, shape_rewards, value_loss, whiten
 
@@ -331,10 +331,11 @@ def tiny_run(checkpoints, folder, **changes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", ["separate", "sft", "shared", "none"])
-def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, value, dtype):
+@pytest.mark.parametrize("changes", [*({"value": value} for value in ("separate", "sft", "shared", "none")),
+                                     {"advantages": "rloo"}, {"advantages": "grpo"}])
+def test_nothing_moves_at_learning_rate_zero(checkpoints, tmp_path, changes, dtype):
     """Old and new log-probabilities of different passes (dropout, padding, cache): ratio not 1, KL not 0."""
-    for line in tiny_run(checkpoints, tmp_path, lr=0.0, value=value, dtype=dtype, epochs=1):
+    for line in tiny_run(checkpoints, tmp_path, lr=0.0, dtype=dtype, epochs=1, **changes):
         assert line["first_ratio_error"] <= 1e-5 and line["kl"] == 0 and line["clip_fraction"] == 0
         assert line["approx_kl"] <= 1e-10 and line["sampler_difference"] <= (0.1 if dtype == "bfloat16" else 5e-6)
     before, after = (common.read_checkpoint(folder, "lm")[0] for folder in (checkpoints.sft, tmp_path))
@@ -384,23 +385,27 @@ def test_prompts_controller_and_learning_rate_in_a_run(checkpoints, tmp_path, mo
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("value", ["separate", "none"])
-def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, value):
-    """A flipped sign anywhere between score and step: what the reward counts becomes likelier, its negation rarer."""
-    liked = 128  # the score counts the tokens below this id, about half of the vocabulary
+@pytest.mark.parametrize("advantages, value", [("gae", "separate"), ("gae", "none"), ("rloo", ""), ("grpo", "")])
+def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, advantages, value):
+    """A flipped sign anywhere between score and step: what a rule counts becomes likelier, its negation rarer. A rule
+    that sees EOS, the prompt in the response, or another row's."""
+    seen, prompts = [], {row["prompt"] for row in read_jsonl(checkpoints.prompts, {"prompt": str})}
 
-    def scripted(tokens, pad, last):
-        place = torch.arange(tokens.size(1))
-        counted = (place >= pad[:, None]) & (place <= last[:, None])
-        return sign * ((tokens < liked) & counted).sum(1).float()
+    def bytes_from_128(prompt, response):  # the tokens of such bytes are about half of the vocabulary
+        seen.append((prompt, response))
+        return float(sign * sum(c >= "\x80" for c in response))
 
     def share(folder):
         model, (tokens, pad) = load_model(folder), pad_prompts([[269], [269, 100, 200, 50]], 269)
-        return model(tokens, pad)[:, -1].softmax(-1)[:, :liked].sum(1).mean().item()
-    watch(monkeypatch, "load_reward", lambda reward: setattr(reward, "score", scripted) or reward)
-    tiny_run(checkpoints, tmp_path, iterations=16, episodes=12, epochs=4, microbatch=12, lr=3e-2, temperature=1.0,
-             value=value, lam=1.0 if value == "none" else 0.95, kl_coef=0.0, kl_horizon=0.0)
+        return model(tokens, pad)[:, -1].softmax(-1)[:, 128:256].sum(1).mean().item()
+    monkeypatch.setitem(ppo.RULES, "bytes", bytes_from_128)
+    lines = tiny_run(checkpoints, tmp_path, iterations=16, episodes=12, epochs=4, microbatch=12, lr=3e-2, group=3,
+                     temperature=1.0, reward="rule:bytes", advantages=advantages, value=value or "separate",
+                     lam=1.0 if value == "none" else 0.95, kl_coef=0.0, kl_horizon=0.0)
     assert sign * (share(tmp_path) - share(checkpoints.sft)) > 0.1
+    assert {prompt for prompt, _ in seen} <= prompts and not any("endoftext" in response for _, response in seen)
+    first = sum(sign * sum(c >= "\x80" for c in response) for _, response in seen[:12]) / 12
+    assert lines[0]["score"] == pytest.approx(first, abs=1e-4)
 
 
 @pytest.mark.parametrize("change, line, message", [
@@ -419,7 +424,9 @@ def test_guards_stop_a_run_that_has_gone_wrong(checkpoints, tmp_path, monkeypatc
 
 def test_flags_that_do_not_fit_each_other(checkpoints, tmp_path):
     """A traceback, or an empty folder left behind, where one line would do."""
-    for flags in ({"minibatches": 3}, {"episodes": 100}, {"kl_horizon": 1.0}, {"response_tokens": 31}):
+    for flags in ({"minibatches": 3}, {"episodes": 100}, {"kl_horizon": 1.0}, {"response_tokens": 31},
+                  {"advantages": "reinforce"}, {"group": 1, "advantages": "rloo"}, {"group": 3, "advantages": "grpo"},
+                  {"reward": "rule:of-thumb"}, {"ensemble": "max"}):
         with pytest.raises(UserError, match=f"--{[*flags][0]}".replace("_", "-")):
             tiny_run(checkpoints, tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
