@@ -219,7 +219,7 @@ def read_rows(path, accept, expected="an object"):
                     raise ValueError(f"expected {expected}, found {type(row).__name__}")
                 rows.append(accept(row))
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as error:
-        kind = {json.JSONDecodeError: "not JSON: ", UnicodeDecodeError: "not UTF-8 text after it: "}.get(type(error), "")
+        kind = {json.JSONDecodeError: "not JSON: ", UnicodeDecodeError: "not UTF-8 text: "}.get(type(error), "")
         raise UserError(f"{path}:{number}: {kind}{error}") from None
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows

@@ -1,4 +1,4 @@
-"""RLOO and GRPO: group advantages against closed forms, the policy gradient by enumeration, groups in a real rollout."""
+"""RLOO and GRPO: group advantages against closed forms, the policy gradient by enumeration, groups in a rollout."""
 import itertools
 
 import pytest
@@ -99,7 +99,7 @@ def test_groups_in_a_rollout(kind):
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_prompts_of_a_run_with_groups(checkpoints, tmp_path, monkeypatch, kind):
-    """A group spread over two rollouts, a prompt used twice before another had its turn; a value model built or kept."""
+    """A group spread over two rollouts, a prompt used twice before others had their turn; a value model built."""
     seen, plain = [], ppo.collect
     monkeypatch.setattr(ppo, "collect", lambda *args: seen.append(args[3:5]) or plain(*args))
     ppo.main(ppo_config(out=str(tmp_path), sft=checkpoints.sft, reward=checkpoints.reward, prompts=checkpoints.prompts,
