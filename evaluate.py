@@ -56,7 +56,8 @@ class Config:
 
 PRESETS = {"tiny": {"dtype": "bfloat16"},
            "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16, "bootstrap": 100},
-           "gpt2": {"response_tokens": 24},
+           "smollm": {"dtype": "bfloat16", "response_tokens": 28, "count": 500, "snapshot_count": 64, "best_of": 4,
+                      "best_of_count": 128},
            "hh": {"count": 500, "snapshot_count": 128, "best_of_count": 128, "response_tokens": 128}}
 
 # ---- estimators: pure functions of scores and wins -----------------------------------------------------------------

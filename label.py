@@ -62,10 +62,10 @@ class RankConfig:
     device: str = "auto"               # auto, cpu, cuda, mps
     dtype: str = "auto"                # auto, float32, bfloat16 (autocast)
 
-PRESETS = {"tiny": {"dtype": "bfloat16"}, "gpt2": {"response_tokens": 24},
+PRESETS = {"tiny": {"dtype": "bfloat16"}, "smollm": {"dtype": "bfloat16", "response_tokens": 28},
            "smoke": {"prompts_limit": 24, "response_tokens": 16, "keep_truncated": True}}  # has hardly met an EOS
 
-RANK_PRESETS = {"tiny": {"dtype": "bfloat16"}, "gpt2": {}, "smoke": {}}
+RANK_PRESETS = {"tiny": {"dtype": "bfloat16"}, "smollm": {"dtype": "bfloat16"}, "smoke": {}}
 
 # ---- sample --------------------------------------------------------------------------------------------------------
 

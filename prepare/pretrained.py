@@ -52,7 +52,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_f
 
 @dataclass
 class Config:
-    init: str = "gpt2"       # smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model on the hub, or a folder on disk
+    init: str = "smollm2"    # smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model on the hub, or a folder on disk
     out: str = ""            # folder for the checkpoint; empty: out/NAME/base
     block_size: int = 0      # keep this many positions only: the longest sequence of all later stages; 0: all
     chat: bool = False       # all stages write prompts as dialogues, in the model's chat format

@@ -97,7 +97,7 @@ def test_what_is_refused(folder):
     """SEED=2 that shows the results of seed 1; a typing error that runs the default preset; flags that nobody reads."""
     assert "not seed 2" in train_all(folder, "the output", code=2, SEED="2")
     assert "tinny" in train_all(folder, "none", "tinny", code=2)
-    assert "smoke takes no flags" in train_all(folder, "none", "smoke", "gpt2", code=2)
+    assert "smoke takes no flags" in train_all(folder, "none", "smoke", "smollm2", code=2)
 
 
 def test_killed_and_started_again_it_ends_the_same(folder):

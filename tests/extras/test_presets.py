@@ -6,14 +6,14 @@ from test_pipeline import RATED, finished, make_data, train_all
 from tools import export
 
 
-def test_gpt2(tmp_path):
+def test_sentences(tmp_path):
     """A flag that is gone, or a base model on disk whose block size, tokenizer or format is lost on the way."""
     make_data(tmp_path)
     files = {"train": "corpus_train.jsonl", "valid": "corpus_valid.jsonl", "vocab": "vocab.tiktoken"}
     files = {flag: f"{tmp_path}/the data/{name}" for flag, name in files.items()}
     sft.main(sft.Config(**sft.PRESETS["smoke-base"], **files, out=f"{tmp_path}/base", device="cpu"))
     export.main(export.Config(f"{tmp_path}/base", f"{tmp_path}/a base"))
-    train_all(tmp_path, "out", "gpt2", f"{tmp_path}/a base", "--block-size", "48", STEPS="smoke")
+    train_all(tmp_path, "out", "smollm", f"{tmp_path}/a base", "--block-size", "48", STEPS="smoke")
     assert finished(tmp_path / "out") == sorted(RATED)
     assert json.loads((tmp_path / "out/ppo/config.json").read_text())["model"]["block_size"] == 48
 
