@@ -7,9 +7,9 @@
 #          reward model learns from them, without a labeler
 # Behind smollm or hh words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
-# RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the files that the stages
-# below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh runs the stages of
-# hh with the few steps of smoke.
+# RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
+# files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh
+# runs the stages of hh with the few steps of smoke.
 set -euo pipefail
 { true >&1; } 2>/dev/null || exec >/dev/null  # a service may have no output
 { true >&2; } 2>/dev/null || exec 2>/dev/null
@@ -94,5 +94,9 @@ stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" 
 stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo${RLOO:+,$OUT/rloo}" --reward "$OUT/reward" --labeler "$labeler" \
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
+if [ $preset = smollm ]; then
+  judges=out/tiny/judge; [ -f $judges/done.json ] || judges=""
+  script opinions -m study.opinions "$OUT" --judges "$judges"
+fi
 script report  -m study.report "$OUT/evaluate"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

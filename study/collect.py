@@ -4,11 +4,13 @@
     python -m study.collect out/tiny/study results/study --seed 1     a study of many runs; other seeds there are kept
 
 logs.jsonl: of each stage a line with its configuration, the lines of its log, its report card, and its done.json.
+typical.json (of a run of train_all.sh): the responses to one prompt, chosen by a rule.
 A study's results.json is {seed: {run: results}}. Paths into the run become paths into out/tiny.
 """
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from common import run
 from study import report
@@ -43,6 +45,15 @@ def stage_lines(folder, **labels):
     return [{**labels, **line} for line in lines]
 
 
+def typical(samples):
+    """Of the rows of samples.jsonl the one whose judge scores are closest (least squares) to the policies' means."""
+    names = list(samples[0]["judge"])
+    samples = [row for row in samples if len(row["judge"]) == len(names)]  # best-of-n may have fewer prompts
+    means = {name: mean(row["judge"][name] for row in samples) for name in names}
+    best = min(samples, key=lambda row: sum((row["judge"][name] - means[name]) ** 2 for name in names))
+    return {"rule": typical.__doc__, "means": {name: round(x, 4) for name, x in means.items()}, **best}
+
+
 def main(cfg):
     source, target = Path(cfg.source), Path(cfg.target)
     target.mkdir(parents=True, exist_ok=True)
@@ -59,11 +70,13 @@ def main(cfg):
     else:
         results = read(source / "evaluate" / "results.json", 7)
         lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]
+        one = typical(read(source / "evaluate" / "samples.jsonl"))
+        (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
     out = f"{source.parent if cfg.seed else source}/"
     for name, text in (("results.json", json.dumps(results)), ("logs.jsonl", "\n".join(map(json.dumps, lines)))):
         (target / name).write_text(text.replace(out, "out/tiny/") + "\n", encoding="utf-8")
     if not cfg.seed:
-        report.main(report.Config(str(target)))
+        report.main(report.Config((str(target),)))
 
 
 if __name__ == "__main__":

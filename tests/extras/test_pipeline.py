@@ -12,7 +12,7 @@ import pytest
 
 import data
 from prepare.reviews import save_ranks, train_bpe
-from study import record, walkthrough
+from study import collect, record, walkthrough
 
 ROOT = Path(__file__).parents[2]
 RATED = "base sft labeler judge samples label reward dpo ppo evaluate".split()
@@ -75,20 +75,25 @@ def make_data(folder):
 def folder(tmp_path_factory):
     """A folder with data, and one whole run, "the output"."""
     make_data(folder := tmp_path_factory.mktemp("pipeline"))
-    train_all(folder, "the output")
+    train_all(folder, "the output", RLOO="1")
     return folder
 
 
 def test_every_stage_leaves_what_it_should(folder):
     """A stage that is skipped, a NaN in a log, a report whose pictures or figures are not there."""
     out = folder / "the output"
-    assert finished(out) == sorted(RATED)
+    assert finished(out) == sorted([*RATED, "rloo"])
     for path in out.glob("*/log.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert lines and all(value == value for line in lines for value in line.values()), path
     found, report = results(out)[0], (out / "evaluate" / "report.md").read_text()
-    assert list(found["policies"]) == ["sft", "best-of-4", "dpo", "ppo"] and set(found["others"]) == {"prompts_amazon"}
+    assert list(found["policies"]) == ["sft", "best-of-4", "dpo", "ppo", "rloo"] and set(found["others"]) == {"prompts_amazon"}
     assert all(f"{row['win_rate_judge']:.3f}" in report for name, row in found["policies"].items() if name != "sft")
+    collect.main(collect.Config(str(out), f"{folder}/kept"))
+    one = json.loads((folder / "kept/typical.json").read_text())
+    samples = [json.loads(line) for line in (out / "evaluate/samples.jsonl").read_text().splitlines()]
+    assert one["sft"] in [row["sft"] for row in samples if row["prompt"] == one["prompt"]]
+    assert (folder / "kept/report.md").exists()
     pictures = set(re.findall(r"\]\((\S+?\.png)\)", report))
     assert pictures and all((out / "evaluate" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
@@ -112,7 +117,7 @@ def test_killed_and_started_again_it_ends_the_same(folder):
         if number == signal.SIGTERM:
             with pytest.raises(ProcessLookupError):  # nothing outlives the shell
                 os.killpg(shell.pid, 0)
-    text = train_all(folder, "killed")
+    text = train_all(folder, "killed", RLOO="1")
     assert "another run" not in text and text.count("finished already") == 8
     assert results(folder / "killed") == results(folder / "the output")
 
