@@ -14,7 +14,7 @@ from statistics import mean
 
 from common import run
 from study.collect import read
-from study.markdown import cells, fill, spread, table, template
+from study.markdown import cells, fill, made, spread, table, template
 
 TITLES = ["win rate", "at equal length", "KL, nats", "length", "proxy", "labeler"]
 
@@ -50,6 +50,7 @@ def main(cfg):
                   if line["run"] == f"reward-K{K}" and "card" in line] for K in (2, 4, 9)}
     fill(re.sub(r"(?m)(^@.*\n)+", rows, template("ablations.md")), folder / "ablations.md", runs, nothing="",
          width=f"{mean(high - low for low, high in ends):.2f}", stages=len(seconds), hours=f"{sum(seconds) / 3600:.1f}",
+         made=made(folder, runs[0]),
          default=table(head, [row("ppo", "the default: PPO of train_all.sh", seeds)]),
          as_people=", ".join(f"{spread(found)} (K = {K})" for K, found in shares.items() if found))
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What does each detail of PPO do? On top of a finished train_all.sh, its PPO again with one thing changed at a time:
 #   bash study/ablations.sh [tiny|smoke]            (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
-# The PPO of train_all.sh is measured beside them, and so are three of frontier.sh, if it has been run: no KL penalty, and KL
-# targets of 3 and 12 nats. The table: out/tiny/ablations/ablations.md.
+# The PPO of train_all.sh is measured beside them, and so are, if these have been run, one of over_optimisation.sh (no KL
+# penalty) and two of frontier.sh (KL targets of 3 and 12 nats). The table: out/tiny/ablations/ablations.md.
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 A=$OUT/ablations policies=$OUT/ppo rankings=$OUT/label/rankings.jsonl
@@ -47,8 +47,8 @@ for K in 4 2 9; do
   ppo K-$K "$A/reward-K$K"
 done
 
-for name in free-all ppo-kl3 ppo-kl12; do
-  [ ! -f "$OUT/study/$name/done.json" ] || policies=$policies,$OUT/study/$name
+for name in over_optimisation/free-all frontier/ppo-kl3 frontier/ppo-kl12; do
+  [ ! -f "$OUT/$name/done.json" ] || policies=$policies,$OUT/$name
 done
 stage ablations/evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$policies" --reward "$OUT/reward" --labeler "$OUT/labeler" \
                          --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" \

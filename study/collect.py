@@ -1,7 +1,7 @@
 """Keeps what finished runs found, in two files and without their weights: results.json and logs.jsonl.
 
-    python -m study.collect out/tiny results/tiny/seed1               a run of train_all.sh, with its report and figures
-    python -m study.collect out/tiny/study results/study --seed 1     a study of many runs; other seeds there are kept
+    python -m study.collect out/tiny results/tiny/seed1                 a run of train_all.sh, with its report
+    python -m study.collect out/tiny/frontier results/frontier --seed 1     a study; its other seeds are kept
 
 logs.jsonl: of each stage a line with its configuration, the lines of its log, its report card, and its done.json.
 typical.json (of a run of train_all.sh): the responses to one prompt, chosen by a rule.

@@ -1,163 +1,178 @@
-"""Where RLHF stops helping: the figures and tables of what frontier.sh ran, from its results alone.
+"""Which method, at what KL? The figure and tables of what frontier.sh ran, from its results alone.
 
-    python -m study.frontier out/tiny/study        of one run (frontier.sh has called study.collect)
-    python -m study.frontier results/study         the committed seeds
+    python -m study.frontier out/tiny/frontier     of one run (frontier.sh has called study.collect)
+    python -m study.frontier results/frontier      the committed seeds
 
-Writes frontier.png, over_optimisation.png and study.md. Papers: Rafailov et al. 2023, figure 2 (frontier); Gao et al.
-2022 (over-optimisation, and the forms that are fitted); Coste et al. 2023 (ensembles).
+Writes frontier.png and frontier.md. Methods are compared at equal KL: a policy's win rate less what PPO's frontier of
+the same seed, joined by straight lines, has at that KL. Papers: Rafailov et al. 2023, figure 2 (frontier); Ahmadian et
+al. 2024 (RLOO); Shao et al. 2024 (GRPO).
 """
-import math
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from statistics import mean
 
 from common import run
 from study.collect import read
 from study.markdown import COLUMNS, by_seed, cells, fill, spread, table, template
-from study.report import SCORERS, draw_frontier, drawing
+from study.report import draw_frontier
 
 
 @dataclass
 class Config:
-    folder: str = "out/tiny/study"  # results.json of study.collect; figures and tables go there, too
+    folder: str = "out/tiny/frontier"  # results.json and logs.jsonl of study.collect; figure and tables go there, too
 
 
-SIZES = {"250": "250 comparisons", "1000": "1,000 comparisons", "all": "all comparisons",
-         "250-mean": "mean of three, 250", "250-min": "least of three, 250"}  # reward models of over-optimisation
-METHODS = ("PPO", "best-of-n")
+JOINED = r"(ppo|rloo|grpo)-kl.*|dpo.*"  # the policies that the figure joins by lines
+ORDER = "sft best ppo no reinforce rloo grpo dpo"  # what names begin with, as tables have them
+SCORES = ("win_rate_judge", "judge")  # what is compared at equal KL
+COSTS = {"PPO": "ppo-kl6", "RLOO": "rloo-kl6", "GRPO": "grpo-kl6", "PPO, no values": "no-values", "DPO": "dpo-beta0.5"}
+BASELINES = {"ppo-kl6": "value model, lambda {lam:g}", "rloo-kl6": "mean of the prompt's other responses, K = {group}",
+             "no-values": "mean over the rollout, lambda {lam:g}", "reinforce": "nothing, lambda {lam:g}"}
 
 
-# ---- Gao et al. 2022: score against d, the root of KL --------------------------------------------------------------
-# They found the gold score to follow d (a - b d) for best-of-n and d (a - b ln d) for RL: a is the slope of what is
-# really learned, b how fast over-optimisation eats it. KL does not measure the two methods alike: compare shapes.
+def names(runs, pattern=".*"):
+    """The policies that all runs have, of names that match, by method and then by KL."""
+    shared = [name for name in runs[0]["policies"] if all(name in results["policies"] for results in runs)]
+    return sorted((name for name in shared if re.fullmatch(pattern, name)), key=lambda name: (
+        ORDER.find(name.split("-")[0]), mean(row["kl"] for row in of(runs, name))))
 
 
-def series(points, scorer):
-    """d (an estimate of KL near 0 can be below it), and a scorer's mean above that of the SFT model, the first of the
-    points: (N,), (N,)."""
-    kl, scores = torch.tensor([[point["kl"], point[scorer]] for point in points], dtype=torch.double).T
-    return kl.clamp(min=0).sqrt(), scores - scores[0]
+def of(runs, name):
+    """A policy's row in each run."""
+    return [results["policies"][name] for results in runs]
 
 
-def basis(d, method):
-    """The columns of a form, so that score = basis @ (a, -b): d (N,) to (N, 2)."""
-    return torch.stack([d, d * d if method == "best-of-n" else torch.special.xlogy(d, d)], dim=1)
+def joined(results):
+    """The results without the policies that belong to no line of the figure, and without snapshots."""
+    flags = {name: found for name, found in results["flags"].items() if re.fullmatch(JOINED, name)}
+    return {**results, "flags": flags, "snapshots": {}, "policies": {name: results["policies"][name] for name in flags}}
 
 
-def fit(d, scores, method):
-    """a, b, d at the peak (None: there is none), and the root mean square of the residuals where d > 0, by least
-    squares: d, scores (N,). At d = 0, the SFT model, the forms are 0, and so are the scores."""
-    d, scores = d[d > 0], scores[d > 0]
-    a, minus_b = torch.linalg.lstsq(basis(d, method), scores[:, None]).solution.squeeze(1).tolist()
-    residuals = scores - basis(d, method) @ torch.tensor([a, minus_b], dtype=torch.double)
-    b, peak = -minus_b, None  # at the peak the derivative is 0
-    if method == "best-of-n" and a > 0 and b > 0:
-        peak = a / (2 * b)  # a - 2 b d = 0
-    elif method != "best-of-n" and b > 0:
-        peak = math.exp(min(a / b - 1, 50))  # a - b ln d - b = 0; 50: no overflow, and far beyond any run
-    return a, b, peak, residuals.square().mean().sqrt().item()
+# ---- equal KL ------------------------------------------------------------------------------------------------------
 
 
-def turn(points):
-    """Where the labeler's score is highest, and whether that is a turn: at the end it is lower by more than 0.1 while
-    the proxy is higher: (point, turned). A rule of thumb: the standard error of a mean over 256 prompts is 0.05."""
-    best, last = max(points, key=lambda point: point["labeler"]), points[-1]
-    return best, last["proxy"] > best["proxy"] and last["labeler"] < best["labeler"] - 0.1
+def at_kl(points, kl):
+    """The height at this KL of the line through points (KL, height); None outside them: nothing is extrapolated."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(sorted(points)):
+        if x0 < x1 and x0 <= kl <= x1:
+            return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
+    return None
 
 
-def curve(seed, size, method):
-    """The points of the over-optimisation against one reward model."""
-    results = seed[f"over-{size}"]
-    return results["snapshots"][f"free-{size}"] if method == "PPO" else results["best_of_n"]
+def ppo_at(results, kl, key):
+    """What PPO's frontier has at this KL: it begins at the SFT model and joins the policies of all KL targets."""
+    start = 0.5 if key == "win_rate_judge" else results["policies"]["sft"][key]
+    rows = [row for name, row in results["policies"].items() if name.startswith("ppo-kl")]
+    return at_kl([(0.0, start), *((row["kl"], row[key]) for row in rows)], kl)
 
 
-def draw_over_optimisation(seeds, path):
-    """A column per reward model, PPO above best-of-n: the scorers of each seed, the form fitted to the labeler's score,
-    and where that turns."""
-    with drawing(path, 2, len(SIZES), (13, 5.5), sharey="row", sharex="row") as axes:
-        for column, size in enumerate(SIZES):
-            axes[0, column].set_title(SIZES[size])
-            for axis, method in zip(axes[:, column], METHODS):
-                axis.set(xlabel="root of KL", ylabel="" if column else f"{method}: score above SFT")
-                for points in (curve(seed, size, method) for seed in seeds):
-                    draw_curve(axis, points, method)
-        lines = axes[0, 0].lines[:4]
-        axes[0, 0].figure.legend(lines, [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
+def gap(runs, rows, key, kls=None):
+    """A cell: a policy's rows, one per run, less PPO's frontier of the same run, at the rows' KL or at others."""
+    found = [(row[key], ppo_at(results, kl, key)) for results, row, kl in zip(
+        runs, rows, kls or [row["kl"] for row in rows])]
+    found = [own - ppo for own, ppo in found if ppo is not None]
+    of_all = "" if len(found) in (0, len(runs)) else f", {len(found)} of {len(runs)} seeds"
+    return spread(found, "+.3f") + of_all if found else "-"
 
 
-def draw_curve(axis, points, method):
-    """One run of draw_over_optimisation."""
-    for color, (scorer, style) in enumerate(SCORERS.items()):
-        axis.plot(*series(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
-    d, scores = series(points, "labeler")
-    a, b, *_ = fit(d, scores, method)
-    x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
-    axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "k--", linewidth=1)
-    point, turned = turn(points)
-    if turned:
-        axis.plot(d[points.index(point)], scores[points.index(point)], "k*", markersize=11)
+def equal_rows(runs):
+    """Every policy but PPO's against PPO at equal KL."""
+    for name in names(runs, JOINED):
+        if not name.startswith("ppo"):
+            rows = of(runs, name)
+            ends = [row["win_rate_judge_interval"] for row in rows]
+            yield [name, *cells(rows, ["KL, nats"]), spread([row["win_rate_judge"] for row in rows]),
+                   f"± {mean(high - low for low, high in ends) / 2:.3f}", gap(runs, rows, "win_rate_judge"),
+                   *cells(rows, ["judge"]), gap(runs, rows, "judge")]
 
 
-def equal_kl(results):
-    """The judge's win rate of each DPO policy beside PPO's at the same KL, by linear interpolation between the SFT
-    model and PPO's policies."""
-    rows = results["policies"]
-    ppo = sorted((row["kl"], row["win_rate_judge"]) for name, row in rows.items() if name.startswith("ppo"))
-    for name in sorted((name for name in rows if name.startswith("dpo")), key=lambda name: rows[name]["kl"]):
-        kl, at = rows[name]["kl"], f"- (PPO ends at {ppo[-1][0]:.1f})"
-        for (x0, y0), (x1, y1) in zip([(0.0, 0.5), *ppo], ppo):
-            if x0 < x1 and x0 <= kl <= x1:
-                at = f"{y0 + (y1 - y0) * (kl - x0) / (x1 - x0):.3f}"
-        yield [name, f"{kl:.1f}", *cells([rows[name]], ["win rate"]), at]
+def seed_rows(results):
+    """The same of one run, with the numbers that are compared."""
+    for name in names([results], JOINED):
+        if not name.startswith("ppo"):
+            [row] = of([results], name)
+            there = [ppo_at(results, row["kl"], key) for key in SCORES]
+            win, judge = ["-" if x is None else f"{x:{form}}" for x, form in zip(there, (".3f", ".2f"))]
+            yield [name, *cells([row], ["KL, nats", "win rate"]), win, *cells([row], ["judge"]), judge]
 
 
-def fit_rows(seed):
-    """The forms fitted to the labeler's score: coefficients, peak and residuals."""
-    for size, title in SIZES.items():
-        for method in METHODS:
-            d, scores = series(curve(seed, size, method), "labeler")
-            a, b, peak, residual = fit(d, scores, method)
-            where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
-            yield [title, method, f"{a:.3f}", f"{b:.3f}", where, f"{d.max()**2:.1f}", f"{residual:.3f}"]
+def at_one_rows(runs, at_one):
+    """DPO against PPO at the KL that DPO's policies have at temperature 1; scores of responses at 0.7, and at 1."""
+    for name in names(at_one, "dpo.*"):
+        rows, ones = of(runs, name), of(at_one, name)
+        kls = [row["kl"] for row in ones]
+        yield [name, *cells(rows, ["KL, nats"]), *cells(ones, ["KL, nats"]),
+               *(gap(runs, of_them, key, kls) for key in SCORES for of_them in (rows, ones))]
 
 
-def turn_rows(seed):
-    """Where the labeler is highest in PPO without a KL penalty, and what each scorer says there and at the end."""
-    for size, title in SIZES.items():
-        points = curve(seed, size, "PPO")
-        (best, turned), last = turn(points), points[-1]
-        yield [title, f"{seed[f'over-{size}']['proxy_agreement']['labeler']:.3f}", "yes" if turned else "no",
-               f"{best['kl']:.1f}, {last['kl']:.1f}", *(f"{best[key]:.2f}, {last[key]:.2f}" for key in SCORERS),
-               f"{last['win_rate_judge']:.3f}"]
+# ---- cost, group sizes, baselines ----------------------------------------------------------------------------------
 
 
-def label_rows(seeds):
-    """What labels that disagree cost: reward model and policy."""
-    for title, name, policy in [("without noise", "labels-exact", "ppo-exact"), ("people's noise", "frontier", "ppo"),
-                                ("a quarter reversed", "labels-flipped", "ppo-flipped")]:
-        runs = [seed[name] for seed in seeds]
-        cards = [results["reward_models"]["proxy"]["movie, random"]["reward model"] for results in runs]
-        yield [title, spread([results["proxy_agreement"]["labeler"] for results in runs]),
-               spread([card["accuracy"] for card in cards]),
-               *cells([results["policies"][policy] for results in runs], ["win rate", "labeler", "KL, nats"])]
+def passes(config):
+    """Per response, by a stage's configuration: responses sampled, forward passes that score them, forward passes of
+    the updates, and as many backward. DPO's reference is scored once, by the policy before its first step."""
+    if "beta" in config:
+        return 0, 1, config["epochs"], config["epochs"]
+    models = 1 + (config["value"] in ("separate", "sft"))  # policy and value; a shared head is no pass of its own
+    rewards = 0 if config["reward"].startswith("rule:") else len(config["reward"].split(","))
+    return 1, models + 1 + rewards, config["epochs"] * models, config["epochs"] * models
+
+
+def cost_rows(lines):
+    """Passes, seconds and memory of a method; lines: of logs.jsonl."""
+    for title, name in COSTS.items():
+        config, done = ([line[kind] for line in lines if line["run"] == name and kind in line]
+                        for kind in ("config", "done"))
+        if config and done:
+            yield [title, name, *map(str, passes(config[0])), spread([one["seconds"] for one in done], ".0f"),
+                   spread([one["peak_memory_mb"] for one in done], ",.0f")]
+
+
+def group_rows(runs):
+    """RLOO and GRPO with groups of 2, 4 and 8."""
+    for kind in ("rloo", "grpo"):
+        for name in (f"{kind}-group2", f"{kind}-kl6", f"{kind}-group8"):
+            if name in names(runs):
+                flags, rows = runs[0]["flags"][name], of(runs, name)
+                yield [kind.upper(), str(flags["group"]), str(flags["episodes"] // flags["group"]),
+                       *cells(rows, ["win rate", "judge", "KL, nats", "length"]),
+                       *(gap(runs, rows, key) for key in SCORES)]
+
+
+def value_rows(runs):
+    """With a value model, with a group, and with neither."""
+    for name, title in BASELINES.items():
+        if name in names(runs):
+            rows = of(runs, name)
+            yield [name, title.format(**runs[0]["flags"][name]), *cells(rows, ["win rate", "judge", "KL, nats"]),
+                   *(gap(runs, rows, key) for key in SCORES)]
 
 
 def main(cfg):
     folder = Path(cfg.folder)
-    seeds = [{**seed, "config": seed["frontier"]["config"]} for seed in read(folder / "results.json", 7).values()]
-    runs = [seed["frontier"] for seed in seeds]
-    policies = runs[0]["policies"]
-    beyond = draw_frontier(runs, folder / "frontier.png")
-    draw_over_optimisation(seeds, folder / "over_optimisation.png")
-    fill(template("study.md"), folder / "study.md", runs, beyond=beyond or "nothing",
-         frontier=table(["policy", *COLUMNS], [[name, *cells([results["policies"][name] for results in runs])]
-                                               for name in sorted(policies, key=lambda name: policies[name]["kl"])]),
-         equal=by_seed(runs, ["DPO policy", "its KL", "win rate, DPO", "win rate, PPO at that KL"], equal_kl),
-         turns=by_seed(seeds, ["reward model", "agreement", "a turn", "KL", *SCORERS, "win rate"], turn_rows),
-         fits=by_seed(seeds, ["reward model", "method", "a", "b", "peak at KL", "measured up to KL", "residual"],
-                      fit_rows, keys=2),
-         labels=table(["labels", "with labeler", "with people", "win rate", "labeler", "KL, nats"], label_rows(seeds)))
+    seeds = list(read(folder / "results.json", 7).values())
+    runs, at_one = ([seed[name] for seed in seeds if name in seed] for name in ("evaluate", "evaluate-at-1"))
+    at_one = at_one if len(at_one) == len(runs) else []
+    gaps = ["win rate less PPO's", "judge's score less PPO's"]
+    beyond = draw_frontier([joined(results) for results in runs], folder / "frontier.png")
+    best = next((name for name in names(runs) if name.startswith("best-of")), "")
+    fill(template("frontier.md"), folder / "frontier.md", runs, beyond=beyond or "nothing",
+         best=f"{best}: {runs[0]['policies'][best]['prompts']} prompts. " if best else " ",
+         policies=table(["policy", *COLUMNS], [[name, *cells(of(runs, name))] for name in names(runs)]),
+         equal=table(["policy", "KL, nats", "win rate", "95 %", gaps[0], "judge", gaps[1]], equal_rows(runs)),
+         seed_by_seed=by_seed(runs, ["policy", "KL, nats", "win rate", "PPO's", "judge", "PPO's"], seed_rows),
+         at_one=at_one and table(["policy", "KL at 0.7", "KL at 1", *(f"{title}, at {t}" for title in gaps
+                                                                      for t in (0.7, 1))], at_one_rows(runs, at_one)),
+         sft=spread([row["judge"] for row in of(runs, "sft")], ".2f"),
+         sft_at_one=at_one and spread([row["judge"] for row in of(at_one, "sft")], ".2f"),
+         cost=table(["method", "run", "sampled", "forward, scoring", "forward, updates", "backward", "seconds",
+                     "peak memory, MB"], cost_rows(read(folder / "logs.jsonl"))),
+         groups=table(["method", "K", "prompts in a rollout", "win rate", "judge", "KL, nats", "length", *gaps],
+                      group_rows(runs)),
+         values=table(["policy", "the return is compared with", "win rate", "judge", "KL, nats", *gaps],
+                      value_rows(runs)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 L=$OUT/labelers
-reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epochs, 80 steps at least (see frontier.sh)
+reward() {  # reward NAME RANKINGS HOW_MANY [FLAGS]: few rankings take more epochs, 80 steps at least (see over_optimisation.sh)
   local epochs=$((80 * 16 / $3))
   stage "labelers/reward-$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" --sft "$OUT/sft" \
              --prompts "$DATA/prompts_label.jsonl" --epochs $((epochs > 2 ? epochs : 2)) "${@:4}"

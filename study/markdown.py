@@ -1,4 +1,4 @@
-"""Markdown that report.py, frontier.py and ablations.py write: cells, tables, and the texts of study/templates."""
+"""Markdown that report.py and the studies write: cells, tables, and the texts of study/templates."""
 import re
 from pathlib import Path
 from statistics import mean
@@ -50,6 +50,12 @@ def escape(text):
     """Text from a model as plain text inside a Markdown table."""
     text = "".join(c if c.isprintable() else " " for c in text)
     return re.sub(r"[\\`*_\[\]<>|#&]", lambda special: f"&#{ord(special[0])};", text)
+
+
+def made(folder, results):
+    """The machine and date behind a study. The committed over-optimisation and ablations are older than this code."""
+    old = "; version 0.7 (commit 7bdf83d), not rerun since" if folder.resolve().parent.name == "results" else ""
+    return "{hardware}, torch {torch}, {date}".format(**results) + old
 
 
 def template(name):

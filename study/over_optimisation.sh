@@ -1,35 +1,24 @@
 #!/usr/bin/env bash
-# Where does RLHF stop helping? On top of a finished train_all.sh, three experiments, and out/tiny/study/study.md:
-#   bash study/over_optimisation.sh [tiny|smoke]             (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
-# 1. The frontier: the judge's score against KL for best-of-n, for PPO at four KL targets and for DPO at four betas.
-# 2. Over-optimisation: PPO without a KL penalty, and best-of-n, against reward models that learned from 250, from 1,000 and
+# Where does RLHF stop helping? On top of a finished train_all.sh, two experiments, and
+# out/tiny/over_optimisation/over_optimisation.md:
+#   bash study/over_optimisation.sh [tiny|smoke]    (the preset, SEED, OUT, DATA and FLAGS as train_all.sh had them)
+# 1. Over-optimisation: PPO without a KL penalty, and best-of-n, against reward models that learned from 250, from 1,000 and
 #    from all comparisons; and against three reward models at once that learned from the same 250.
-# 3. Labels that disagree: rankings without noise, and with a quarter of them reversed, beside those of train_all.sh.
+# 2. Labels that disagree: rankings without noise, and with a quarter of them reversed, beside those of train_all.sh.
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 reward() {  # reward NAME RANKINGS [FLAGS]
-  stage "study/$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" \
+  stage "over_optimisation/$1" reward.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$2" --pairs "$DATA/pairs_test.jsonl" \
                    --sft "$OUT/sft" --prompts "$DATA/prompts_label.jsonl" "${@:3}"
 }
 ppo() {  # ppo NAME REWARD [FLAGS]
-  stage "study/$1" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$2" --prompts "$DATA/prompts_ppo.jsonl" "${@:3}"
+  stage "over_optimisation/$1" ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$2" --prompts "$DATA/prompts_ppo.jsonl" "${@:3}"
 }
 measure() {  # measure NAME REWARD POLICIES [FLAGS]
-  stage "study/$1" evaluate.py --preset $STEPS --sft "$OUT/sft" --reward "$2" --policies "$3" --labeler "$OUT/labeler" --judge "$OUT/judge" \
+  stage "over_optimisation/$1" evaluate.py --preset $STEPS --sft "$OUT/sft" --reward "$2" --policies "$3" --labeler "$OUT/labeler" --judge "$OUT/judge" \
                    --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" "${@:4}"
 }
-S=$OUT/study rankings=$OUT/label/rankings.jsonl
-
-policies=$OUT/ppo,$OUT/dpo
-for target in 3 6 9 12; do  # horizon 250: 10 % per rollout; the default's 2.6 % hardly moves the coefficient in 32 rollouts
-  ppo ppo-kl$target "$OUT/reward" --kl-target $target --kl-horizon 250
-  policies=$policies,$S/ppo-kl$target
-done
-for beta in 0.05 0.5 1; do
-  stage study/dpo-beta$beta dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --beta $beta
-  policies=$policies,$S/dpo-beta$beta
-done
-measure frontier "$OUT/reward" "$policies" --best-of 64 --best-of-count 256
+S=$OUT/over_optimisation rankings=$OUT/label/rankings.jsonl
 
 # 42 rankings of four are 252 comparisons, 167 are 1,002. Epochs: the best held-out accuracy in seed 1, of 2, 8, 30 for 250
 # (0.565, 0.547, 0.581) and of 2, 4, 8, 16 for 1,000 (0.609, 0.638, 0.667, 0.664).
@@ -55,13 +44,14 @@ for how in mean min; do
   measure over-250-$how "$three" "$S/free-250-$how" --ensemble $how $pool
 done
 
-stage study/label-exact   label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0
-stage study/label-flipped label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0 --flip 0.25
+stage over_optimisation/label-exact   label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0
+stage over_optimisation/label-flipped label.py rank --preset $STEPS --labeler "$OUT/labeler" --samples "$OUT/samples/samples.jsonl" --noise 0 --flip 0.25
+measure labels-people "$OUT/reward" "$OUT/ppo" --best-of-count 256
 for labels in exact flipped; do
   reward reward-$labels "$S/label-$labels/rankings.jsonl"
   ppo ppo-$labels "$S/reward-$labels"
   measure labels-$labels "$S/reward-$labels" "$S/ppo-$labels" --best-of-count 256
 done
 script collect -m study.collect "$S" "$S" --seed "$SEED"
-script report -m study.frontier "$S"
-echo "done in $SECONDS s: $S/study.md"
+script report -m study.over_optimisation "$S"
+echo "done in $SECONDS s: $S/over_optimisation.md"

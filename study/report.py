@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 os.environ["MPLBACKEND"] = "Agg"  # files, no window; a notebook's backend may not even be installed here
 import matplotlib.pyplot as plt
@@ -25,6 +26,8 @@ PANELS = {  # what is drawn of a policy's log, by a flag that tells how it was t
     "beta": ("step", {"loss": "loss", "accuracy": "accuracy", "margin": "margin of implicit rewards",
                       "chosen_logprobs": "log-probability, chosen", "rejected_logprobs": "log-probability, rejected",
                       "grad_norm": "gradient norm"})}
+METHODS = {"best-of-n": "k.-", "PPO": "C0o-", "RLOO": "C2^-", "GRPO": "C4v-", "DPO": "C1s-"}  # of the frontier
+AXES = ("kl", "win_rate_judge", "judge")
 WIDEST = 50.0  # nats: the frontier's axis ends here, whatever lies beyond
 
 
@@ -76,27 +79,51 @@ def draw_policy(results, name, folder):
     return drawn
 
 
+def method(flags):
+    """What trained a policy, by its flags: PPO, RLOO, GRPO, DPO, or "" for something else."""
+    if "kl_coef" in flags:
+        return flags.get("advantages", "gae").upper().replace("GAE", "PPO")
+    return "DPO" if "beta" in flags else ""
+
+
+def curves(results):
+    """{method: {policy, or n of best-of-n: its row}}: the points that a line of the frontier joins."""
+    found = {"best-of-n": {point["n"]: point for point in results["best_of_n"]}}
+    for name, flags in results["flags"].items():
+        found.setdefault(method(flags), {})[name] = results["policies"][name]
+    return found
+
+
+def by_kl(rows):
+    """The rows of one of curves' methods, in order of KL."""
+    return sorted(rows.values(), key=lambda row: row["kl"])
+
+
 def draw_frontier(runs, path):
-    """The judge's win rate and score against KL (Rafailov et al. 2023, figure 2), of one or several runs: best-of-n,
-    policies of PPO and DPO (joined in order of KL), and snapshots (pale). Returns what lies beyond the axis."""
-    curves = []  # points, style, look
-    for results in runs:
-        curves += [(points, "C0-", {"alpha": 0.2, "linewidth": 1}) for points in results["snapshots"].values()]
-        curves += [(results["best_of_n"], "k.-", {"label": "best-of-n"})]
-        for flag, style, label in (("kl_coef", "C0o-", "PPO"), ("beta", "C1s-", "DPO")):
-            rows = [row for name, row in results["policies"].items() if flag in results["flags"].get(name, {})]
-            curves += [(sorted(rows, key=lambda row: row["kl"]), style, {"label": label})]
+    """The judge's win rate and score against KL (Rafailov et al. 2023, figure 2): a line per method, its policies in
+    order of KL, and snapshots (pale). Of several runs a thin line each, and the mean of each policy. Returns what lies
+    beyond the axis."""
+    each = [curves(results) for results in runs]
+    lines = [(points, METHODS[method(results["flags"][name])][:2] + "-", {"alpha": 0.2, "linewidth": 1})
+             for results in runs for name, points in results["snapshots"].items()
+             if method(results["flags"][name])]  # points, style, look
+    for label, style in METHODS.items():
+        found = [one[label] for one in each if one.get(label)]
+        if len(found) > 1:
+            lines += [(by_kl(rows), style, {"alpha": 0.4, "linewidth": 0.7, "markersize": 2}) for rows in found]
+            shared = [name for name in found[0] if all(name in rows for rows in found)]
+            found = [{name: {key: mean(rows[name][key] for rows in found) for key in AXES} for name in shared}]
+        lines += [(by_kl(rows), style, {"label": label, "linewidth": 2}) for rows in found]
     with drawing(path, 1, 2, (11, 4.6)) as [axes]:
-        for axis, key, title in zip(axes, ("win_rate_judge", "judge"), ("win rate by the judge", "judge's mean score")):
-            for points, style, look in curves:
+        for axis, key, title in zip(axes, AXES[1:], ("win rate by the judge", "judge's mean score")):
+            for points, style, look in lines:
                 axis.plot([point["kl"] for point in points], [point[key] for point in points], style, **look)
             axis.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: x * abs(x)))
             axis.set_xlim(right=min(WIDEST, axis.get_xlim()[1]))
             axis.set(xlabel="KL to the SFT model, nats per response (root scale)", ylabel=title,
                      xticks=[tick for tick in (0, 1, 3, 6, 12, 25, 50) if tick <= axis.get_xlim()[1]])
         axes[0].axhline(0.5, color="gray", linewidth=1)
-        entries = dict(zip(*reversed(axes[0].get_legend_handles_labels())))  # one per method, not one per run
-        axes[0].legend(entries.values(), entries.keys(), loc="lower right")
+        axes[0].legend(loc="lower right")
     return "; ".join(f"{name} of seed {results['config']['seed']} at {row['kl']:.0f} nats, win rate "
                      f"{row['win_rate_judge']:.3f}" for results in runs for name, row in results["policies"].items()
                      if row["kl"] > WIDEST)

@@ -1,5 +1,5 @@
-# Sourced by frontier.sh, ablations.sh and labelers.sh, which run on top of a finished train_all.sh: checks that there is one,
-# with PYTHON, OUT, SEED, STEPS, FLAGS and DATA as train_all.sh had them, and says how a stage is run.
+# Sourced by the scripts beside it, which run on top of a finished train_all.sh: checks that there is one, with
+# PYTHON, OUT, SEED, STEPS, FLAGS and DATA as train_all.sh had them, and says how a stage is run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 preset=${1:-tiny}

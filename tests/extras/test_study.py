@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import common
+import dpo
 import ppo
 from data import write_jsonl
-from study import ablations, card, collect, frontier, markdown
+from study import ablations, card, collect, frontier, markdown, over_optimisation, report
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,28 +27,91 @@ def test_the_fit_recovers_the_form(method, b, form, peak):
     """The two forms mixed up, a logarithm of KL instead of its root, the peak of the other form, or of one without."""
     d = torch.linspace(0, 6, 20, dtype=torch.double)
     scores = torch.tensor([form(x) for x in d.tolist()], dtype=torch.double)
-    assert frontier.fit(d, scores, method) == pytest.approx((1.5, b, peak, 0), abs=1e-9)
-    assert frontier.fit(d, scores + 0.1 * torch.tensor([1, -1] * 10), method)[3] == pytest.approx(0.1, abs=0.02)
-    assert frontier.fit(d, frontier.basis(d, method).sum(1), method)[2] is None  # b < 0: a minimum, if anything
+    fit, noise = over_optimisation.fit, 0.1 * torch.tensor([1, -1] * 10)
+    assert fit(d, scores, method) == pytest.approx((1.5, b, peak, 0), abs=1e-9)
+    assert fit(d, scores + noise, method)[3] == pytest.approx(0.1, abs=0.02)
+    assert fit(d, over_optimisation.basis(d, method).sum(1), method)[2] is None  # b < 0: a minimum, if anything
 
 
 def test_the_turn():
     """A last point called a turn, or one where the proxy falls too: a failed run. Or NaN from a KL just below 0."""
     def turn(labeler, proxy=(0, 1, 2)):
         points = [{"kl": i, "labeler": x, "proxy": y} for i, (x, y) in enumerate(zip(labeler, proxy))]
-        return frontier.turn(points)[0]["kl"], frontier.turn(points)[1]
+        return over_optimisation.turn(points)[0]["kl"], over_optimisation.turn(points)[1]
     assert turn([0.0, 0.5, 0.2]) == (1, True) and turn([0.0, 0.5, 0.6]) == (2, False)
     assert not turn([0.0, 0.5, 0.45])[1] and not turn([0.0, 0.5, 0.2], proxy=(0, 2, 1))[1]
-    d, gains = frontier.series([{"kl": -1e-3, "judge": 0.5}, {"kl": 4.0, "judge": 1.5}], "judge")
+    d, gains = over_optimisation.series([{"kl": -1e-3, "judge": 0.5}, {"kl": 4.0, "judge": 1.5}], "judge")
     assert d.tolist() == [0, 2] and gains.tolist() == [0, 1]
 
 
+RATES = {"sft": (0.0, 0.5), "ppo": (2.5, 0.9), "ppo-kl3": (2.0, 0.6), "ppo-kl6": (6.0, 0.8), "ppo-kl9": (6.0, 0.8),
+         "rloo-kl6": (4.0, 0.75), "rloo-group2": (5.0, 0.74), "reinforce": (4.0, 0.7), "dpo": (3.0, 0.7),
+         "dpo-beta1": (1.0, 0.57), "dpo-beta0.05": (6.5, 0.9)}  # KL and win rate
+
+
+def results_of(seed, **rates):
+    """What evaluate.py finds of some policies, without what the frontier does not read."""
+    rows = {name: {field: rate for field, _ in markdown.COLUMNS.values()} | {
+        "kl": kl, "judge": 10 * rate, "prompts": 9, "win_rate_judge_interval": [rate - 0.1, rate + 0.1]}
+        for name, (kl, rate) in (RATES | rates).items()}
+    flags = {name: {"beta": 0.1} if name[0] == "d" else {
+        "kl_coef": 0.2, "kl_horizon": 250.0, "episodes": 128, "lam": 1.0, "advantages": "rloo" if name[0] == "r" else
+        "gae", "group": 2 if name == "rloo-group2" else 4} for name in rows if name != "sft"}
+    return {"config": {"seed": seed, "temperature": 0.7}, "prompts": 9, "policies": rows, "flags": flags,
+            "hardware": "", "snapshots": {}, "best_of_n": [{"n": 1, **rows["sft"]}], "torch": "", "date": ""}
+
+
 def test_equal_kl_is_interpolated_and_never_extrapolated():
-    """DPO compared with the nearest PPO, or with a straight line beyond the last one."""
-    rates = {"sft": (0, 0.5), "ppo": (2.0, 0.6), "ppo-kl6": (6.0, 0.8), "ppo-kl9": (6.0, 0.8), "dpo": (3.0, 0.7),
-             "dpo-beta1": (1.0, 0.55), "dpo-beta0.05": (6.5, 0.9)}
-    rows = {name: {"kl": kl, "win_rate_judge": rate} for name, (kl, rate) in rates.items()}
-    assert [row[-1] for row in frontier.equal_kl({"policies": rows})] == ["0.550", "0.650", "- (PPO ends at 6.0)"]
+    """Compared with the nearest PPO, with one that is no part of the frontier (ppo), or with a straight line beyond the
+    last; the judge's line begun at 0.5; a seed without a number counted, or not told of."""
+    runs = [results_of(1), results_of(2, **{"dpo-beta0.05": (6.0, 0.86), "rloo-kl6": (4.0, 0.65)})]
+    gaps = {row[0]: (row[4], row[6]) for row in frontier.equal_rows(runs)}
+    assert gaps == {  # PPO's line: 0.55 at 1 nat, 0.65 at 3, 0.7 at 4, 0.8 at 6, and 10 times that by the judge
+        "rloo-kl6": ("+0.000 (-0.050 to +0.050)", "+0.000 (-0.500 to +0.500)"),
+        "dpo-beta1": ("+0.020 (+0.020 to +0.020)", "+0.200 (+0.200 to +0.200)"),
+        "dpo": ("+0.050 (+0.050 to +0.050)", "+0.500 (+0.500 to +0.500)"),
+        "dpo-beta0.05": ("+0.060, 1 of 2 seeds", "+0.600, 1 of 2 seeds")}
+    assert [row[3] for row in frontier.equal_rows(runs)] == ["± 0.100"] * 4
+    lines = {row[0]: row[1:] for row in frontier.seed_rows(runs[0])}
+    assert lines["dpo"] == ["3.00", "0.700 (0.600 to 0.800)", "0.650", "7.00", "6.50"]
+    assert lines["dpo-beta0.05"][2] == lines["dpo-beta0.05"][4] == "-"
+    hot = {row[0]: row[1:5] for row in frontier.at_one_rows(runs[:1], [results_of(1, dpo=(1.0, 0.6))])}
+    assert hot["dpo"] == ["3.00", "1.00", "+0.150", "+0.050"]  # at temperature 1 its KL is 1, its win rate 0.6
+
+
+def test_the_passes_of_each_method():
+    """A value model counted where there is none, one reward model for several, or a rule that is charged as a model."""
+    def count(**flags):
+        return frontier.passes(vars(ppo.Config(**flags)))
+    assert count() == (1, 4, 8, 8) and count(value="shared") == count(value="none") == (1, 3, 4, 4)
+    assert count(reward="a,b,c", epochs=1, value="sft") == (1, 6, 2, 2)
+    assert count(reward="rule:no-negative-word", value="none") == (1, 2, 4, 4)
+    assert frontier.passes(vars(dpo.Config(epochs=2))) == (0, 1, 2, 2)
+
+
+def test_the_frontier_of_a_few_policies(tmp_path):
+    """A page that needs all policies: no default RLOO, no GRPO, no measurement at temperature 1. A table of groups with
+    another run's K; seconds summed over the seeds; policies without a place on a line drawn as PPO's."""
+    runs = [results_of(1), results_of(2)]
+    for name, results in ("two", runs), ("one", runs[:1]):
+        (folder := tmp_path / name).mkdir()
+        common.write_json(folder / "results.json", {i: {"evaluate": found} for i, found in enumerate(results)})
+        write_jsonl(folder / "logs.jsonl", [{"run": "rloo-kl6", **line} for line in (
+            {"config": vars(ppo.Config(value="none"))}, {"done": {"seconds": 90.0, "peak_memory_mb": 1500}},
+            {"done": {"seconds": 110.0, "peak_memory_mb": 1500}})])
+        frontier.main(frontier.Config(str(folder)))
+        page = (folder / "frontier.md").read_text()
+        assert (folder / "frontier.png").is_file() and "temperature of its training" not in page
+        assert "| RLOO | rloo-kl6 | 1 | 3 | 4 | 4 | 100 (90 to 110) | 1,500 (1,500 to 1,500) |" in page
+        assert "| PPO |" not in page and "| dpo-beta0.05 |" in page
+    assert [row[:3] for row in frontier.group_rows(runs)] == [["RLOO", "2", "64"], ["RLOO", "4", "32"]]
+    assert [row[0] for row in frontier.value_rows(runs)] == ["ppo-kl6", "rloo-kl6", "reinforce"]
+    found = report.curves(frontier.joined(runs[0]))
+    assert {method: [*rows] for method, rows in found.items()} == {
+        "best-of-n": [1], "PPO": ["ppo-kl3", "ppo-kl6", "ppo-kl9"], "RLOO": ["rloo-kl6"],
+        "DPO": ["dpo", "dpo-beta1", "dpo-beta0.05"]}
+    old = report.curves({**runs[0], "flags": {"mine": {"kl_coef": 0.2}}, "policies": {"mine": {}}})  # of before 0.10
+    assert [*old["PPO"]] == ["mine"]
 
 
 def test_bag_of_words_against_its_optimum():
@@ -73,6 +137,13 @@ def test_the_card_of_a_few_pairs(tmp_path):
     assert shares == [[1.0, 0.0], [0.5, 0.5]] and [row.get("people") for row in found.values()] == [0.9, None]
 
 
+def test_the_version_of_a_study():
+    """A run of today that is called one of version 0.7, or committed tables that are taken for those of this code."""
+    facts = {"hardware": "CPU", "torch": "2", "date": "today"}
+    assert markdown.made(Path("out/tiny/ablations"), facts) == "CPU, torch 2, today"
+    assert "version 0.7" in markdown.made(Path("results/ablations"), facts)
+
+
 def test_text_of_a_model_is_escaped():
     """A sample that ends its table, or puts a link, an image or markup into report.md."""
     text = markdown.escape("a | b\n![x](http://y) <img src=z> `c` *d* # &amp; \x1b[0m\u202e")
@@ -81,7 +152,8 @@ def test_text_of_a_model_is_escaped():
 
 def commands_of(script, out):
     """{name: configuration} of a script's commands, each checked: flags that it takes, and models made before it."""
-    made = {str(out / name) for name in "sft reward labeler judge ppo dpo evaluate samples label label-ann".split()}
+    folders = "sft reward labeler judge ppo rloo dpo evaluate samples label label-ann"
+    made = {str(out / name) for name in folders.split()}
     for folder in [*map(Path, made), out / "labelers/label-vader"]:
         folder.mkdir(parents=True)
         (folder / "rankings.jsonl").write_text("{}\n" * 20)
@@ -106,12 +178,31 @@ def commands_of(script, out):
     return found
 
 
-def test_the_commands_of_the_frontier_and_of_the_labelers(tmp_path):
+def test_the_commands_of_the_frontier(tmp_path):
+    """A method at other settings than PPO's, a policy that is trained and not measured, DPO measured at 0.7 twice, or a
+    table of runs that do not exist."""
+    found = commands_of("frontier.sh", tmp_path)
+    runs = {name: cfg for name, cfg in found.items() if isinstance(cfg, ppo.Config)}
+    measured, hot = ({Path(path).name for path in found[name].policies.split(",")} for name
+                     in ("evaluate", "evaluate-at-1"))
+    dpos = {name for name, cfg in found.items() if isinstance(cfg, dpo.Config)} | {"dpo"}
+    assert measured == runs.keys() | dpos | {"ppo", "rloo"} and hot == dpos and len(dpos) == 4
+    assert found["evaluate-at-1"].temperature == 1 and found["evaluate"].temperature == 0.7
+    assert {*frontier.COSTS.values(), *frontier.BASELINES} <= measured and "study.frontier" in found
+    assert {f"{kind}-{run}" for kind in ("rloo", "grpo") for run in ("kl3", "kl12", "group2", "group8")} < measured
+    free = {"out", "kl_target", "advantages", "group", "value", "lam", "whiten_advantages"}
+    assert len({str({flag: x for flag, x in vars(cfg).items() if flag not in free}) for cfg in runs.values()}) == 1
+    assert all(name.split("-")[0] in (cfg.advantages.replace("gae", "ppo"), "no", "reinforce")
+               for name, cfg in runs.items())
+
+
+def test_the_commands_of_the_over_optimisation_and_of_the_labelers(tmp_path):
     """A flag that was renamed, or a policy measured before it is trained: it would show only after half an hour."""
-    found = commands_of("frontier.sh", tmp_path / "a b")
-    assert {f"over-{size}" for size in frontier.SIZES} | {"frontier", "labels-exact", "labels-flipped"} <= found.keys()
+    found = commands_of("over_optimisation.sh", tmp_path / "a b")
+    labels = {f"labels-{kind}" for kind in ("people", "exact", "flipped")}
+    assert {f"over-{size}" for size in over_optimisation.SIZES} | labels <= found.keys()
     seeds = {(cfg.seed, getattr(cfg, "split_seed", -1)) for cfg in found.values() if hasattr(cfg, "seed")}
-    assert seeds == {(7, -1), (72, 7), (73, 7)} and "study.frontier" in found  # an ensemble shares its data
+    assert seeds == {(7, -1), (72, 7), (73, 7)} and "study.over_optimisation" in found  # an ensemble shares its data
     policies = commands_of("labelers.sh", tmp_path / "c")["evaluate"].policies
     assert [Path(path).name for path in policies.split(",")] == ["ppo", "ppo-vader", "ppo-ann"]
 
@@ -133,19 +224,23 @@ def test_every_command_of_the_ablations_changes_one_thing(tmp_path):
     assert all(K * found[f"reward-K{K}"].limit == 2880 for K in (2, 4, 9))  # responses
 
 
+STUDIES = {"frontier": frontier, "over_optimisation": over_optimisation, "ablations": ablations}
+
+
 def test_committed_figures_and_tables_are_drawn_from_committed_files(tmp_path):
     """A figure in results/ that needs a checkpoint nobody has, or a table that belongs to other numbers."""
     tmp_path = tmp_path / "results"
     shutil.copytree(ROOT / "results", tmp_path)
-    drawn = [path for path in (tmp_path / "README.md", *tmp_path.glob("tiny/*/*"), *tmp_path.glob("study/*"),
-                               tmp_path / "ablations/ablations.md") if path.suffix in (".png", ".md")]
+    studies = [tmp_path / name for name in STUDIES if (tmp_path / name / "results.json").is_file()]
+    drawn = [path for path in (tmp_path / "README.md", *tmp_path.glob("tiny/*/*"), *(
+        path for study in studies for path in study.iterdir())) if path.suffix in (".png", ".md")]
     for path in drawn:
         path.unlink()
     subprocess.run([sys.executable, "-m", "study.report", *map(str, sorted(tmp_path.glob("tiny/seed*")))], check=True,
                    cwd=ROOT, env={**os.environ, "MPLBACKEND": "module://that.of_a_notebook"})  # not installed here
-    frontier.main(frontier.Config(str(tmp_path / "study")))
-    ablations.main(ablations.Config(str(tmp_path / "ablations")))
-    assert len(drawn) == 26 and all(path.is_file() for path in drawn)
+    for study in studies:
+        STUDIES[study.name].main(STUDIES[study.name].Config(str(study)))
+    assert len(drawn) >= 25 and all(path.is_file() for path in drawn)
     decimal = re.compile(r"-?\d+\.\d+")
     for path in (path for path in drawn if path.suffix == ".md"):
         text, kept = path.read_text(), (ROOT / "results" / path.relative_to(tmp_path)).read_text()
@@ -155,15 +250,15 @@ def test_committed_figures_and_tables_are_drawn_from_committed_files(tmp_path):
 
 def test_what_collect_keeps(tmp_path):
     """A seed lost when another is added, or kept twice when collected again; paths that only this machine has."""
-    folder = tmp_path / "x/study/ppo"
+    folder = tmp_path / "x/frontier/ppo"
     folder.mkdir(parents=True)
     for name in ("config", "done", "results"):
         common.write_json(folder / f"{name}.json", {"stage": {"out": str(folder)}, "files": [], "samples": 1})
     (folder / "log.jsonl").write_text('{"kl": 0.123456789, "sample": "text"}\n')
     for seed in (1, 2, 1):
-        collect.main(collect.Config(f"{tmp_path}/x/study", f"{tmp_path}/kept", seed))
+        collect.main(collect.Config(f"{tmp_path}/x/frontier", f"{tmp_path}/kept", seed))
     results, lines = (collect.read(tmp_path / "kept" / name, 9) for name in ("results.json", "logs.jsonl"))
     assert results.keys() == {"1", "2"} and "samples" not in results["1"]["ppo"]
     assert [line["seed"] for line in lines] == [2] * 3 + [1] * 3 and "files" not in lines[2]["done"]
-    assert lines[:2] == [{"seed": 2, "run": "ppo", "config": {"out": "out/tiny/study/ppo"}},
+    assert lines[:2] == [{"seed": 2, "run": "ppo", "config": {"out": "out/tiny/frontier/ppo"}},
                          {"seed": 2, "run": "ppo", "kl": 0.12346}]
