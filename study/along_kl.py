@@ -81,8 +81,8 @@ def main(cfg):
                for i, text in enumerate(texts[:cfg.shown])]
     page = "\n\n".join([
         "# Samples along KL", f"PPO without a KL penalty, {len(prompts)} held-out prompts, temperature "
-        f"{cfg.temperature}; the first column is the SFT model. Win rate and `judge` are an independent judge's, `proxy` "
-        "is what PPO maximises. Nats per response.", table(columns, numbers),
+        f"{cfg.temperature}; the first column is the SFT model. Win rate and `judge` are the independent judge's, "
+        "`proxy` is what PPO maximises. Nats per response.", table(columns, numbers),
         f"The responses to the first {cfg.shown} prompts of the evaluation file:",
         table(["prompt", *columns[1:]], samples)])
     write_atomic(folder / cfg.policy / "along_kl.md", page + "\n")
