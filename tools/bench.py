@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 
@@ -137,9 +138,10 @@ def ppo_iteration(bench, figure):
     value = (torch.nn.Linear(MODEL.width, 1) if shared else ScalarModel(MODEL).eval()).to(device)
     optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0)
     prompts, random = bench.tokens(B, P), torch.Generator(device).manual_seed(1)
+    enc = SimpleNamespace(end=NEVER)
 
     def iteration():
-        rollout, _ = ppo.collect(policy, ref, reward, value, prompts, cfg.kl_coef, cfg, NEVER, bench.autocast, random)
+        rollout, _ = ppo.collect(policy, ref, [reward], value, prompts, cfg.kl_coef, cfg, enc, bench.autocast, random)
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
     forward, values = flop(MODEL, P + R - 1, R, True), 0 if shared else flop(MODEL, P + R - 1, R)
     collect = sample_flop(MODEL, P, R) + 2 * forward + values + flop(MODEL, P + R, 1)

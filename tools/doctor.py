@@ -40,9 +40,14 @@ SYMPTOMS = {
         "sampler and training graph are two models", "compare temperature, mask, left padding, shift by one, dropout"),
     "rewards do not add up": Symptom("ppo", "rewards", "not score - kl_coef * kl, within 1 % and responses without EOS",
         "the KL penalty has the wrong sign, or the score is not in them once", "compare `ppo.py: shape_rewards`"),
+    "group baseline off": Symptom("ppo", "advantage_group_std",
+        "not group_std * K / (K - 1) with rloo, 1 with grpo, within 2 %, in a quarter of the rollouts",
+        "the baseline is not the mean of the other responses to the same prompt",
+        "are a prompt's rows neighbours? the response itself in its baseline? one baseline for the whole rollout?"),
     "wrong way": Symptom("ppo", "kl_coef", "moves away from the target in half of the rollouts",
         "it must rise while KL is above its target, and fall while it is below", "compare `ppo.py: AdaptiveKL`"),
-    "first scores off": Symptom("ppo", "score", "mean beyond 0.5 or deviation outside 0.5 to 2, and beyond chance",
+    "first scores off": Symptom("ppo", "score",
+        "mean beyond 0.5 or deviation outside 0.5 to 2, and beyond chance (not of a rule)",
         "on SFT samples they are 0 and 1", "is the last real token read? the same --sft, --prompts, --temperature?"),
     # PPO: does it learn, and what?
     "KL runs away": Symptom("ppo", "kl", "above three times --kl-target, without a controller above 30 nats",
@@ -61,6 +66,9 @@ SYMPTOMS = {
         "the same words again and again", "a larger --kl-coef; a reward model that has seen such text ranked last"),
     "values explain nothing": Symptom("ppo", "explained_variance", "below 0 at the end",
         "advantages are noisier than without it", "--value separate; are values and returns shifted by one?"),
+    "groups without signal": Symptom("ppo", "equal_groups", "above 0.5 at the end",
+        "a prompt's scores are equal: RLOO learns only the KL penalty, GRPO its small differences at full weight",
+        "is the score at its maximum? a higher --temperature, a larger --group, a finer reward"),
     "clip binds": Symptom("ppo", "clip_fraction", "above 0.3 in a quarter of the rollouts",
         "a third of the tokens give no gradient: steps too large", "a lower --lr, fewer --epochs or --minibatches"),
     "clip never binds": Symptom("ppo", "clip_fraction", "0 all the time, with more than one step per rollout",
@@ -186,21 +194,34 @@ def ppo(record):
     wrong = []
     for i, line in enumerate(lines if not flags["whiten_rewards"] else []):
         gap = line["rewards"] - (line["score"] - line["kl_coef"] * line["kl"])
-        # A response without EOS counts --missing-eos-score; which scores it took the place of, the log does not say.
+        # A response without EOS counts --missing-eos-score. Which scores it replaced, the log does not say: the mean
+        # of a share m of the responses is at most std / sqrt(m) away from that of all (Cauchy-Schwarz).
+        m = 1 - line["eos_rate"]
         unknown = 0 if math.isnan(missing) else (
-            (1 - line["eos_rate"]) * (abs(missing) + abs(line["score"]) + 4 * line["score_std"]))
-        if abs(gap) > unknown + 0.01 * (1 + abs(line["kl_coef"] * line["kl"])):
+            m * (abs(missing) + abs(line["score"])) + math.sqrt(m) * line["score_std"])
+        if abs(gap) > unknown + 0.01 * (1 + abs(line["score"]) + abs(line["kl_coef"] * line["kl"])):
             wrong.append(i)
     if wrong:
         seen = "{rewards:.2f}, but score - kl_coef * kl is {score:.2f} - {kl_coef:.3f} * {kl:.2f}"
         yield "rewards do not add up", seen.format(**lines[wrong[-1]]), wrong
+    advantages = flags.get("advantages", "gae")
+    K, wrong = 1 if advantages == "gae" else flags["group"], []
+    for i, line in enumerate(lines if K > 1 else []):
+        high = line["group_std"] * K / (K - 1) if advantages == "rloo" else 1.0
+        low = high if advantages == "rloo" else 1 - line["equal_groups"]  # without differences an advantage is 0
+        if line["group_std"] > 0.01 and not 0.98 * low <= line["advantage_group_std"] <= 1.02 * high:
+            wrong.append(i)
+    if wrong and len(wrong) >= len(lines) / 4:
+        seen = "{advantage_group_std:.2f}, group_std {group_std:.2f}, equal_groups {equal_groups:.2f}, K "
+        yield "group baseline off", seen.format(**lines[wrong[-1]]) + str(K), wrong
     wrong = [i + 1 for i in range(len(kl) - 1) if (coefs[i + 1] - coefs[i]) * (kl[i] - target) < 0]
     if wrong and len(wrong) >= (len(kl) - 1) / 2:
         yield "wrong way", f"{coefs[0]:.3f} to {coefs[-1]:.3f}, KL {kl[0]:.1f} to {kl[-1]:.1f} of {target:g}", wrong
     score, deviation = lines[0]["score"], lines[0]["score_std"]
-    chance = 3 / math.sqrt(lines[0]["episodes"])  # three standard errors of a mean, and nearly of a deviation
+    chance = 3 / math.sqrt(lines[0]["episodes"] / K)  # three standard errors of a mean, and nearly of a deviation
     least = flags["ensemble"] == "min" and "," in flags["reward"]  # of several, which is lower than each
-    if score > 0.5 + chance or not (least or score > -0.5 - chance and 0.5 / (1 + chance) < deviation < 2 + 2 * chance):
+    if not flags["reward"].startswith("rule:") and (score > 0.5 + chance or not (
+            least or score > -0.5 - chance and 0.5 / (1 + chance) < deviation < 2 + 2 * chance)):
         yield "first scores off", f"mean {score:.2f}, deviation {deviation:.2f}", [0]
     yield from above("KL runs away", 3 * target if flags["kl_horizon"] else 30.0)  # a horizon of 0: no controller
     if record.judged:
@@ -214,16 +235,23 @@ def ppo_learning(record):
     last = range(len(lines) - len(lines) // 4, len(lines))
     half_way = len(lines) >= 0.5 * flags["iterations"]  # slow is not broken
     asks_for_eos, values = not math.isnan(flags["missing_eos_score"]), flags["value_coef"] and flags["value"] != "none"
+    # A reward model's scores of SFT samples have deviation 1. A rule's may have any; at the end it is small if nearly
+    # all responses have the highest score.
+    unit = mean(column("score_std")[last.start:]) if flags["reward"].startswith("rule:") else 1.0
     for name, is_broken in {
-            "flat score": lambda early, late: late - early < 0.2 and half_way,
+            "flat score": lambda early, late: late - early <= 0.2 * unit and half_way,
             "KL stays at 0": lambda early, late: late < 0.05 and half_way,
             "length changes": lambda early, late: not 0.6 * early < late < 1.4 * early,
             "no EOS": lambda early, late: late < 0.05 and asks_for_eos or late < 0.5 <= early,
             "identical responses": lambda early, late: late < 0.7,
             "repetition": lambda early, late: late > max(0.2, 2 * early),
-            "values explain nothing": lambda early, late: late < 0 and half_way and values}.items():
-        numbers = column(SYMPTOMS[name].metric)
-        early, late = mean(numbers[:first]), mean(numbers[last.start:])
+            "values explain nothing": lambda early, late: late < 0 and half_way and values,
+            "groups without signal": lambda early, late: late > 0.5}.items():
+        metric = SYMPTOMS[name].metric  # not in all lines: explained_variance, equal_groups
+        parts = [[line[metric] for line in part if metric in line] for part in (lines[:first], lines[last.start:])]
+        if not all(parts):
+            continue
+        early, late = map(mean, parts)
         if is_broken(early, late):
             yield name, f"{early:.2f} at the beginning, {late:.2f} at the end", last
     clipped = column("clip_fraction")

@@ -90,7 +90,7 @@ Break = namedtuple("Break", "bug expected patch flags stage", defaults=[{}, {}, 
 # What the patches call: the functions as they are.
 forward, load_model, sample_prompts, policy_loss, shape_rewards, token_logprobs = (
     ppo.forward, ppo.load_model, ppo.sample_prompts, ppo.policy_loss, ppo.shape_rewards, ppo.token_logprobs)
-load_reward, read_rankings, ranking_loss = ppo.load_reward, reward.read_rankings, reward.ranking_loss
+group_advantages, read_rankings, ranking_loss = ppo.group_advantages, reward.read_rankings, reward.ranking_loss
 dpo_loss, response_logprobs = dpo.dpo_loss, dpo.response_logprobs
 first_weights, loaded = functools.cache(copy.deepcopy), {}  # a model as it was at the first call; {folder: model}
 
@@ -101,10 +101,30 @@ def shifted(policy, value, batch, temperature):
     return logits, token_logprobs(logits, batch["tokens"][:, -1 - batch["mask"].size(1):], temperature), values
 
 
-def too_kind(*args):
-    for model in (models := load_reward(*args)):
+def too_kind(*args, **how):
+    model = load_model(*args, **how)
+    if "reward" in args and not how:  # not the value model, which starts from the same weights
         model.bias.add_(2.0)
-    return models
+    return model
+
+
+def shared(folder, *args, **how):
+    """The policy again when the reference is loaded; other models as they are."""
+    model = load_model(folder, *args, **how)
+    return model if "reward" in args else loaded.setdefault(folder, model)
+
+
+def across(returns, K, kind):
+    """Groups of rows that are N / K apart, as if the prompts of a rollout were repeated one after another."""
+    return group_advantages(returns.view(K, -1).T.flatten(), K, kind).view(-1, K).T.flatten()
+
+
+def with_itself(returns, K, kind):
+    return (returns.view(-1, K) - returns.view(-1, K).mean(1, keepdim=True)).flatten()
+
+
+def of_the_rollout(returns, K, kind):
+    return group_advantages(returns, len(returns), kind)
 
 
 def of_another_model(*args, **how):
@@ -135,8 +155,7 @@ BREAKS = [
     Break("score on every token", "rewards do not add up",
           {"shape_rewards": lambda scores, own, ref, mask, coef: (scores[:, None] - coef * (own - ref)) * mask}),
     Break("KL controller backwards", "wrong way", {"AdaptiveKL": Backwards}),
-    Break("reference trained along with the policy", "KL stays at 0", {
-        "load_model": lambda folder, *args, **how: loaded.setdefault(folder, load_model(folder, *args, **how))}),
+    Break("reference trained along with the policy", "KL stays at 0", {"load_model": shared}),
     Break("advantages with the wrong sign", "KL runs away",
           {"policy_loss": lambda own, old, advantages, mask, clip: policy_loss(own, old, -advantages, mask, clip)}),
     Break("old log-probabilities taken from the current pass", "KL runs away",
@@ -146,7 +165,12 @@ BREAKS = [
     Break("KL coefficient 250 times too high", "gradient far above the clip",
           flags={"kl_coef": 50.0, "kl_horizon": 0.0}),
     Break("no KL penalty", "KL runs away", flags={"kl_coef": 0.0, "kl_horizon": 0.0, "lr": 4e-3}),
-    Break("reward model normalised on other samples", "first scores off", {"load_reward": too_kind}),
+    Break("reward model normalised on other samples", "first scores off", {"load_model": too_kind}),
+    *(Break(f"{kind.upper()}: {bug}", "group baseline off", {"group_advantages": patch},
+            {"advantages": kind, "iterations": 4}) for bug, patch, kinds in (
+        ("groups of responses to different prompts", across, "rloo grpo"),
+        ("baseline with the response itself in it", with_itself, "rloo"),
+        ("baseline of the whole rollout", of_the_rollout, "rloo grpo")) for kind in kinds.split()),
     Break("reward model untrained", "gradient far above the clip", flags={"lr": 1e-9}, stage="reward"),
     Break("rankings in no order", "near chance", {
         "read_rankings": lambda path: [{**row, "responses": random.Random(i).sample(texts, len(texts))}
@@ -182,8 +206,10 @@ def run(cfg, broken):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         configs = world(Path(folder))
-        healthy = [Break(f"none, seed {seed}", "", flags={"seed": seed}, stage=stage) for stage in configs
-                   for seed in range(1, 6)]
+        kinds = [*((stage, "", {}) for stage in configs),
+                 *(("ppo", f"{kind.upper()}, ", {"advantages": kind}) for kind in ("rloo", "grpo"))]
+        healthy = [Break(f"none, {name}seed {seed}", "", flags={"seed": seed, **flags}, stage=stage)
+                   for stage, name, flags in kinds for seed in range(1, 6)]
         for number, broken in enumerate([*healthy, *BREAKS]):
             found = run(replace(configs[broken.stage], out=f"{folder}/run{number}"), broken)
             print(f"| {broken.bug} | {broken.stage} | {', '.join(found) or 'healthy'} |", flush=True)

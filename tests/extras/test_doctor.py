@@ -33,10 +33,12 @@ def test_a_bug_is_named(broken, world, tmp_path):
     assert [name for name in found if name != "stopped"][:1] == [broken.expected]  # in the first place
 
 
-@pytest.mark.parametrize("stage, seed", [("reward", 2), ("dpo", 1), ("sft", 1), ("ppo", 1)])
-def test_without_a_bug_nothing_is_named(stage, seed, world, tmp_path):
-    """A doctor that finds faults everywhere names those of the broken runs, too."""
-    none = breaks.Break("none", "", flags={"seed": seed}, stage=stage)
+@pytest.mark.parametrize("stage, flags", [
+    ("reward", {"seed": 2}), ("dpo", {}), ("sft", {}), ("ppo", {}), ("ppo", {"advantages": "rloo"}),
+    ("ppo", {"advantages": "grpo"}), ("ppo", {"value": "none"})], ids=str)
+def test_without_a_bug_nothing_is_named(stage, flags, world, tmp_path):
+    """A doctor that finds faults everywhere names those of the broken runs, too; one that stops without a metric."""
+    none = breaks.Break("none", "", flags=flags, stage=stage)
     assert breaks.run(breaks.replace(world[stage], out=str(tmp_path)), none) == {}
 
 
@@ -86,6 +88,39 @@ def test_flags_that_explain_what_is_seen(flags, metric, value, last, committed):
     with_flags = copy.deepcopy(without)
     with_flags.flags.update(flags)
     assert names(with_flags) == [] != names(without)
+
+
+@pytest.mark.parametrize("kind, advantages, equal, last, expected", [
+    ("rloo", 0.8, 0.0, 0, []), ("rloo", 0.6, 0.0, 0, ["group baseline off"]), ("rloo", 0.6, 0.0, 7, []),
+    ("rloo", 0.83, 0.3, 8, ["group baseline off"]), ("grpo", 0.99, 0.0, 0, []), ("grpo", 0.75, 0.25, 0, []),
+    ("grpo", 0.92, 0.0, 8, ["group baseline off"]), ("grpo", 1.15, 0.4, 0, ["group baseline off"]),
+    ("grpo", 0.99, 0.48, 8, []), ("grpo", 0.99, 0.6, 8, ["groups without signal"]), ("gae", 0.6, 0.0, 0, [])])
+def test_groups(kind, advantages, equal, last, expected, committed):
+    """A wrong baseline missed, or seen where responses are equal and in single rollouts; groups asked of GAE."""
+    record = changed(committed["ppo"], "group_std", 0.6, 0)
+    right = changed(record, "advantage_group_std", 0.8 if kind == "rloo" else 1.0, 0)
+    right.flags.update(advantages=kind, group=4)
+    assert names(changed(changed(right, "advantage_group_std", advantages, last), "equal_groups", equal, 0)) == expected
+
+
+@pytest.mark.parametrize("end, deviation, expected", [
+    (0.95, 0.2, []), (0.83, 0.38, ["flat score"]), (0.8, 0.0, ["flat score"]), (0.82, 0.02, [])])
+def test_scores_of_a_rule(end, deviation, expected, committed):
+    """A rule's scores, 0 or 1, held against the mean 0 and deviation 1 that a reward model's have at first."""
+    learned = changed(changed(committed["ppo"], "score", 0.8, 0), "score_std", 0.4, 0)
+    learned = changed(changed(learned, "score", end), "score_std", deviation)
+    rule = copy.deepcopy(learned)
+    rule.flags["reward"] = "rule:no-negative-word"
+    assert names(rule) == expected and names(learned)[0] == "first scores off"
+
+
+def test_responses_without_eos(committed):
+    """An error seen where a rule gives 10 to one response in 20, those without EOS, which count -1; or missed."""
+    for rewards, expected in ((-0.05, []), (-0.5, ["rewards do not add up"])):
+        record = committed["ppo"]
+        for name, value in {"score": 0.5, "score_std": 2.18, "eos_rate": 0.95, "kl": 0.0, "rewards": rewards}.items():
+            record = changed(record, name, value, 0)
+        assert [name for name in names(record) if name == "rewards do not add up"] == expected
 
 
 def test_what_is_in_no_metric(committed):
