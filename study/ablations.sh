@@ -19,8 +19,6 @@ ppo whiten-rewards     "$OUT/reward" --whiten-rewards true
 ppo raw-advantages     "$OUT/reward" --whiten-advantages false
 ppo value-sft          "$OUT/reward" --value sft
 ppo value-shared       "$OUT/reward" --value shared
-ppo value-none         "$OUT/reward" --value none --lam 1  # lam 0.95 would discount the score by 5 % a token
-ppo reinforce          "$OUT/reward" --value none --lam 1 --whiten-advantages false
 ppo epochs-1           "$OUT/reward" --epochs 1
 ppo epochs-8           "$OUT/reward" --epochs 8
 ppo minibatches-4      "$OUT/reward" --minibatches 4
