@@ -213,14 +213,13 @@ def read_rows(path, accept, expected="an object"):
     check(Path(path).is_file(), f"{path}: no such file")
     rows, number = [], 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in ((number, line) for number, line in enumerate(file, start=1) if line.strip()):
-                if not isinstance(row := json.loads(line), dict):
+                if not isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
                     raise ValueError(f"expected {expected}, found {type(row).__name__}")
                 rows.append(accept(row))
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as error:
-        kind = {json.JSONDecodeError: "not JSON: ", UnicodeDecodeError: "not UTF-8 text: "}.get(type(error), "")
-        raise UserError(f"{path}:{number}: {kind}{error}") from None
+        raise UserError(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}") from None
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows
 
@@ -233,7 +232,7 @@ def read_jsonl(path, *layouts):
         left[:] = [fields for fields in left if fields.keys() & row.keys() - {"prompt"}][:1] or left
         for name, kind in left[0].items():
             if not isinstance(value := row.get(name), kind):
-                found = type(value).__name__ if name in row else f"only {', '.join(row)}"
+                found = type(value).__name__ if name in row else f"no such field among {list(row)}"
                 raise ValueError(f"{name}: expected {kind.__name__}, found {found}")
             for text in value if kind is list else [value]:
                 check_text(text, name)

@@ -8,10 +8,11 @@ One iteration: sample a response to each prompt; score whole responses; charge e
 
 Papers: Schulman et al. 2017 (PPO), 2016 (GAE); Ziegler et al. 2019 (KL reward, adaptive controller); Stiennon et al.
 2020 (separate value model). RLOO (Ahmadian et al. 2024) and GRPO (Shao et al. 2024) compare responses to the same
-prompt instead; all else is PPO's here. In the papers GRPO's KL is a term of the loss, which is averaged per response
-first; RLOO makes one step per rollout, on sums over tokens. Left out on purpose: an entropy bonus, several GPUs.
+prompt instead; here all else is as in PPO. In their papers RLOO's loss is a sum over tokens; GRPO's is averaged per
+response first, has the KL as a term, and takes one step per rollout. Left out: an entropy bonus, several GPUs.
 """
 import math
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -51,15 +52,15 @@ class Config:  # the comments are the --help texts
     clip: float = 0.2                   # clip range of the ratio
     value_clip: float = 0.2             # clip range of a value around its old value
     value_coef: float = 0.1             # weight of the value loss
-    gamma: float = 1.0                  # discount
-    lam: float = 0.95                   # GAE
+    gamma: float = 1.0                  # discount (gae)
+    lam: float = 0.95                   # lambda (gae)
     kl_coef: float = 0.2                # initial KL coefficient, in units of score per nat
     kl_target: float = 6.0              # nats per response that the controller steers to
     kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the coefficient is fixed
     kl_ceiling: float = 60.0            # nats per response: the run stops above it; 0: it never does
     missing_eos_score: float = -1.0     # replaces the score of a response without EOS; nan: keep the score
-    whiten_rewards: bool = False        # scale the rewards to variance 1, their mean kept (found harmful on TL;DR)
-    whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout
+    whiten_rewards: bool = False        # rewards of variance 1, their mean kept (gae; found harmful on TL;DR)
+    whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout (gae)
     snapshots: int = 8                  # policies kept along the way for the evaluation, at least
     sample_every: int = 10              # iterations between printed samples
     save_every: float = 300.0           # seconds between saves of the resume state
@@ -77,7 +78,6 @@ PRESETS = {
 }
 
 # ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
-
 def masked_mean(x, mask):
     """Mean of x (any shape) where mask is 1; 0 for an empty mask."""
     return torch.where(mask > 0, x, 0).sum() / mask.sum().clamp(min=1)
@@ -146,15 +146,14 @@ class AdaptiveKL:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * episodes / self.horizon
 
-# --reward rule:NAME: a function of prompt and response, both texts, that returns a score. Add your own.
+# --reward rule:NAME: a score, about 1 in size, of two texts: prompt and response, without EOS. A change: --overwrite.
 NEGATIVE = set("bad worst worse awful terrible boring dull poor stupid waste mess fails lacks no not never".split())
-RULES = {"no-negative-word": lambda prompt, response: float(NEGATIVE.isdisjoint(response.lower().split()))}
+RULES = {"no-negative-word": lambda prompt, response: NEGATIVE.isdisjoint(re.findall("[a-z]+", response.lower()))}
 
 def freeze(*models):
     """Keep the matrices of the blocks in bf16, as autocast casts them in every pass: half the memory, same numbers."""
-    for module in (module for model in models for module in model.trunk.blocks.modules()):
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
+    for layer in (x for model in models for x in model.trunk.blocks.modules() if isinstance(x, torch.nn.Linear)):
+        layer.to(torch.bfloat16)
 
 def select(rollout, rows):
     """Some rows of a rollout (a dict of tensors), without the columns that are padding in all of them."""
@@ -210,9 +209,9 @@ def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, r
             for name, x in zip(names, (logprobs, ref_logprobs, values, entropy)):
                 rollout[name][rows, :x.size(1)] = x * batch["mask"]
     if not rewards:
-        texts = [(enc.decode(prompts[i][1:]), enc.decode([token for token in ids if token != enc.end]))
-                 for i, ids in zip(order.tolist(), responses.tolist())]
-        rollout["scores"] = torch.tensor([RULES[cfg.reward[5:]](*pair) for pair in texts], device=device)
+        rule = RULES[cfg.reward.removeprefix("rule:")]
+        rollout["scores"] = torch.tensor([rule(enc.decode(prompts[i][1:]), enc.decode([x for x in ids if x != enc.end]))
+                                          for i, ids in zip(order.tolist(), responses.tolist())]).float().to(device)
 
     scores, ended = rollout["scores"], responses.gather(1, lengths[:, None] - 1).squeeze(1) == enc.end
     paid = scores if math.isnan(cfg.missing_eos_score) else torch.where(ended, scores, cfg.missing_eos_score)
@@ -221,13 +220,14 @@ def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, r
     if cfg.advantages == "gae":
         advantages, returns = gae(per_token, rollout["values"], mask, cfg.gamma, cfg.lam)
         advantages, groups = whiten(advantages, mask) if cfg.whiten_advantages else advantages, {}
-    else:  # rloo, grpo: each token of a response has its response's advantage, and no values learn from returns
-        total, by_prompt = per_token.sum(1), order.argsort()  # (B,), and the order in which a prompt's K are neighbours
-        advantage = group_advantages(total[by_prompt], cfg.group, cfg.advantages)[order]  # (B,)
-        advantages, returns = advantage[:, None] * mask, torch.zeros_like(mask)
-        stds = torch.stack([paid, total, advantage])[:, by_prompt].view(3, -1, cfg.group).std(2)  # (3, prompts)
-        groups = {"group_std": stds[1].mean(), "advantage_group_std": stds[2].mean(),
-                  "equal_groups": (stds[0] < 1e-3).float().mean()}  # share of prompts whose scores are all equal
+    else:  # rloo, grpo: one return for a response, undiscounted, and one advantage for all its tokens
+        by_prompt = order.argsort()  # undoes the order by length: a prompt's K are neighbours
+        response_returns = per_token.sum(1)[by_prompt]  # (B,)
+        own = group_advantages(response_returns, cfg.group, cfg.advantages)  # (B,)
+        advantages, returns = own[order][:, None] * mask, torch.zeros_like(mask)  # no value model learns from returns
+        stds = [x.view(-1, cfg.group).std(1) for x in (paid[by_prompt], response_returns, own)]  # (prompts,) each
+        groups = {"equal_groups": (stds[0] < 1e-3).float().mean(),  # share of prompts whose scores are all equal
+                  "group_std": stds[1].mean(), "advantage_group_std": stds[2].mean()}
     rollout.update(advantages=advantages, returns=returns)
 
     log_ratio = (rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask
@@ -304,7 +304,8 @@ def main(cfg):
         check(getattr(cfg, name) in of.split(), f"--{name}: one of {of}")
     group, rule = 1 if cfg.advantages == "gae" else cfg.group, cfg.reward.startswith("rule:")
     check(cfg.advantages == "gae" or group > 1 and cfg.episodes % group == 0, "--group: above 1, divides --episodes")
-    check(not rule or cfg.reward[5:] in RULES, f"--reward rule:NAME: NAME is one of {', '.join(RULES)} (ppo.py: RULES)")
+    check(cfg.advantages == "gae" or not cfg.whiten_rewards, "--whiten-rewards: only with gae (it pays for length)")
+    check(not rule or cfg.reward.removeprefix("rule:") in RULES, f"--reward rule:NAME: one of {', '.join(RULES)}")
     cfg.value = "none" if cfg.advantages != "gae" else "sft" if rule and cfg.value == "separate" else cfg.value
     reward_folders = [] if rule else cfg.reward.split(",")
     device, autocast = set_up(cfg)
@@ -316,7 +317,7 @@ def main(cfg):
     value = None
     if cfg.value in ("separate", "sft"):
         start = (reward_folders[0], device, "reward") if cfg.value == "separate" else (cfg.sft, device)
-        value = load_model(*start, recompute=cfg.recompute, fresh_head=True)
+        value = load_model(*start, recompute=cfg.recompute, fresh_head=cfg.value == "sft")
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first
@@ -324,8 +325,8 @@ def main(cfg):
     check_same_vocab(cfg.sft, *reward_folders)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, *rewards))
     prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in read_jsonl(cfg.prompts, {"prompt": str})]
-    per_epoch, every = len(prompts) * group // cfg.episodes, max(1, cfg.iterations // cfg.snapshots)
-    check(per_epoch, f"{cfg.prompts}: {len(prompts)} prompts do not fill --episodes {cfg.episodes}")
+    count, every = cfg.episodes // group, max(1, cfg.iterations // cfg.snapshots)  # count: prompts of a rollout
+    check(per_epoch := len(prompts) // count, f"{cfg.prompts}: {len(prompts)} prompts; --episodes ask for {count}")
     stage.open()
     trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], cfg.lr, 0.0, eps=cfg.adam_eps)
@@ -341,7 +342,7 @@ def main(cfg):
     for iteration in (bar := progress(range(first, cfg.iterations), "ppo")):
         place = iteration % per_epoch  # in an epoch over the prompts; the few that are left over wait for the next
         order = torch.randperm(len(prompts), generator=generator(cfg.seed, iteration - place)).tolist()  # one an epoch
-        batch = [prompts[i] for i in np.repeat(order, group)[place * cfg.episodes:(place + 1) * cfg.episodes]]
+        batch = [prompts[i] for i in order[place * count:(place + 1) * count] for _ in range(group)]
         rollout, metrics = collect(policy, ref, rewards, value, batch, controller.coef, cfg, enc, autocast, sampling)
         log.add(**metrics)
         guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)

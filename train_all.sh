@@ -89,14 +89,15 @@ else
 fi
 stage dpo      dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out"
 stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-[ -z "${RLOO:-}" ] || \
+rloo=""; [ "${RLOO:-0}" = 0 ] || rloo=,$OUT/rloo
+[ -z "$rloo" ] || \
 stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo${RLOO:+,$OUT/rloo}" --reward "$OUT/reward" --labeler "$labeler" \
+stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo$rloo" --reward "$OUT/reward" --labeler "$labeler" \
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
+script report  -m study.report "$OUT/evaluate"
 if [ $preset = smollm ]; then
   judges=out/tiny/judge; [ -f $judges/done.json ] || judges=""
   script opinions -m study.opinions "$OUT" --judges "$judges"
 fi
-script report  -m study.report "$OUT/evaluate"
 echo "done in $SECONDS s: $OUT/evaluate/report.md"

@@ -51,6 +51,7 @@ def main(cfg):
     ref = load_model(folder / "sft", device)
     scorers = {name: load_model(folder / place, device, "reward") for name, place in (
         ("proxy", "reward"), ("labeler", "labeler"), ("judge", "judge")) if (folder / place).is_dir()}
+    check("judge" in scorers and (folder / "base").is_dir(), f"{folder}: no judge, or no base model")
     limit = prompt_limit(min(model.config.block_size for model in (ref, *scorers.values())), cfg.response_tokens)
     texts = [row["prompt"] for row in read_jsonl(cfg.prompts, {"prompt": str})][:cfg.count]
     prompts = [encode_prompt(enc, text, limit, Counter()) for text in texts]
@@ -80,9 +81,9 @@ def main(cfg):
     samples = [[escape(text), *(escape(point["texts"][i]) for point in chosen)]
                for i, text in enumerate(texts[:cfg.shown])]
     page = "\n\n".join([
-        "# Samples along KL", f"PPO without a KL penalty, {len(prompts)} held-out prompts, temperature "
-        f"{cfg.temperature}; the first column is the SFT model. Win rate and `judge` are the independent judge's, "
-        "`proxy` is what PPO maximises. Nats per response.", table(columns, numbers),
+        "# Samples along KL", f"The run `{cfg.policy}` as it leaves the SFT model (first column). {len(prompts)} "
+        f"held-out prompts, temperature {cfg.temperature}, nats per response. Win rate and `judge` are the independent "
+        "judge's, `proxy` is what the run maximises.", table(columns, numbers),
         f"The responses to the first {cfg.shown} prompts of the evaluation file:",
         table(["prompt", *columns[1:]], samples)])
     write_atomic(folder / cfg.policy / "along_kl.md", page + "\n")

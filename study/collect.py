@@ -46,7 +46,7 @@ def stage_lines(folder, **labels):
 
 
 def typical(samples):
-    """Of the rows of samples.jsonl the one whose judge scores are closest (least squares) to the policies' means."""
+    """Of the prompts that all policies answered the one whose judge scores are closest (least squares) to the means."""
     names = list(samples[0]["judge"])
     samples = [row for row in samples if len(row["judge"]) == len(names)]  # best-of-n may have fewer prompts
     means = {name: mean(row["judge"][name] for row in samples) for name in names}
@@ -71,6 +71,8 @@ def main(cfg):
         results = read(source / "evaluate" / "results.json", 7)
         lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]
         one = typical(read(source / "evaluate" / "samples.jsonl"))
+        if (opinions := source / "evaluate" / "opinions.json").is_file():
+            (target / "opinions.json").write_text(opinions.read_text(encoding="utf-8"), encoding="utf-8")
         (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
     out = f"{source.parent if cfg.seed else source}/"
     for name, text in (("results.json", json.dumps(results)), ("logs.jsonl", "\n".join(map(json.dumps, lines)))):

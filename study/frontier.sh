@@ -17,7 +17,7 @@ measure() {  # measure NAME POLICIES [FLAGS]
                       --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "" --text "$DATA/corpus_test.jsonl" "${@:3}"
 }
 
-[ ! -d "$OUT/rloo" ] || policies=$policies,$OUT/rloo
+[ ! -f "$OUT/rloo/done.json" ] || policies=$policies,$OUT/rloo
 for target in 3 6 9 12; do
   ppo ppo-kl$target --kl-target $target
   ppo rloo-kl$target --kl-target $target --advantages rloo

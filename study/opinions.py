@@ -46,11 +46,12 @@ def judged(folder, rows, device, autocast):
 
 
 def perplexities(folder, rows, device, autocast):
-    """Perplexity per token, EOS included, of each policy's responses under a language model: (policies,)."""
+    """Perplexity per token of each policy's responses, without EOS, under a language model: (policies,)."""
     model, enc = load_model(folder, device), load_tokenizer(folder)
     nats, tokens = torch.zeros(2, len(rows[0]["responses"]), dtype=torch.double)
     for row in rows:
         prompt, responses = encode_texts(enc, row["prompt"], row["responses"], model.config.block_size, Counter())
+        responses = [[token for token in ids if token != enc.end] for ids in responses]
         with torch.no_grad():
             nats -= row_logprobs(model, [(prompt + ids, len(prompt)) for ids in responses], enc.end, device,
                                  autocast).double().cpu()
@@ -67,7 +68,8 @@ def main(cfg):
     check("sft" in names, f"{folder}/evaluate/samples.jsonl: no responses of the SFT model")
     rows = [{"prompt": row["prompt"], "responses": [row[name] for name in names]} for row in samples]
     found = {name: {"prompts": len(rows)} for name in names}
-    scores = {Path(path).parent.name + "'s judge": judged(path, rows, device, autocast)
+    check((folder / "base/model.pt").is_file(), f"{folder}/base: no base model")
+    scores = {"/".join(Path(path).parts[-2:]): judged(path, rows, device, autocast)
               for path in cfg.judges.split(",") if path}
     try:
         scores["VADER"] = vader(rows)

@@ -96,7 +96,7 @@ GOOD = b'{"prompt": "the film", "completion": " was good"}\n'
 
 
 @pytest.mark.parametrize("content, problem", [
-    (None, ": no such file"), (b"\n \n\n", ": empty"), (b'{"prompt": "caf\xe9"}\n', ":0: not UTF-8 text"),
+    (None, ": no such file"), (b"\n \n\n", ": empty"), (GOOD * 900 + b'{"prompt": "caf\xe9"}\n', ":901: .utf-8. codec can.t decode"),
     (GOOD[:30], ":1: not JSON"), (b'["a", "b"]', ":1: expected an object .* found list"),
     (b'{"prompt": "a"}', ":1: completion: "), (b'{"prompt": "a", "completion": 3}', ":1: completion: expected str"),
     (b'{"prompt": "a", "completion": " \\n "}', ":1: completion: empty"),
@@ -105,7 +105,7 @@ GOOD = b'{"prompt": "the film", "completion": " was good"}\n'
     (b'{"prompt": "a", "responses": ["b"]}', ":1: responses: a ranking needs two"),
     (b'{"prompt": "a", "responses": ["b", "c", "b"]}', ":1: responses: .* different"),
     (b'{"prompt": "a", "responses": ["b", 4]}', ":1: responses: expected text, found int"),
-    (GOOD + b'{"a": 1, "b": 2}', ":2: prompt: expected str, found only a, b"),
+    (GOOD + b'{"a": 1, "b": 2}', ":2: prompt: expected str, found no such field among"),
 ])
 def test_bad_input_is_named(tmp_path, content, problem):
     """A traceback, a line without its number, or one message per run, for what people have in their files."""

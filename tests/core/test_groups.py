@@ -76,7 +76,8 @@ def test_groups_in_a_rollout(kind):
     reward = random_model(ScalarModel, seed=3)
     prompts = [ids for ids in ([END, 3, 4], [END], [END, 7, 5, 2]) for _ in range(4)]
     cfg = ppo_config(advantages=kind, group=4, episodes=12)
-    rollout, metrics = rollout_of(policy, ref, reward, None, prompts, cfg, kl_coef=0.3)
+    rollout, metrics = rollout_of(policy, ref, reward, None, prompts, cfg, seed=1, kl_coef=0.3)
+    assert rollout["pad"].tolist() != sorted(rollout["pad"].tolist(), reverse=True)  # rows are not in prompts' order
     mask, P = rollout["mask"], rollout["tokens"].size(1) - rollout["mask"].size(1)
     kl = ((rollout["old_logprobs"] - rollout["ref_logprobs"]) * mask).sum(1)
     returns = {}  # prompt: (return, row) of its responses
@@ -92,9 +93,13 @@ def test_groups_in_a_rollout(kind):
     ratio = metrics["advantage_group_std"] / (metrics["group_std"] if kind == "rloo" else 1)
     assert ratio.item() == pytest.approx(4 / 3 if kind == "rloo" else 1, abs=1e-3)
     assert metrics["equal_groups"] == 0 and not rollout["values"].any() and not rollout["returns"].any()
-    equal = rollout_of(policy, ref, reward, None, prompts, ppo_config(
-        advantages=kind, group=4, episodes=12, missing_eos_score=-1.0, response_tokens=1), kl_coef=0.0)
-    assert equal[1]["equal_groups"] > 0 and torch.isfinite(equal[0]["advantages"]).all()
+    cfg = ppo_config(advantages=kind, group=4, episodes=12, missing_eos_score=-1.0, response_tokens=1)
+    rollout, metrics = rollout_of(policy, ref, reward, None, prompts, cfg, kl_coef=0.3)
+    ended = {}  # one token, which is EOS or not: scores are all -1 where no response ended, whatever their KL
+    for row in range(12):
+        ended.setdefault(int(rollout["pad"][row]), []).append(rollout["tokens"][row, -1].item() == END)
+    assert metrics["equal_groups"] == pytest.approx(sum(len(set(group)) == 1 for group in ended.values()) / 3)
+    assert 0 < metrics["equal_groups"] and torch.isfinite(rollout["advantages"]).all()
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])

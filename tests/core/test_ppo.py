@@ -404,6 +404,8 @@ def test_score_sign(checkpoints, tmp_path, monkeypatch, sign, advantages, value)
                      lam=1.0 if value == "none" else 0.95, kl_coef=0.0, kl_horizon=0.0)
     assert sign * (share(tmp_path) - share(checkpoints.sft)) > 0.1
     assert {prompt for prompt, _ in seen} <= prompts and not any("endoftext" in response for _, response in seen)
+    shown = lines[0]["sample"]
+    assert (shown["prompt"], shown["response"].removesuffix("<|endoftext|>")) in seen[:12]
     first = sum(sign * sum(c >= "\x80" for c in response) for _, response in seen[:12]) / 12
     assert lines[0]["score"] == pytest.approx(first, abs=1e-4)
 
@@ -426,7 +428,7 @@ def test_flags_that_do_not_fit_each_other(checkpoints, tmp_path):
     """A traceback, or an empty folder left behind, where one line would do."""
     for flags in ({"minibatches": 3}, {"episodes": 100}, {"kl_horizon": 1.0}, {"response_tokens": 31},
                   {"advantages": "reinforce"}, {"group": 1, "advantages": "rloo"}, {"group": 3, "advantages": "grpo"},
-                  {"reward": "rule:of-thumb"}, {"ensemble": "max"}):
+                  {"whiten_rewards": True, "advantages": "rloo"}, {"reward": "rule:of-thumb"}, {"ensemble": "max"}):
         with pytest.raises(UserError, match=f"--{[*flags][0]}".replace("_", "-")):
             tiny_run(checkpoints, tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()

@@ -30,8 +30,8 @@ def finished(checkpoints, tmp_path):
 
 
 def test_opinions(finished, monkeypatch):
-    """A win counted for the SFT model, a policy's scores under another's name, perplexity per response or with the
-    prompt in it."""
+    """A win counted for the SFT model, a policy's scores under another's name, perplexity per response, or with the
+    prompt or an EOS that was never there in it."""
     words = SimpleNamespace(polarity_scores=lambda text: {"compound": text.count("good") - text.count("sad")})
     monkeypatch.setitem(sys.modules, "vaderSentiment", ModuleType("vaderSentiment"))
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment",
@@ -45,11 +45,11 @@ def test_opinions(finished, monkeypatch):
         nats, count = 0.0, 0
         for prompt, texts in RESPONSES.items():
             ids = [enc.begin] + enc.encode_ordinary(prompt)
-            row = torch.tensor([ids + enc.encode_ordinary(texts[place]) + [enc.end]])
+            row = torch.tensor([ids + enc.encode_ordinary(texts[place])])
             logprobs = token_logprobs(model(row), row)[0, len(ids) - 1:]
             nats, count = nats - logprobs.sum().item(), count + len(logprobs)
         assert found[name]["perplexity under the base model"] == pytest.approx(math.exp(nats / count), rel=1e-3)
-    assert found["sft"][f"{finished.name}'s judge"] != found["ppo"][f"{finished.name}'s judge"]
+    assert found["sft"][f"{finished.name}/judge"] != found["ppo"][f"{finished.name}/judge"]
 
 
 def test_snapshots_along_kl(finished, checkpoints):
