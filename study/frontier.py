@@ -156,6 +156,7 @@ def main(cfg):
     runs, at_one = ([seed[name] for seed in seeds if name in seed] for name in ("evaluate", "evaluate-at-1"))
     at_one = at_one if len(at_one) == len(runs) else []
     gaps = ["win rate less PPO's", "judge's score less PPO's"]
+    costs = read(folder / "cost.jsonl") if (folder / "cost.jsonl").is_file() else []
     beyond = draw_frontier([joined(results) for results in runs], folder / "frontier.png")
     best = next((name for name in names(runs) if name.startswith("best-of")), "")
     fill(template("frontier.md"), folder / "frontier.md", runs, beyond=beyond or "nothing",
@@ -169,6 +170,7 @@ def main(cfg):
          sft_at_one=at_one and spread([row["judge"] for row in of(at_one, "sft")], ".2f"),
          cost=table(["method", "run", "sampled", "forward, scoring", "forward, updates", "backward", "seconds",
                      "peak memory, MB"], cost_rows(read(folder / "logs.jsonl"))),
+         iteration=costs and table(list(costs[0]), [[str(x) for x in line.values()] for line in costs]),
          groups=table(["method", "K", "prompts in a rollout", "win rate", "judge", "KL, nats", "length", *gaps],
                       group_rows(runs)),
          values=table(["policy", "the return is compared with", "win rate", "judge", "KL, nats", *gaps],
