@@ -96,7 +96,8 @@ GOOD = b'{"prompt": "the film", "completion": " was good"}\n'
 
 
 @pytest.mark.parametrize("content, problem", [
-    (None, ": no such file"), (b"\n \n\n", ": empty"), (GOOD * 900 + b'{"prompt": "caf\xe9"}\n', ":901: .utf-8. codec can.t decode"),
+    (None, ": no such file"), (b"\n \n\n", ": empty"),
+    (GOOD * 900 + b'{"prompt": "caf\xe9"}\n', ":901: .utf-8. codec can.t decode"),
     (GOOD[:30], ":1: not JSON"), (b'["a", "b"]', ":1: expected an object .* found list"),
     (b'{"prompt": "a"}', ":1: completion: "), (b'{"prompt": "a", "completion": 3}', ":1: completion: expected str"),
     (b'{"prompt": "a", "completion": " \\n "}', ":1: completion: empty"),

@@ -17,8 +17,8 @@ TINY = Path(__file__).parents[2] / "results" / "tiny"
 def test_committed_runs_are_healthy(seed, capsys):
     """A limit inside the range of healthy runs: false alarms on the default run."""
     doctor.main(doctor.Config(str(TINY / f"seed{seed}")))
-    names = ["base", "sft", "labeler", "judge", "label", "reward", "dpo", "ppo", "evaluate"]
-    assert capsys.readouterr().out.splitlines() == [f"{name}: healthy" for name in names]
+    names = ["base", "dpo", "evaluate", "judge", "label", "labeler", "ppo", "reward", "rloo", "sft"]
+    assert sorted(capsys.readouterr().out.splitlines()) == [f"{name}: healthy" for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def changed(record, metric, value, last=8):
     ("no EOS", "ppo", "eos_rate", 0.1, 0.55), ("identical responses", "ppo", "unique_responses", 0.3, 0.72),
     ("repetition", "ppo", "repetition", 0.5, 0.19), ("clip binds", "ppo", "clip_fraction", 0.5, 0.29),
     ("memorised", "reward", "accuracy", 0.99, 0.87),
-    ("chosen falls", "dpo", "chosen_logprobs", -150.0, -66.0), ("labels are noise", "label", doctor.KEPT, 0.5, 0.61),
+    ("chosen falls", "dpo", "chosen_logprobs", -150.0, -63.0), ("labels are noise", "label", doctor.KEPT, 0.5, 0.61),
     ("no better than SFT", "evaluate", f"{doctor.WINS}_interval", [0.4, 0.49], [0.51, 0.6])])
 def test_limits(symptom, stage, metric, sick, unusual, committed):
     """A check that cannot fire, that fires for another metric's sake, or whose limit moved towards healthy runs."""
@@ -149,4 +149,4 @@ def test_a_live_folder(tmp_path, committed, capsys):
         doctor.main(doctor.Config(str(tmp_path)))
     finding = capsys.readouterr().out
     assert stopped.value.code == 1 and ": identical responses: unique_responses: 0.10 at the beginning" in finding
-    assert "iteration 10 to 12; healthy runs: 0.96 to 1.00, at the end 1.00)" in finding and "Try: " in finding
+    assert "iteration 10 to 12; healthy runs: 0.91 to 1.00, at the end 0.96 to 1.00)" in finding and "Try: " in finding
