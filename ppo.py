@@ -146,7 +146,7 @@ class AdaptiveKL:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * episodes / self.horizon
 
-# --reward rule:NAME: a score, about 1 in size, of two texts: prompt and response, without EOS. A change: --overwrite.
+# --reward rule:NAME: a score, about 1 in size, of prompt and response as texts. Rerun a changed rule in a new folder.
 NEGATIVE = set("bad worst worse awful terrible boring dull poor stupid waste mess fails lacks no not never".split())
 RULES = {"no-negative-word": lambda prompt, response: NEGATIVE.isdisjoint(re.findall("[a-z]+", response.lower()))}
 
@@ -326,7 +326,7 @@ def main(cfg):
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, *rewards))
     prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in read_jsonl(cfg.prompts, {"prompt": str})]
     count, every = cfg.episodes // group, max(1, cfg.iterations // cfg.snapshots)  # count: prompts of a rollout
-    check(per_epoch := len(prompts) // count, f"{cfg.prompts}: {len(prompts)} prompts; --episodes ask for {count}")
+    check(per_epoch := len(prompts) // count, f"{cfg.prompts}: {len(prompts)} prompts, --episodes needs {count}")
     stage.open()
     trained = {"policy": policy, "value": value} if value else {"policy": policy}  # ref and reward stay as they are
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], cfg.lr, 0.0, eps=cfg.adam_eps)
