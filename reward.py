@@ -54,14 +54,14 @@ class Config:
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-SMOLLM = {"dtype": "bfloat16", "lr": 3e-5, "batch_size": 32, "microbatch": 8, "weight_decay": 0.01, "dropout": 0.0,
+SMOLLM = {"dtype": "bfloat16", "lr": 1e-4, "batch_size": 16, "microbatch": 8, "weight_decay": 0.01, "dropout": 0.0,
           "samples": 256, "response_tokens": 28}
 GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}  # as Ziegler et al. 2019
 PRESETS = {
     "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
     "tiny": {"dtype": "bfloat16", "epochs": 2},  # the reward model, from the labeler's rankings
     **dict.fromkeys(("smoke", "smoke-people"), {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}),
-    "smollm-people": {**SMOLLM, "limit": 3200},
+    "smollm-people": {**SMOLLM, "limit": 2560},
     "smollm": SMOLLM,
     "hh": {**GPT2, "microbatch": 16, "response_tokens": 128},  # from people's pairs: no labeler in between
 }

@@ -56,7 +56,7 @@ PRESETS = {
     "tiny-sft": {"dtype": "bfloat16", "lr": 3e-4, "epochs": 2.0, "evals": 2},
     "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 25, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
-    "smollm-sft": {"dtype": "bfloat16", "lr": 5e-5, "weight_decay": 0.01, "dropout": 0.0, "max_steps": 30, "evals": 2},
+    "smollm-sft": {"dtype": "bfloat16", "lr": 1e-4, "weight_decay": 0.01, "dropout": 0.0, "max_steps": 30, "evals": 2},
     "hh-sft": {**GPT2, "microbatch": 16},
 }
 
