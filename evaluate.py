@@ -324,15 +324,16 @@ def main(cfg):
         base_there = measure(ref, ids)
         elsewhere[kind] = {name: summarise(measure(policy, ids), base_there, cfg) for name, policy in policies.items()}
 
-    write_jsonl(stage.folder / "samples.jsonl", [{
+    responses = [{
         "prompt": text, **{name: x["texts"][i] for name, x in everyone.items() if i < len(x["texts"])},
         "judge": {name: round(x["scores"]["judge"][i].item(), 3) for name, x in everyone.items()
-                  if i < len(x["texts"])}} for i, text in enumerate(texts)])
+                  if i < len(x["texts"])}} for i, text in enumerate(texts)]
+    write_jsonl(stage.folder / "samples.jsonl", responses)
     write_json(stage.folder / "results.json", {
         "date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "torch": torch.__version__,
         "prompts": len(prompts), "config": flags(asdict(cfg)), "policies": rows, "best_of_n": curve,
         "proxy_agreement": agreement, "snapshots": snapshots, "others": elsewhere, "histograms": histograms(everyone),
-        "samples": {name: extremes(texts, base, everyone[name]) for name in policies},
+        "first": responses[:12], "samples": {name: extremes(texts, base, everyone[name]) for name in policies},
         **stage_facts(cfg, folders, scorers)})
     print(f"\n{'policy':16} win rate    95 % interval     KL length EOS rate perplexity")
     for name, row in rows.items():

@@ -30,6 +30,8 @@ has_packages "$PYTHON" || {
   PYTHON=$PWD/.venv/bin/python
   has_packages "$PYTHON" || { echo "installing requirements.txt into .venv (once)"; "$PYTHON" -m pip install --quiet -r requirements.txt; }
 }
+[ $preset != tiny ] || "$PYTHON" -c 'import torch
+if torch.cuda.is_available(): print("CUDA is here: bash train_all.sh smollm runs on it, too, and writes English")'
 # Threads that wait for each other spin for some microseconds and then sleep: to spin on, as is the default, costs a factor
 # of three beside another busy process. glibc keeps freed memory: clearing fresh pages is a fifth of base training's time.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824

@@ -1,11 +1,12 @@
 """Keeps what finished runs found, in two files and without their weights: results.json and logs.jsonl.
 
     python -m study.collect out/tiny results/tiny/seed1                 a run of train_all.sh, with its report
+    python -m study.collect out/smollm results/smollm                   the same of a preset with one run
     python -m study.collect out/tiny/frontier results/frontier --seed 1     a study; its other seeds are kept
 
 logs.jsonl: of each stage a line with its configuration, the lines of its log, its report card, and its done.json.
 typical.json (of a run of train_all.sh): the responses to one prompt, chosen by a rule.
-A study's results.json is {seed: {run: results}}. Paths into the run become paths into out/tiny.
+A study's results.json is {seed: {run: results}}. Paths into the run become paths into out/tiny or out/smollm.
 """
 import json
 from dataclasses import dataclass
@@ -74,9 +75,10 @@ def main(cfg):
         if (opinions := source / "evaluate" / "opinions.json").is_file():
             (target / "opinions.json").write_text(opinions.read_text(encoding="utf-8"), encoding="utf-8")
         (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
+    preset = target.name if target.parent.name == "results" and not cfg.seed else "tiny"
     out = f"{source.parent if cfg.seed else source}/"
     for name, text in (("results.json", json.dumps(results)), ("logs.jsonl", "\n".join(map(json.dumps, lines)))):
-        (target / name).write_text(text.replace(out, "out/tiny/") + "\n", encoding="utf-8")
+        (target / name).write_text(text.replace(out, f"out/{preset}/") + "\n", encoding="utf-8")
     if not cfg.seed:
         report.main(report.Config((str(target),)))
 

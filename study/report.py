@@ -145,6 +145,13 @@ def other_prompts(results):
             yield [kind.removeprefix("prompts_"), name, *cells([rows[name]], GAINS)]
 
 
+def first_prompts(results):
+    """All policies' responses to the first prompts of the evaluation file, with the judge's scores."""
+    for row in results["first"]:
+        for name, score in row["judge"].items():
+            yield [escape(row["prompt"]) if name == "sft" else "", name, escape(row[name]), f"{score:.2f}"]
+
+
 def human(results):
     """The reward models on held-out human comparisons, beside the baselines of study/card.py."""
     cards = [card for card in results["reward_models"].values() if card]
@@ -171,6 +178,7 @@ def parts_of(runs):
         "machines": "; ".join(dict.fromkeys("{hardware}, torch {torch}, {date}".format(**results) for results in runs)),
         "policies": by_seed(runs, ["policy", *COLUMNS], comparison),
         "held_out": first["held_out_rankings"] and by_seed(runs, ["", "accuracy", "pairs"], held_out),
+        "shown": "first" in first and table(["prompt", "policy", "response", "judge"], first_prompts(first)),
         "agreement": ", ".join(f"{name} {x:.3f}" for name, x in first["proxy_agreement"].items()),
         "others": first["others"] and by_seed(runs, ["prompts", "policy", *GAINS], other_prompts, keys=2),
         "human": judged and by_seed(runs, ["pairs", *judged, "longer wins", "bag of words", "one person"], human),

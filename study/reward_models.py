@@ -1,6 +1,6 @@
 """The report card of reward models: how accuracy grows with the number of rankings, and where it is lost.
 
-    python reward.py --preset smollm-people --limit 800 --model out/smollm/base ... --out out/curve/800      (and others)
+    python reward.py --preset smollm-people --limit 800 --out out/curve/800 ...     (and others)
     python -m study.reward_models out/curve out/curve/* out/smollm/judge --small out/tiny/judge
 
 Held-out pairs of film reviews, random and of the same sign; a linear model on a bag of words fitted to the same
@@ -84,9 +84,9 @@ def main(cfg):
             for model in dict.fromkeys(row["model"] for row in found):
                 mine = [row for row in found if row["model"] == model]
                 cards = [row["card"][sample] for row in mine]
-                axis.errorbar([row["rankings"] for row in mine], [row["accuracy"] for row in cards], fmt="o-", capsize=2,
-                              yerr=[[abs(row["accuracy"] - row["interval"][i]) for row in cards] for i in (0, 1)],
-                              label=model)
+                bars = [[abs(row["accuracy"] - row["interval"][end]) for row in cards] for end in (0, 1)]
+                axis.errorbar([row["rankings"] for row in mine], [row["accuracy"] for row in cards], bars, fmt="o-",
+                              capsize=2, label=model)
             axis.axhline(people.get(sample, 1), color="gray", linestyle="--", label="one person")
             axis.set(xscale="log", xlabel="rankings of four", title=f"{sample} pairs")
         axes[0].set_ylabel("accuracy on held-out film reviews")
@@ -97,8 +97,8 @@ def main(cfg):
     lines.append(["one person", "", "", *(f"{people[group]:.3f}" if group in people else "-" for group in groups)])
     write_atomic(out / "reward_models.md", "\n\n".join([
         "# Reward models on people's held-out judgements", f"{hardware()}, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}. Share of pairs of {cfg.domain} reviews in order (95 % interval); random pairs also "
-        "by the gap between the two mean ratings (-4 to 4). Learned from rankings of four sentences; one seed.",
+        f"{time.strftime('%Y-%m-%d')}. Share of pairs of {cfg.domain} reviews in order (95 % interval); random pairs "
+        "also by the gap between the two mean ratings (-4 to 4). Learned from rankings of four sentences; one seed.",
         table(["model", "rankings", "half", *groups], lines), "![accuracy](reward_models.png)"]) + "\n")
     print(out / "reward_models.md")
 

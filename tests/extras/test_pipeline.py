@@ -106,6 +106,14 @@ def test_what_is_refused(folder):
     assert "smoke takes no flags" in train_all(folder, "none", "smoke", "smollm2", code=2)
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_larger_preset_is_named_where_cuda_is(tmp_path, cuda):
+    """The line that nobody sees: a GPU trains the tiny models and its owner does not hear of smollm."""
+    (tmp_path / "sitecustomize.py").write_text(f"import torch\ntorch.cuda.is_available = lambda: {cuda}\n")
+    text = train_all(tmp_path, "out", "tiny", code=2, PYTHONPATH=str(tmp_path))  # there is no data
+    assert ("train_all.sh smollm" in text.partition("== base")[0]) == cuda
+
+
 def test_killed_and_started_again_it_ends_the_same(folder):
     """A kill that costs the run or changes its result; a signal to the shell that leaves its stage running."""
     for stage, number in (("labeler", signal.SIGKILL), ("ppo", signal.SIGTERM)):
