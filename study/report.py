@@ -43,7 +43,7 @@ def drawing(path, rows, columns, size, **options):
     yield axes
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
