@@ -153,19 +153,14 @@ def normalise(model, policy, prompts, cfg, end, device, autocast):
     model.gain /= scores.std().item()
     model.bias -= model.gain * scores.mean().item()
 
-@torch.no_grad()
-def human_accuracy(model, enc, rows, autocast):
-    """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, a group for each "domain" and "sample"
-    that they name: {"movie, random": {"reward model": pair_accuracy}}."""
-    pairs = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
-    texts = [tuple(text) for pair in encode_rankings(enc, pairs, model.config.block_size, Counter()) for text in pair]
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text is in several pairs
-    ends, groups = torch.tensor([number[text] for text in texts]).view(-1, 2), {}
-    with autocast():
-        margins = score_many(model, texts).view(-1, 2)
+def human_accuracy(rows, pairs, scores):
+    """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, given the two texts of each and their
+    scores (N, 2): for each "domain" and "sample" that they name {"movie, random": {"reward model": pair_accuracy}}."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(tuple(text) for pair in pairs for text in pair))}
+    ends, groups = torch.tensor([[number[tuple(text)] for text in pair] for pair in pairs]), {}  # a text is in several
     for i, row in enumerate(rows):
         groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append(i)
-    return {name: {"reward model": pair_accuracy(margins[ids, 0] - margins[ids, 1], ends[ids])}
+    return {name: {"reward model": pair_accuracy(scores[ids, 0] - scores[ids, 1], ends[ids])}
             for name, ids in sorted(groups.items())}
 
 def main(cfg):
@@ -188,11 +183,14 @@ def main(cfg):
     stage.open()
 
     train(model, rankings, counts, cfg, stage, device, autocast)
-    with autocast():
-        scores = score_many(model, [text for texts in test for text in texts])
-    card = {"held-out rankings": ranking_accuracy(test, scores.split([len(texts) for texts in test]))}
+    both = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in human]
+    pairs = encode_rankings(enc, both, block_size, Counter())
+    with autocast():  # of all at once, as the built-in rankings and comparisons are of the same texts
+        scores = score_many(model, [text for texts in test + pairs for text in texts])
+    scores = scores.split([len(texts) for texts in test + pairs])
+    card = {"held-out rankings": ranking_accuracy(test, scores[:len(test)])}
     if human:
-        card["human comparisons"] = human_accuracy(model, enc, human, autocast)
+        card["human comparisons"] = human_accuracy(human, pairs, torch.stack(scores[len(test):]))
     shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items()}
     for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
         low, high = row["interval"]
