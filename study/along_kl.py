@@ -11,8 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from common import check, progress, run, set_up, write_atomic, write_json
 from data import encode_prompt, load_tokenizer, prompt_limit, read_jsonl
 from evaluate import respond, unique_bigrams, wins_over
