@@ -54,7 +54,7 @@ class Config:
     device: str = "auto"                     # auto, cpu, cuda, mps
     dtype: str = "auto"                      # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-SMOLLM = {"dtype": "bfloat16", "lr": 1e-4, "batch_size": 16, "microbatch": 8, "weight_decay": 0.01, "dropout": 0.0,
+SMOLLM = {"dtype": "bfloat16", "lr": 1e-4, "batch_size": 16, "microbatch": 4, "weight_decay": 0.01, "dropout": 0.0,
           "samples": 256, "response_tokens": 28}
 GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}  # as Ziegler et al. 2019
 PRESETS = {
