@@ -72,8 +72,8 @@ class Config:  # the comments are the --help texts
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    "smollm": {"dtype": "bfloat16", "value": "shared", "microbatch": 16, "response_tokens": 28, "kl_coef": 0.1,
-               "iterations": 28},
+    "smollm": {"dtype": "bfloat16", "value": "shared", "epochs": 2, "response_tokens": 28, "lr": 8e-5, "lam": 1.0,
+               "kl_coef": 0.1},
     "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05},
 }
 
