@@ -2,7 +2,7 @@
 # The whole of RLHF, from people's judgements to a report:   bash train_all.sh [preset]
 #   tiny   (the default) a model trained from nothing, in minutes on a laptop's CPU or on a GPU
 #   smoke  under a minute: does every stage run?
-#   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores, with 8 GB of memory
+#   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (8 to 10 GB)
 #   hh     SmolLM2 on Anthropic's dialogues, for one GPU of 24 GB: people compared responses to the same prompt, so the
 #          reward model learns from them, without a labeler
 # Behind smollm or hh words for prepare.pretrained may follow, another model for one: smollm gpt2
