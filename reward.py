@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up, visible,
                     write_json)
 from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer,
-                  pad_responses, pair_accuracy, prompt_limit, ranking_accuracy, read_jsonl, read_rankings,
+                  pad_responses, prompt_limit, ranking_accuracy, read_jsonl, read_rankings,
                   report_truncated, split_by_prompt)
 from model import load_model
 from sampling import sample_many
@@ -153,15 +153,20 @@ def normalise(model, policy, prompts, cfg, end, device, autocast):
     model.gain /= scores.std().item()
     model.bias -= model.gain * scores.mean().item()
 
-def human_accuracy(rows, pairs, scores):
-    """Accuracy on held-out human comparisons {"prompt", "chosen", "rejected"}, given the two texts of each and their
-    scores (N, 2): for each "domain" and "sample" that they name {"movie, random": {"reward model": pair_accuracy}}."""
-    number = {text: i for i, text in enumerate(dict.fromkeys(tuple(text) for pair in pairs for text in pair))}
-    ends, groups = torch.tensor([[number[tuple(text)] for text in pair] for pair in pairs]), {}  # a text is in several
-    for i, row in enumerate(rows):
-        groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append(i)
-    return {name: {"reward model": pair_accuracy(scores[ids, 0] - scores[ids, 1], ends[ids])}
-            for name, ids in sorted(groups.items())}
+@torch.no_grad()
+def report_card(model, enc, test, rows, autocast):
+    """Accuracy on held-out rankings (lists of texts in ids) and on rows of human comparisons {"prompt", "chosen",
+    "rejected"}, for each "domain" and "sample" that they name: {"human comparisons": {"movie, random": ...}}."""
+    both = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in rows]
+    pairs, groups = encode_rankings(enc, both, model.config.block_size, Counter()), {}
+    with autocast():  # all at once: the built-in rankings and comparisons are of the same texts
+        scores = score_many(model, [text for texts in test + pairs for text in texts])
+    scores = scores.split([len(texts) for texts in test + pairs])
+    card = {"held-out rankings": ranking_accuracy(test, scores[:len(test)])}
+    for row, pair, score in zip(rows, pairs, scores[len(test):]):
+        groups.setdefault(f"{row.get('domain', 'all')}, {row.get('sample', 'all')}", []).append((pair, score))
+    human = {name: {"reward model": ranking_accuracy(*zip(*groups[name]))} for name in sorted(groups)}
+    return {**card, "human comparisons": human} if human else card
 
 def main(cfg):
     device, autocast = set_up(cfg)
@@ -183,14 +188,7 @@ def main(cfg):
     stage.open()
 
     train(model, rankings, counts, cfg, stage, device, autocast)
-    both = [{**row, "responses": [row["chosen"], row["rejected"]]} for row in human]
-    pairs = encode_rankings(enc, both, block_size, Counter())
-    with autocast():  # of all at once, as the built-in rankings and comparisons are of the same texts
-        scores = score_many(model, [text for texts in test + pairs for text in texts])
-    scores = scores.split([len(texts) for texts in test + pairs])
-    card = {"held-out rankings": ranking_accuracy(test, scores[:len(test)])}
-    if human:
-        card["human comparisons"] = human_accuracy(human, pairs, torch.stack(scores[len(test):]))
+    card = report_card(model, enc, test, human, autocast)
     shown = {name: row["reward model"] for name, row in card.get("human comparisons", {}).items()}
     for name, row in {"held-out rankings": card["held-out rankings"], **shown}.items():
         low, high = row["interval"]

@@ -111,12 +111,18 @@ def test_no_prompt_is_on_both_sides_of_the_split(capsys):
     assert "all rankings share one prompt" in capsys.readouterr().out
 
 
-def test_human_accuracy_of_a_model_that_counts_tokens():
-    """Chosen and rejected exchanged, a pair in another group, or its margin counted for another pair."""
-    sides = [(" yy", " y")] * 3 + [(" z", " zzz")]
+def test_report_card_of_a_model_that_counts_tokens(checkpoints, monkeypatch, autocast_off):
+    """Scores given to the wrong text, rankings' to comparisons, chosen and rejected exchanged, or a text scored without
+    its prompt."""
+    sides, seen = [(" yy", " y")] * 3 + [(" z", " zzz")], []
     rows = [{"prompt": "x", "chosen": better, "rejected": worse, "domain": "film", "sample": ["random", "close"][i > 1]}
             for i, (better, worse) in enumerate(sides)]
-    scores = torch.tensor([[float(len(text)) for text in pair] for pair in sides])
-    card = reward.human_accuracy(rows, [[*map(list, pair)] for pair in sides], scores)
-    accuracy = {name: row["reward model"]["accuracy"] for name, row in card.items()}
+    monkeypatch.setattr(reward, "score_many", lambda model, texts: seen.extend(texts) or torch.tensor(
+        [float(len(ids)) for ids in texts]))
+    enc = data.load_tokenizer(checkpoints.vocab)
+    card = reward.report_card(random_model(ScalarModel), enc, [[[1] * 9, [2] * 3, [3] * 5]], rows, autocast_off)
+    texts = {f"{data.END}x {word}{data.END}" for word in ("y", "yy", "z", "zzz")}
+    assert {enc.decode(ids) for ids in seen[3:]} == texts
+    assert card["held-out rankings"]["accuracy"] == pytest.approx(2 / 3, abs=1e-4)
+    accuracy = {name: row["reward model"]["accuracy"] for name, row in card["human comparisons"].items()}
     assert accuracy == {"film, random": 1, "film, close": 0.5}

@@ -15,7 +15,7 @@ import common
 import dpo
 import ppo
 from data import write_jsonl
-from study import ablations, card, collect, frontier, markdown, over_optimisation, report
+from study import ablations, card, collect, frontier, markdown, over_optimisation, report, reward_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,3 +263,14 @@ def test_what_collect_keeps(tmp_path):
     assert [line["seed"] for line in lines] == [2] * 3 + [1] * 3 and "files" not in lines[2]["done"]
     assert lines[:2] == [{"seed": 2, "run": "ppo", "config": {"out": "out/tiny/frontier/ppo"}},
                          {"seed": 2, "run": "ppo", "kl": 0.12346}]
+
+
+def test_pairs_by_rating_gap():
+    """A pair in two gaps or in none, same-sign pairs among the gaps, chosen and rejected exchanged."""
+    pairs = (("b", 0.5, "random"), ("b", 1.0, "random"), ("ccc", 2.9, "random"), ("b", 6.0, "random"),
+             ("b", 2.5, "same_sign"))
+    rows = [{"chosen": "aa", "rejected": rejected, "gap": gap, "sample": sample} for rejected, gap, sample in pairs]
+    found = reward_models.card({text: len(text) for text in ("aa", "b", "ccc")}, rows)
+    assert {name: (row["pairs"], row["accuracy"]) for name, row in found.items()} == {
+        "random": (4, 0.75), "same sign": (1, 1), "gap under 1": (1, 1), "1 to 2": (1, 1), "2 to 3": (1, 0),
+        "3 and more": (1, 1)}
