@@ -43,8 +43,8 @@ def load_config(Config, presets, argv=None, words=()):
     """A Config from the command line: default < --preset < flag. A field's trailing comment is its --help text. A
     number is not negative (unless its default is), a count not 0 unless its help says what "0:" means. words: fields
     that are given by their place, a tuple any number of times."""
-    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1]
-               for line in inspect.getsource(Config).splitlines() if "  # " in line and ":" in line}
+    help_of = {line.split(":")[0].strip(): line.split("  # ", 1)[1] for part in Config.__mro__[-2::-1]
+               for line in inspect.getsource(part).splitlines() if "  # " in line and ":" in line}
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: check(False, f"{message} (--help explains the flags)")
