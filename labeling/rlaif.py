@@ -1,8 +1,9 @@
-"""Machines that rank in people's place: a language model behind a server (RLAIF), and VADER's rules, which need none.
+"""Machines in people's place: a language model behind a server (RLAIF), and VADER's rules, which need none.
 
     llama-server -m MODEL.gguf --port 8080         or vLLM, Ollama, a hosted service: whatever speaks OpenAI's chat API
     python -m labeling.rlaif rank --labeler http://localhost:8080/v1 --model NAME     (--dry-run calls nothing)
     python -m labeling.rlaif rank --labeler vader  (pip install vaderSentiment==3.3.2)
+    python -m labeling.rlaif judge --labeler http://localhost:8080/v1 --model NAME    policies of an evaluation
 
 The idea is from Bai et al. 2022 (arXiv:2212.08073), the method from Lee et al. 2023 (arXiv:2309.00267): the rubric, two
 responses, and the probabilities of the answers "1" and "2". Which response is shown first sways a model, so each pair
@@ -28,8 +29,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from common import Stage, UserError, check, progress, run, visible, write_json
+from common import Stage, UserError, check, digest, generator, open_folder, progress, run, visible, write_json
 from data import pair_accuracy, read_jsonl
+from evaluate import load_json, mean_interval
 from label import shuffled
 from labeling.answers import read_answers, read_samples, write_answers, write_order
 
@@ -38,12 +40,10 @@ STORED = "(the answers so far are stored: the same command resumes)"
 
 
 @dataclass
-class Config:
+class Flags:
     labeler: str = ""        # a server's address, such as http://localhost:8080/v1; or vader
     model: str = ""          # the name under which the server knows the model
-    samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
-    limit: int = 0           # only the first so many samples; 0: all
-    out: str = ""            # folder for rankings.jsonl; empty: out/tiny/label-ai or out/tiny/label-vader
+    limit: int = 0           # only the first so many samples, or prompts; 0: all
     rubric: str = "labeling/rubrics/mood.txt"  # file that says what makes a response better
     logprobs: bool = True    # ask for log-probabilities; false, for a server that refuses: the answer's text counts
     pairs: str = "data/reviews/pairs_test.jsonl"  # people's comparisons to agree with; empty: none
@@ -52,8 +52,20 @@ class Config:
     parallel: int = 4        # calls at the same time
     timeout: float = 60.0    # seconds without an answer until a call is tried again
     dry_run: bool = False    # print the first question and the number of calls, and call nothing
+    seed: int = 1            # of the choice of --pairs, and of the resamples behind intervals
+
+
+@dataclass
+class Config(Flags):
+    samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
+    out: str = ""            # folder for rankings.jsonl; empty: out/tiny/label-ai or out/tiny/label-vader
     overwrite: bool = False  # overwrite another run's rankings in --out, instead of refusing
-    seed: int = 1            # of the choice of --pairs
+
+
+@dataclass
+class JudgeConfig(Flags):
+    evaluate: str = "out/tiny/evaluate"  # folder of a finished evaluation: its samples.jsonl
+    out: str = ""            # folder for verdict.json and calls.jsonl; empty: that of the evaluation
 
 
 # ---- labelers: functions from [(prompt, first, second)] to the probabilities that the first is better ----------------
@@ -105,7 +117,7 @@ class Server:
 
     def key_of(self, pair):
         """What an answer is stored under: it depends on everything that was asked, and on whom."""
-        asked = [self.cfg.labeler, self.cfg.model, question(self.rubric, *pair)]
+        asked = [self.cfg.labeler, self.cfg.model, self.cfg.logprobs, question(self.rubric, *pair)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def missing(self, pairs):
@@ -172,6 +184,17 @@ def vader():
     return prefer
 
 
+def labeler_of(cfg, folder):
+    """The name of what --labeler stands for, and the labeler; a server's answers are stored in the folder."""
+    return ("vader", vader()) if cfg.labeler == "vader" else (cfg.model, Server(cfg, folder / "calls.jsonl"))
+
+
+def show_calls(prefer, pairs):
+    """Print how many calls these pairs take, and the first question."""
+    new = prefer.missing(both_ways(pairs)) if isinstance(prefer, Server) else []
+    print(f"{len(new):,} calls, the first:\n\n{visible(question(prefer.rubric, *new[0])) if new else '-'}")
+
+
 def both_ways(pairs):
     """Each pair (prompt, a, b), followed by the same in the other order."""
     return [way for prompt, a, b in pairs for way in ((prompt, a, b), (prompt, b, a))]
@@ -229,14 +252,12 @@ def people_pairs(cfg):
 
 def rank(cfg):
     """answers.jsonl, rankings.jsonl, and agreement.json: how far the labeler agrees with people and with itself."""
-    rules = cfg.labeler == "vader"
-    labeler, folder = "vader" if rules else cfg.model, Path(cfg.out or f"out/tiny/label-{'vader' if rules else 'ai'}")
+    folder = Path(cfg.out or f"out/tiny/label-{'vader' if cfg.labeler == 'vader' else 'ai'}")
     samples, human = read_samples(cfg.samples, cfg.limit), people_pairs(cfg)
     asked = [[(row["prompt"], a, b) for a, b in itertools.combinations(row["responses"], 2)] for row in samples]
-    prefer = vader() if rules else Server(cfg, folder / "calls.jsonl")
+    labeler, prefer = labeler_of(cfg, folder)
     if cfg.dry_run:
-        new = [] if rules else prefer.missing(both_ways(human + sum(asked, [])))
-        return print(f"{len(new):,} calls, the first:\n\n{visible(question(prefer.rubric, *new[0])) if new else '-'}")
+        return show_calls(prefer, human + sum(asked, []))
     stage = Stage(cfg, "samples", "pairs", "rubric", folder=folder)
     read_answers(folder, labeler)  # which must not be another's
     stage.open()
@@ -255,8 +276,37 @@ def rank(cfg):
     stage.finish(answers=len(answers), rankings=write_answers(folder, answers))
 
 
-STEPS = {"rank": (rank, Config)}  # the first word of the command line, which may be left out
+def judge(cfg):
+    """verdict.json: how often the labeler prefers each policy's response to the SFT model's, by its probabilities
+    averaged over both orders; first of all, how far it agrees with people. The same text twice is a tie, not asked."""
+    path, folder = Path(cfg.evaluate) / "samples.jsonl", Path(cfg.out or cfg.evaluate)
+    rows, human = read_jsonl(path, {"prompt": str})[:cfg.limit or None], people_pairs(cfg)
+    names = [name for name in rows[0] if name not in ("prompt", "judge", "sft")]
+    check("sft" in rows[0] and names, f"{path}: expected responses of sft and of another policy")
+    pairs = {name: [(row["prompt"], row[name], row["sft"]) for row in rows if name in row] for name in names}
+    asked = {name: [pair for pair in pairs[name] if pair[1].strip() != pair[2].strip()] for name in names}
+    labeler, prefer = labeler_of(cfg, folder)
+    if cfg.dry_run:
+        return show_calls(prefer, human + sum(asked.values(), []))
+    before = load_json(open_folder(folder) / "verdict.json").get("labeler", labeler)
+    check(before == labeler, f"{folder}/verdict.json is of {before}: change --out, or delete it")
+    people, policies = people_card(human, both_orders(prefer, human)) if human else {}, {}
+    agrees = people and "; agrees with people on {accuracy:.3f} of {pairs} pairs".format(**people["both orders"])
+    for name in names:
+        ways = [way for i in progress(range(0, len(asked[name]), 16), name)
+                for way in both_orders(prefer, asked[name][i:i + 16])]
+        lead = torch.tensor([average(p, q) - 0.5 for p, q in ways] + [0.0] * (len(pairs[name]) - len(ways)))
+        rate, interval = mean_interval(0.5 + 0.5 * lead.sign(), 2000, generator(cfg.seed))
+        row = {"win_rate": rate, "win_rate_interval": interval, "prompts": len(lead), "ties": int((lead == 0).sum())}
+        policies[name] = {**row, **position_card(name, ways)}
+        print("{} prefers {} to sft: {win_rate:.3f} ({win_rate_interval[0]:.3f} to {win_rate_interval[1]:.3f}), "
+              "{prompts} prompts, {ties} ties{}".format(labeler, name, agrees or "", **row))
+    write_json(folder / "verdict.json", {"labeler": labeler, "rubric": cfg.rubric, "date": time.strftime("%Y-%m-%d"),
+                                         "samples": digest(path), "people": people, "policies": policies})
+
+
+STEPS = {"rank": (rank, Config), "judge": (judge, JudgeConfig)}  # the first word of the command line; none: rank
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    run(rank, Config, argv=words[1:] if words[:1] == ["rank"] else words)
+    run(*STEPS[words.pop(0) if words and words[0] in STEPS else "rank"], argv=words)

@@ -1,4 +1,4 @@
-"""Machines as labelers: probabilities, both orders, a server of our own that answers as told, and VADER's rules."""
+"""Machines as labelers and judges: probabilities, both orders, a server of our own, VADER's rules."""
 import http.server
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from common import UserError, load_config
 from data import read_rows, write_jsonl
 from labeling import rlaif
 from labeling.rlaif import average, both_orders, expected_wins, people_card, position_card, probability_of_1
@@ -96,7 +96,7 @@ def ranked(tmp_path):
     write_jsonl(pairs, [{"prompt": "", "chosen": f"good \x1b[2J {i}", "rejected": f"bad {i}"} for i in range(5)])
 
     def rank(labeler, **flags):
-        rlaif.rank(rlaif.Config(labeler, "stub", samples, out=out, pairs=pairs, rubric=str(RUBRIC), **flags))
+        rlaif.rank(rlaif.Config(labeler, "stub", samples=samples, out=out, pairs=pairs, rubric=str(RUBRIC), **flags))
         return [[text.split()[1] for text in row["responses"]] for row in read_rows(f"{out}/rankings.jsonl", dict)]
     return rank
 
@@ -151,9 +151,44 @@ def test_the_key_goes_to_the_server_and_nowhere_else(ranked, tmp_path, server, m
             ranked(url)
 
 
-def test_vader_ranks_by_its_rules(ranked, tmp_path):
+@pytest.fixture
+def judged(tmp_path):
+    """A function: rlaif.judge of an evaluation of four prompts; its verdict.json."""
+    rows = [{"prompt": f"Film {i}", "sft": " is fine.", "dpo": " is dull.", "ppo": text, "judge": {}}
+            for i, text in enumerate([" is good!", " is good.", " is fine. ", " is fine, too."])]
+    write_jsonl(tmp_path / "samples.jsonl", [{**rows[0], "best-of-4": " is good!"}, *rows[1:]])
+    write_jsonl(tmp_path / "pairs", [{"prompt": "", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)])
+    files = {"evaluate": str(tmp_path), "pairs": f"{tmp_path}/pairs", "rubric": str(RUBRIC)}
+
+    def judge(labeler, model="stub", **flags):
+        rlaif.judge(rlaif.JudgeConfig(labeler, model, **files, **flags))
+        return json.loads((tmp_path / "verdict.json").read_text())
+    return judge
+
+
+def test_a_verdict_on_an_evaluation(judged, server, capsys):
+    """A win for the SFT model, for the place it was shown in, or on prompts that best-of-n has not; the same text or
+    question asked about twice; one judge's verdict under another's name; an inherited flag without its help text."""
+    assert load_config(rlaif.JudgeConfig, {}, ["--pairs-count", "0"]).pairs_count == 0
+    with pytest.raises(FileNotFoundError):  # no verdict
+        judged(server.url, dry_run=True)
+    assert "24 calls" in capsys.readouterr().out and not server.seen  # people's 5, dpo's 4 and ppo's 3, in both orders
+    with pytest.raises(UserError, match="stopped at --max-calls 20"):
+        judged(server.url, max_calls=20)
+    found = judged(server.url)
+    assert {name: (row["win_rate"], row["prompts"], row["ties"]) for name, row in found["policies"].items()} == {
+        "dpo": (0.0, 4, 0), "ppo": (0.75, 4, 2), "best-of-4": (1.0, 1, 0)}  # two ties: the same, and as good
+    assert found["policies"]["ppo"]["flipped"] == pytest.approx(1 / 3, abs=1e-4) and len(server.seen) == 24
+    out = capsys.readouterr().out
+    assert out.startswith("agrees with people") and re.search("stub prefers ppo to sft: 0.75.* on 1.000 of 5", out)
+    with pytest.raises(UserError, match="verdict.json is of stub"):
+        judged(server.url, "other")
+
+
+def test_vader_ranks_by_its_rules(ranked, judged, tmp_path):
     """Scores upside down, or ties broken."""
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: VADER as a labeler was not tried")
+    assert judged("vader")["policies"]["ppo"]["win_rate"] == 0.75
     write_jsonl(tmp_path / "samples.jsonl", [{"id": "a", "prompt": "The film", "responses": [
         " is bad.", " is here.", " is great!", " was there."]}])
     assert ranked("vader") == [["great!", "here.", "bad."]]
