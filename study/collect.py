@@ -72,8 +72,9 @@ def main(cfg):
         results = read(source / "evaluate" / "results.json", 7)
         lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]
         one = typical(read(source / "evaluate" / "samples.jsonl"))
-        if (opinions := source / "evaluate" / "opinions.json").is_file():
-            (target / "opinions.json").write_text(opinions.read_text(encoding="utf-8"), encoding="utf-8")
+        for name in ("opinions.json", "verdict.json", "refusals.json", "refusals.md"):
+            if (path := source / "evaluate" / name).is_file():
+                (target / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
     preset = target.name if target.parent.name == "results" and not cfg.seed else "tiny"
     out = f"{source.parent if cfg.seed else source}/"

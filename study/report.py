@@ -1,4 +1,4 @@
-"""Draws what evaluate.py found, from results.json alone: report.md and its figures.
+"""Draws what evaluate.py found, from results.json (and verdict.json, refusals.md if there): report.md and its figures.
 
     python -m study.report out/tiny/evaluate      one run
     python -m study.report results/tiny/seed*     several: a report for each, and ../README.md with all side by side
@@ -16,7 +16,8 @@ os.environ["MPLBACKEND"] = "Agg"  # files, no window; a notebook's backend may n
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common import run
+from common import digest, run
+from evaluate import load_json
 from study.markdown import COLUMNS, accuracy, by_seed, cells, escape, fill, table, template
 
 SCORERS = {"proxy": "o-", "labeler": "s-", "judge": "^-"}
@@ -163,6 +164,24 @@ def human(results):
                f"{rows[0]['people']:.3f}" if "people" in rows[0] else "-"]
 
 
+def beside(folder, results):
+    """What other commands left in the folder, "" if nothing: verdict.json on these samples, the judge's agreement with
+    people before the table, and refusals.md without its title."""
+    found, samples, path = load_json(folder / "verdict.json"), folder / "samples.jsonl", folder / "refusals.md"
+    parts = {"verdict": "", "refusals": path.is_file() and path.read_text(encoding="utf-8").partition("\n\n")[2]}
+    if found and not (samples.is_file() and digest(samples) != found["samples"]):
+        card, rows = found["people"].get("both orders"), []
+        fields = ["win_rate", *(f"win_rate_{name}" for name in SCORERS if name in results["policies"]["sft"])]
+        for name, mine in found["policies"].items():
+            row = {**results["policies"][name], **mine}
+            rates = [accuracy({"accuracy": row[field], "interval": row[f"{field}_interval"]}) for field in fields]
+            rows.append([name, *rates, str(row["prompts"]), str(row["ties"]), f"{row['flipped']:.3f}"])
+        titles = ["policy", escape(found["labeler"]), *(field.removeprefix("win_rate_") for field in fields[1:])]
+        people = f"{accuracy(card)} of {card['pairs']} pairs" if card else "not measured"
+        parts["verdict"] = f"{people}.\n\n{table([*titles, 'prompts', 'ties', 'flipped'], rows)}"
+    return parts
+
+
 def parts_of(runs):
     """What the templates show of one run, or of several side by side."""
     first, stages = runs[0], runs[0]["stages"]
@@ -199,7 +218,7 @@ def main(cfg):
     for folder, results in zip(folders, runs):
         draw_frontier([results], folder / "frontier.png")
         policies = [policy_section(results, name, draw_policy(results, name, folder)) for name in results["samples"]]
-        parts = {**parts_of([results]), "samples": "\n\n".join(policies)}
+        parts = {**parts_of([results]), **beside(folder, results), "samples": "\n\n".join(policies)}
         fill(template("report.md"), folder / "report.md", [results], **parts)
     if len(runs) > 1 and folders[0].resolve().parent.parent.name == "results":  # the committed ones
         fill(template("seeds.md"), folders[0].parent.parent / "README.md", runs, **parts_of(runs))

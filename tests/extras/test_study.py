@@ -150,6 +150,26 @@ def test_text_of_a_model_is_escaped():
     assert not re.search(r"[|\n\[\]<>`*\x1b\u202e]|&(?!#\d+;)", text)
 
 
+def test_the_report_shows_what_lies_beside_it(tmp_path, monkeypatch):
+    """A judge's name that breaks the table, its win rate in another model's column, a verdict on other samples."""
+    monkeypatch.setattr(report, "draw_frontier", lambda *_: "")
+    monkeypatch.setattr(report, "draw_policy", lambda *_: {})
+    shutil.copy(ROOT / "results/tiny/seed1/results.json", tmp_path)
+    (tmp_path / "refusals.md").write_text("# Refusals\n\nNone {here}.\n")
+    card = {"accuracy": 0.61, "interval": [0.5, 0.7], "pairs": 9}
+    mine = {"win_rate": 0.75, "win_rate_interval": [0.6, 0.9], "prompts": 40, "ties": 3, "flipped": 0.1}
+    common.write_json(tmp_path / "verdict.json", {"labeler": "a|b", "samples": "0", "people": {"both orders": card},
+                                                  "policies": {"ppo": mine}})
+    report.main(report.Config((str(tmp_path),)))
+    page, policy = (tmp_path / "report.md").read_text(), report.load_json(tmp_path / "results.json")["policies"]["ppo"]
+    row, = re.findall(r"a&#124;b \| proxy \| labeler \| judge .*\n.*\n\| ppo \| (.*) \|", page)
+    assert re.findall(r"([\d.]+) \(", row) == ["0.750", *(f"{policy[f'win_rate_{x}']:.3f}" for x in report.SCORERS)]
+    assert row.endswith("| 40 | 3 | 0.100") and "0.610 (0.500 to 0.700) of 9" in page
+    assert "\n\nNone {here}.\n\n## What" in page
+    (tmp_path / "samples.jsonl").touch()
+    assert not report.beside(tmp_path, {})["verdict"]
+
+
 def commands_of(script, out):
     """{name: configuration} of a script's commands, each checked: flags that it takes, and models made before it."""
     folders = "sft reward labeler judge ppo rloo dpo evaluate samples label label-ann"
