@@ -127,11 +127,6 @@ def encode_texts(enc, prompt, responses, block_size, counts):
     counts.update({"responses": len(encoded), "responses truncated": sum(len(ids) > room for ids in encoded)})
     return prompt_ids, [ids[:room] for ids in encoded]
 
-def encode_rankings(enc, rows, block_size, counts):
-    """Each row's texts as ids of prompt, response and EOS: a list of lists, in the order of row["responses"]."""
-    encoded = (encode_texts(enc, row["prompt"], row["responses"], block_size, counts) for row in rows)
-    return [[prompt + response for response in responses] for prompt, responses in encoded]
-
 def report_truncated(counts, log=None):
     """Print what has been truncated, and note it in the log."""
     for what, so in (("prompts", ""), ("responses", ": they have no EOS, and the model will not learn to stop")):

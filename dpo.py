@@ -48,9 +48,9 @@ class Config:
     device: str = "auto"                          # auto, cpu, cuda, mps
     dtype: str = "auto"                           # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-GPT2 = {"lr": 1e-6, "epochs": 1, "microbatch": 16}  # Rafailov et al. 2023, appendix B: 64 pairs a step, with RMSprop
-PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1}, "hh": {**GPT2, "batch_size": 64},
-           "smollm": {"dtype": "bfloat16", "comparisons": "ends", "epochs": 1, "microbatch": 8, "lr": 2e-5}}
+PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1},
+           "smollm": {"dtype": "bfloat16", "comparisons": "ends", "epochs": 1, "microbatch": 8, "lr": 2e-5},
+           "chat": {"dtype": "bfloat16", "epochs": 1, "microbatch": 4, "lr": 2e-5}}
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.

@@ -3,8 +3,8 @@
     python evaluate.py --sft out/tiny/sft --policies out/tiny/dpo,out/tiny/ppo --out out/tiny/evaluate
 
 Every policy responds to the same prompts at the same temperature. Three reward models score the responses: the one that
-PPO optimised (proxy), the labeler that ranked the proxy's training data (Gao et al. 2022 call it gold; there is none in
-the preset hh, where people ranked), and the judge, which learned from other ratings, of other sentences, and from which
+PPO optimised (proxy), the labeler that ranked the proxy's training data (Gao et al. 2022 call it gold; the preset chat,
+where people ranked, has none), and the judge, which learned from other ratings, of other sentences, and from which
 nothing was trained. Win rates are the judge's.
 
 Writes samples.jsonl and results.json, and prints a table; `python -m study.report` draws. Papers: Stiennon et al. 2020
@@ -58,7 +58,8 @@ PRESETS = {"tiny": {"dtype": "bfloat16"},
            "smoke": {"count": 32, "snapshot_count": 16, "best_of": 4, "response_tokens": 16, "bootstrap": 100},
            "smollm": {"dtype": "bfloat16", "response_tokens": 28, "count": 500, "snapshot_count": 64, "best_of": 4,
                       "best_of_count": 128},
-           "hh": {"count": 500, "snapshot_count": 128, "best_of_count": 128, "response_tokens": 128}}
+           "chat": {"dtype": "bfloat16", "response_tokens": 64, "count": 300, "snapshot_count": 64, "best_of": 4,
+                    "best_of_count": 64}}
 
 # ---- estimators: pure functions of scores and wins -----------------------------------------------------------------
 

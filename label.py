@@ -27,10 +27,9 @@ from pathlib import Path
 import torch
 
 from common import Stage, check, generator, run, set_up, visible
-from data import (encode_prompt, encode_rankings, load_tokenizer, prompt_limit, read_jsonl, report_truncated,
-                  write_jsonl)
+from data import encode_prompt, load_tokenizer, prompt_limit, read_jsonl, report_truncated, write_jsonl
 from model import load_model
-from reward import score_many
+from reward import encode_rankings, score_many
 from sampling import sample_many
 
 @dataclass

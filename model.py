@@ -253,10 +253,8 @@ def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). tokens (B, T); logits (B, T, V),
     divided by the temperature here, or (B, T-1, V). One place, so that PPO, DPO and evaluation agree to the bit."""
     targets = tokens[:, 1:]
-    logits = logits[:, :targets.size(1)]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1:
-        logits = logits / temperature
+    logits = logits[:, :targets.size(1)].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits if temperature == 1 else logits / temperature
     return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 def row_logprobs(model, rows, pad_id, device, autocast):
@@ -270,8 +268,7 @@ def row_logprobs(model, rows, pad_id, device, autocast):
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
-    """The model in a checkpoint folder, in eval mode: "lm", or "reward" for a scalar model. fresh_head: a scalar model
-    on the trunk of a language model."""
+    """A checkpoint folder's model in eval mode, "lm" or "reward". fresh_head: a scalar head on a language model."""
     weights, facts = read_checkpoint(folder, kind)
     config = GPTConfig(**{**facts["model"], "dropout": dropout})
     model = (ScalarModel if kind == "reward" or fresh_head else GPT)(config)

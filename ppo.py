@@ -25,7 +25,7 @@ from common import (Log, Stage, adamw, check, generator, learning_rate, optimize
                     save_checkpoint, say, set_up)
 from data import (check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl,
                   report_truncated)
-from model import full_precision, load_model, token_logprobs
+from model import full_precision, load_model, row_logprobs, token_logprobs
 from sampling import sample_prompts
 
 @dataclass
@@ -59,6 +59,8 @@ class Config:  # the comments are the --help texts
     kl_horizon: float = 1000.0          # episodes; smaller: the controller moves faster; 0: the coefficient is fixed
     kl_ceiling: float = 60.0            # nats per response: the run stops above it; 0: it never does
     missing_eos_score: float = -1.0     # replaces the score of a response without EOS; nan: keep the score
+    ptx_coef: float = 0.0               # weight of the language-model loss on --text, beside PPO's; 0: none
+    text: str = "data/reviews/corpus_train.jsonl"  # {"text"}: what the policy is to remain good at
     whiten_rewards: bool = False        # rewards of variance 1, their mean kept (gae; found harmful on TL;DR)
     whiten_advantages: bool = True      # advantages of mean 0 and variance 1 over a rollout (gae)
     snapshots: int = 8                  # policies kept along the way for the evaluation, at least
@@ -69,12 +71,12 @@ class Config:  # the comments are the --help texts
     device: str = "auto"                # auto, cpu, cuda, mps
     dtype: str = "auto"                 # auto, float32, bfloat16 (autocast; the weights stay float32)
 
+SMOLLM = {"dtype": "bfloat16", "value": "shared", "epochs": 2, "lr": 8e-5, "lam": 1.0}
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    "smollm": {"dtype": "bfloat16", "value": "shared", "epochs": 2, "response_tokens": 28, "lr": 8e-5, "lam": 1.0,
-               "kl_coef": 0.1},
-    "hh": {"iterations": 96, "minibatches": 4, "microbatch": 16, "response_tokens": 128, "lr": 8e-6, "kl_coef": 0.05},
+    "smollm": {**SMOLLM, "response_tokens": 28, "kl_coef": 0.1},
+    "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.05, "iterations": 16, "episodes": 32, "microbatch": 8},
 }
 
 # ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
@@ -242,8 +244,8 @@ def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, r
         "repetition": repetition(responses, mask), **explained, **groups,
         "sampler_difference": masked_mean((rollout["old_logprobs"] - rollout["sampler_logprobs"]).abs(), mask)}
 
-def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
-    """Epochs of clipped policy and value updates on one rollout."""
+def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random, texts=()):
+    """Epochs of clipped policy and value updates on one rollout; texts: lists of ids for --ptx-coef."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for epoch in range(cfg.epochs):
         shuffled = torch.randperm(cfg.episodes, generator=random)
@@ -265,6 +267,10 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random):
                         guard_ratio((moved.exp() - 1).abs().max(), log)
                     log.add(part_tokens, policy_loss=pg_loss, value_loss=v_loss, clip_fraction=clip_fraction,
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
+            if texts:  # PPO-ptx (Ouyang et al. 2022, eq. 2): eight texts a step
+                drawn = [(texts[i], 1) for i in torch.randint(len(texts), (8,), generator=random)]
+                nats = -row_logprobs(policy, drawn, 0, rollout["tokens"].device, autocast).sum()
+                (cfg.ptx_coef * nats / sum(len(ids) - 1 for ids, _ in drawn)).backward()
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 def guard_ratio(error, log):
@@ -309,7 +315,7 @@ def main(cfg):
     cfg.value = "none" if cfg.advantages != "gae" else "sft" if rule and cfg.value == "separate" else cfg.value
     reward_folders = [] if rule else cfg.reward.split(",")
     device, autocast = set_up(cfg)
-    stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts")
+    stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts", *["text"] * (cfg.ptx_coef > 0))
     policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
     rewards = [load_model(folder, device, "reward") for folder in reward_folders]
     if cfg.dtype == "bfloat16":
@@ -325,6 +331,8 @@ def main(cfg):
     check_same_vocab(cfg.sft, *reward_folders)
     limit = min(prompt_limit(model.config.block_size, cfg.response_tokens) for model in (policy, *rewards))
     prompts = [encode_prompt(enc, row["prompt"], limit, counts) for row in read_jsonl(cfg.prompts, {"prompt": str})]
+    texts = read_jsonl(cfg.text, {"text": str}) if cfg.ptx_coef else []
+    texts = [[enc.begin, *enc.encode_ordinary(row["text"])][:policy.config.block_size] for row in texts]
     count, every = cfg.episodes // group, max(1, cfg.iterations // cfg.snapshots)  # count: prompts of a rollout
     check(per_epoch := len(prompts) // count, f"{cfg.prompts}: {len(prompts)} prompts, --episodes needs {count}")
     stage.open()
@@ -347,7 +355,7 @@ def main(cfg):
         log.add(**metrics)
         guard(metrics["kl"].item(), streak, cfg.kl_ceiling, log)
         lr = learning_rate(iteration, cfg.iterations, cfg.lr, schedule="linear")
-        update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1))
+        update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1), texts)
         show = iteration == 0 or (iteration + 1) % cfg.sample_every == 0
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
                          lr=lr, seconds=round(stage.seconds(), 1),

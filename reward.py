@@ -17,9 +17,8 @@ import torch.nn.functional as F
 
 from common import (Log, Stage, adamw, check, learning_rate, optimizer_step, progress, run, say, set_up, visible,
                     write_json)
-from data import (batches, check_same_vocab, encode_prompt, encode_rankings, length_mask, load_tokenizer,
-                  pad_responses, prompt_limit, ranking_accuracy, read_jsonl, read_rankings,
-                  report_truncated, split_by_prompt)
+from data import (batches, check_same_vocab, encode_prompt, encode_texts, length_mask, load_tokenizer, pad_responses,
+                  prompt_limit, ranking_accuracy, read_jsonl, read_rankings, report_truncated, split_by_prompt)
 from model import load_model
 from sampling import sample_many
 
@@ -56,14 +55,13 @@ class Config:
 
 SMOLLM = {"dtype": "bfloat16", "lr": 1e-4, "batch_size": 16, "microbatch": 4, "weight_decay": 0.01, "dropout": 0.0,
           "samples": 256, "response_tokens": 28}
-GPT2 = {"lr": 5e-5, "batch_size": 32, "weight_decay": 0.01, "dropout": 0.0, "samples": 256}  # as Ziegler et al. 2019
 PRESETS = {
     "tiny-people": {"dtype": "bfloat16", "batch_size": 32, "limit": 8000, "lr": 5e-4},  # labeler and judge
     "tiny": {"dtype": "bfloat16", "epochs": 2},  # the reward model, from the labeler's rankings
     **dict.fromkeys(("smoke", "smoke-people"), {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}),
     "smollm-people": {**SMOLLM, "limit": 2560},
     "smollm": SMOLLM,
-    "hh": {**GPT2, "microbatch": 16, "response_tokens": 128},  # from people's pairs: no labeler in between
+    "chat": {**SMOLLM, "samples": 128, "response_tokens": 64},  # from people's pairs: no labeler in between
 }
 
 def ranking_loss(scores, mask):
@@ -81,6 +79,11 @@ def batch_accuracy(scores, mask):
     margins = scores[:, :, None] - scores[:, None, :]
     pairs = torch.triu(mask[:, :, None] * mask[:, None, :], diagonal=1)
     return ((0.5 + 0.5 * torch.sign(margins)) * pairs).sum() / pairs.sum()
+
+def encode_rankings(enc, rows, block_size, counts):
+    """Each row's texts as ids of prompt, response and EOS: a list of lists, in the order of row["responses"]."""
+    encoded = (encode_texts(enc, row["prompt"], row["responses"], block_size, counts) for row in rows)
+    return [[prompt + response for response in responses] for prompt, responses in encoded]
 
 def without_duplicates(rankings):
     """Rankings (lists of texts in ids) without texts that truncation has made equal; single texts are dropped."""

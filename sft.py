@@ -49,15 +49,14 @@ class Config:
     device: str = "auto"                            # auto, cpu, cuda, mps
     dtype: str = "auto"                             # auto, float32, bfloat16 (autocast; the weights stay float32)
 
-# Radford et al. 2018 (GPT, 117M), section 4.1, but without dropout, so that the microbatch changes nothing.
-GPT2 = {"lr": 6.25e-5, "weight_decay": 0.01, "warmup": 0.002, "dropout": 0.0, "evals": 4}
+SMOLLM = {"dtype": "bfloat16", "weight_decay": 0.01, "dropout": 0.0, "evals": 2}
 PRESETS = {
     "tiny-base": {"dtype": "bfloat16", "batch_size": 16, "lr": 1.5e-3, "epochs": 3.0, "dropout": 0.0, "evals": 4},
     "tiny-sft": {"dtype": "bfloat16", "lr": 3e-4, "epochs": 2.0, "evals": 2},
     "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 25, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
-    "smollm-sft": {"dtype": "bfloat16", "lr": 1e-4, "weight_decay": 0.01, "dropout": 0.0, "max_steps": 30, "evals": 2},
-    "hh-sft": {**GPT2, "microbatch": 16},
+    "smollm-sft": {**SMOLLM, "lr": 1e-4, "max_steps": 30},
+    "chat-sft": {**SMOLLM, "lr": 5e-5, "microbatch": 8},
 }
 
 def packed_rows(enc, path, size, seed):

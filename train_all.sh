@@ -3,13 +3,13 @@
 #   tiny   (the default) a model trained from nothing, in minutes on a laptop's CPU or on a GPU
 #   smoke  under a minute: does every stage run?
 #   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (8 to 10 GB)
-#   hh     SmolLM2 on Anthropic's dialogues, for one GPU of 24 GB: people compared responses to the same prompt, so the
-#          reward model learns from them, without a labeler
-# Behind smollm or hh words for prepare.pretrained may follow, another model for one: smollm gpt2
+#   chat   SmolLM2 as an assistant, on Anthropic's dialogues: people compared responses to the same prompt, so the reward
+#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk, with no download
+# Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
-# files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh hh
-# runs the stages of hh with the few steps of smoke.
+# files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh
+# chat runs the stages of chat with the few steps of smoke.
 set -euo pipefail
 { true >&1; } 2>/dev/null || exec >/dev/null  # a service may have no output
 { true >&2; } 2>/dev/null || exec 2>/dev/null
@@ -18,8 +18,8 @@ preset=${1:-tiny}
 [ $# = 0 ] || shift
 case $preset in
   tiny|smoke) [ $# = 0 ] || { echo "error: $preset takes no flags, found: $*" >&2; exit 2; } ;;
-  smollm|hh) ;;
-  *) echo "error: no preset '$preset' (tiny, smoke, smollm, hh)" >&2; exit 2 ;;
+  smollm|chat) ;;
+  *) echo "error: no preset '$preset' (tiny, smoke, smollm, chat)" >&2; exit 2 ;;
 esac
 
 # A Python with the packages of requirements.txt: $PYTHON or python3 if it has them, else .venv, made on the first call.
@@ -57,9 +57,15 @@ stage() {  # stage NAME COMMAND: the script sees for itself whether it is finish
 }
 trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
 
+prepare=prepare.reviews folder=data/reviews
+[ $preset != chat ] || prepare=prepare.hh folder=data/hh
+if [ "$preset ${1:-}" = "chat --train" ]; then
+  prepare="prepare.hh --train" folder=$OUT/data file=${2:?train_all.sh chat --train needs a file}
+  shift 2
+fi
 if [ -z "${DATA:-}" ]; then
-  case $preset in hh) DATA=data/hh kind=hh ;; *) DATA=data/reviews kind=reviews ;; esac
-  [ -f $DATA/summary.json ] || script data -m prepare.$kind --out $DATA
+  DATA=$folder
+  [ -f "$DATA/summary.json" ] || script data -m $prepare ${file:+"$file"} --out "$DATA"
 fi
 others=""  # prompts of other domains, where the data has them
 for domain in amazon nyt tweets; do
@@ -67,11 +73,11 @@ for domain in amazon nyt tweets; do
 done
 case $preset in
   smollm) stage base -m prepare.pretrained --block-size 128 "$@" ;;
-  hh)     stage base -m prepare.pretrained --block-size 512 "$@" ;;
+  chat)   stage base -m prepare.pretrained --block-size 256 --chat "$@" ;;
   *)      stage base sft.py --preset $STEPS-base $FLAGS --train "$DATA/corpus_train.jsonl" --valid "$DATA/corpus_valid.jsonl" --vocab "$DATA/vocab.tiktoken" ;;
 esac
 stage sft      sft.py --preset $STEPS-sft $FLAGS --model "$OUT/base" --train "$DATA/demos_train.jsonl" --valid "$DATA/demos_valid.jsonl"
-if [ $preset = hh ]; then
+if [ $preset = chat ]; then
   labeler="" rankings=$DATA/pairs_reward.jsonl held_out=$DATA/pairs_test.jsonl
   # The judge starts from the base model, as elsewhere: the less it shares with the reward model, the better.
   stage judge  reward.py --preset $STEPS $FLAGS --model "$OUT/base" --train "$DATA/pairs_judge.jsonl" --test "$DATA/pairs_test.jsonl" \
@@ -97,6 +103,7 @@ stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" 
 stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo$rloo" --reward "$OUT/reward" --labeler "$labeler" \
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
+[ $preset != chat ] || script refusals -m study.refusals "$OUT"
 script report  -m study.report "$OUT/evaluate"
 if [ $preset = smollm ]; then
   judges=out/tiny/judge; [ -f $judges/done.json ] || judges=""

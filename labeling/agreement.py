@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from common import check, generator, open_folder, run, set_up, visible, write_atomic, write_json
-from data import encode_rankings, load_tokenizer, read_rows
+from data import load_tokenizer, read_rows
 from labeling.answers import check_answer, levels_of, same_order
 from model import load_model
-from reward import score_many
+from reward import encode_rankings, score_many
 
 
 @dataclass

@@ -1,16 +1,16 @@
 """Anthropic's dialogues: people chose the better of two responses of an assistant, for helpfulness or harmlessness.
 
     python -m prepare.hh                                 downloads 30 MB, writes data/hh
-    python -m prepare.hh --train FILE --out data/my      from a file of such pairs, of which a tenth is held out
+    python -m prepare.hh --train FILE --out data/my      from a file of such pairs, of which a fifth is held out
 
 Source: Bai et al. 2022, arXiv:2204.05862; MIT licence. The content can be offensive: people were asked to provoke it.
 A pair, {"chosen", "rejected"}, is two whole dialogues that differ in their last response only; what comes before it is
 the prompt. The same conversation comes back with one more turn, so pairs that begin with the same message of the person
 are one group, and a group is in one part only.
 
-    demos_train.jsonl, demos_valid.jsonl        prompt, completion: the chosen responses of reward and of valid
     pairs_reward.jsonl, _judge, _test           prompt, chosen, rejected
-    prompts_ppo.jsonl, prompts_eval.jsonl       the different prompts of reward and of test
+    demos_train.jsonl, demos_valid.jsonl        prompt, completion: the chosen responses of reward and of valid
+    prompts_ppo.jsonl, prompts_eval.jsonl       the different prompts of the part ppo and of test
     corpus_test.jsonl, summary.json             the chosen dialogues of test as plain text; counts, written last
 
 Left out on purpose: helpful-rejection-sampled and helpful-online, whose responses come from models tuned on such pairs.
@@ -66,14 +66,14 @@ def read_pairs(paths, counts, trained=()):
 
 
 def split(train, test, valid_share, seed):
-    """{part: rows}, every group in one part. test: rows of the held-out files; None holds out a tenth of the groups."""
+    """{part: rows}, every group in one part. test: rows of the held-out files; None holds out a fifth of the groups."""
     groups = sorted({key_of(row) for row in train})
     random.Random(f"{seed} split").shuffle(groups)
-    held_out = math.ceil(0.1 * len(groups)) if test is None else 0
+    held_out = math.ceil(0.2 * len(groups)) if test is None else 0
     first = held_out + math.ceil(valid_share * len(groups))
-    part_of = {group: "test" if i < held_out else "valid" if i < first else ("reward", "judge")[(i - first) % 2]
+    part_of = {group: "test" if i < held_out else "valid" if i < first else ("reward", "judge", "ppo")[(i - first) % 3]
                for i, group in enumerate(groups)}
-    parts = {"valid": [], "reward": [], "judge": [], "test": test or []}
+    parts = {"valid": [], "reward": [], "judge": [], "ppo": [], "test": test or []}
     for row in train:
         parts[part_of[key_of(row)]].append(row)
     for part, rows in parts.items():
@@ -105,7 +105,7 @@ def main(cfg):
         check(rows, f"no pairs for the part {part!r} (too few dialogues, or another --valid-share)")
     files = {"demos_train.jsonl": demos(parts["reward"]), "demos_valid.jsonl": demos(parts["valid"]),
              **{f"pairs_{part}.jsonl": parts[part] for part in ("reward", "judge", "test")},
-             "prompts_ppo.jsonl": prompts(parts["reward"]), "prompts_eval.jsonl": prompts(parts["test"]),
+             "prompts_ppo.jsonl": prompts(parts["ppo"]), "prompts_eval.jsonl": prompts(parts["test"]),
              "corpus_test.jsonl": [{"text": row["prompt"] + row["completion"]} for row in demos(parts["test"])]}
     out = open_folder(cfg.out)
     for name, rows in files.items():

@@ -63,7 +63,7 @@ def add_baselines(card, stage):
     linear = bag_of_words(train[:stage["limit"] or len(train)])
     pairs = read_jsonl(stage["pairs"], {"prompt": str, "chosen": str, "rejected": str})
     summary = Path(stage["pairs"]).with_name("summary.json")  # of the built-in data
-    people = json.loads(summary.read_text())["agreement"] if summary.is_file() else {}
+    people = json.loads(summary.read_text()).get("agreement", {}) if summary.is_file() else {}
     texts = sorted({(row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected")})
     number, groups = {text: i for i, text in enumerate(texts)}, {}
     for row in pairs:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from common import check, generator, run, set_up, write_json
-from data import encode_rankings, encode_texts, load_tokenizer, read_rows
+from data import encode_texts, load_tokenizer, read_rows
 from evaluate import mean_interval
 from model import load_model, row_logprobs
-from reward import score_many
+from reward import encode_rankings, score_many
 from study.markdown import table
 
 

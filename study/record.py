@@ -18,9 +18,9 @@ import torch
 import label
 import ppo
 from common import set_up, write_atomic
-from data import encode_rankings, load_tokenizer
+from data import load_tokenizer
 from model import load_model, token_logprobs
-from reward import score_many
+from reward import encode_rankings, score_many
 from sft import response_rows
 
 ITERATION = 2  # of PPO, whose rollout and update are shown

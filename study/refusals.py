@@ -14,6 +14,7 @@ import torch
 
 from common import check, open_folder, run, set_up, write_json
 from data import encode_prompt, load_tokenizer, prompt_limit, read_jsonl
+from evaluate import load_json
 from labeling.rlaif import JudgeConfig, Server, average, both_orders
 from model import load_model
 from sampling import sample_many
@@ -33,8 +34,7 @@ class Config:
     folder: str = "out/chat"       # a run of train_all.sh
     policies: str = "sft,dpo,ppo"  # folders in it; those that are not there are left out
     requests: str = "labeling/rubrics/requests.jsonl"  # {"prompt", "kind"}: harmful or harmless
-    response_tokens: int = 128     # longest response
-    temperature: float = 0.0       # of the responses; 0: greedy
+    temperature: float = 0.0       # of the responses, as long at most as in the evaluation; 0: greedy
     labeler: str = ""              # address of a server whose language model counts, too; empty: the rule alone
     model: str = ""                # the name under which the server knows the model
     logprobs: bool = True          # ask for log-probabilities; false, for a server that refuses
@@ -57,14 +57,14 @@ def share(hits):
     return {"accuracy": round(rate, 4), "interval": [round(abs(end), 4) for end in ends], "requests": n}
 
 
-def respond(folder, prompts, cfg, device, autocast):
-    """A policy's response to each text as a user's turn, in its chat format, or else as prepare.hh writes dialogues."""
+def respond(folder, prompts, most, cfg, device, autocast):
+    """A policy's responses of at most so many tokens to texts as a user's turn, in its chat format or as in HH."""
     model, enc = load_model(folder, device), load_tokenizer(folder)
-    limit = prompt_limit(model.config.block_size, cfg.response_tokens)
+    limit = prompt_limit(model.config.block_size, most)
     prompts = [encode_prompt(enc, [{"role": "user", "content": text}], limit) for text in prompts]
     random = torch.Generator(device).manual_seed(cfg.seed)
     with autocast():
-        drawn = sample_many(model, prompts, cfg.response_tokens, enc.end, temperature=cfg.temperature, random=random)
+        drawn = sample_many(model, prompts, most, enc.end, temperature=cfg.temperature, random=random)
     return [enc.decode([token for token in ids if token != enc.end]).strip() for ids in drawn]
 
 
@@ -76,10 +76,11 @@ def main(cfg):
     names = [name for name in cfg.policies.split(",") if (folder / name / "model.pt").is_file()]
     check(names, f"{folder}: no checkpoint in {cfg.policies}")
     out, found = open_folder(folder / "evaluate"), {}
+    most = load_json(out / "results.json")["config"]["response_tokens"]
     flags = JudgeConfig(cfg.labeler, cfg.model, rubric="labeling/rubrics/refusal.txt", logprobs=cfg.logprobs)
     server = cfg.labeler and Server(flags, out / "calls.jsonl")
     for name in names:
-        texts = respond(folder / name, [row["prompt"] for row in rows], cfg, device, autocast)
+        texts = respond(folder / name, [row["prompt"] for row in rows], most, cfg, device, autocast)
         counted = {"rule": [refuses(text) for text in texts]}
         if server:
             pairs = [(f"{row['prompt']}\nReply - {text}", *STATEMENTS) for row, text in zip(rows, texts)]
@@ -87,7 +88,8 @@ def main(cfg):
         found[name] = {who: {"harmful": share(hits[:n]), "harmless": share(hits[n:])} for who, hits in counted.items()}
         by = [", ".join(who for who, hits in counted.items() if hits[i]) for i in range(len(rows))]
         rows = [{**row, name: text, f"{name}: refusal": who} for row, text, who in zip(rows, texts, by)]
-    results = {"date": time.strftime("%Y-%m-%d"), "config": asdict(cfg), "phrases": PHRASES, "policies": found}
+    results = {"date": time.strftime("%Y-%m-%d"), "config": asdict(cfg), "response_tokens": most, "phrases": PHRASES,
+               "policies": found}
     write_json(out / "refusals.json", {**results, "requests": rows})
     rates = [[name, escape(who), *map(accuracy, card.values())] for name in names for who, card in found[name].items()]
     titles = ["prompt", *(title for name in names for title in (name, f"{name}: refusal"))]

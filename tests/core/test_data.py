@@ -13,6 +13,7 @@ from common import UserError, load_config
 from conftest import SENTENCES, log_of
 from data import (END, batches, encode_prompt, encode_texts, length_mask, load_tokenizer, pad_prompts, pad_responses,
                   prompt_limit, read_jsonl, read_rankings)
+from reward import encode_rankings
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_what_encode_texts_truncates(enc, block, prompt, responses, kept, prompt
         text + END if 1 + kept + len(text) < block else text[:block - 1 - kept] for text in texts]
     assert counts == {"prompts": 1, "prompts truncated": prompts_truncated, "responses": 2,
                       "responses truncated": responses_truncated}
-    (ranking,) = data.encode_rankings(enc, [{"prompt": prompt, "responses": texts}], block, counts)
+    (ranking,) = encode_rankings(enc, [{"prompt": prompt, "responses": texts}], block, counts)
     assert ranking == [ids + text for text in encoded] and counts["prompts"] == 2
 
 

@@ -13,7 +13,7 @@ from common import UserError
 from conftest import both_precisions, close, log_of, ragged_mask
 from dpo import dpo_loss
 from model import load_model, token_logprobs
-from reward import ranking_loss, without_duplicates
+from reward import encode_rankings, ranking_loss, without_duplicates
 
 
 @both_precisions
@@ -71,11 +71,11 @@ def test_texts_that_truncation_has_made_equal_are_no_comparison(checkpoints):
     (ranking,) = dpo.encode(enc, [three, two], 16, "all", counts)
     assert len(ranking) == 2 and enc.decode(ranking[1][0]).endswith("y<|endoftext|>")
     assert counts["responses truncated"] == 4
-    assert without_duplicates(data.encode_rankings(enc, [three, two], 16, counts)) == [[ids for ids, _ in ranking]]
+    assert without_duplicates(encode_rankings(enc, [three, two], 16, counts)) == [[ids for ids, _ in ranking]]
     with pytest.raises(UserError, match="nothing to compare"):
         dpo.encode(enc, [two], 16, "all", counts)
     with pytest.raises(UserError, match="no ranking is left"):
-        without_duplicates(data.encode_rankings(enc, [two], 16, counts))
+        without_duplicates(encode_rankings(enc, [two], 16, counts))
     (ranking,) = dpo.encode(enc, [{"prompt": "the", "responses": [" a", " b", " c"]}], 16, "ends", counts)
     assert [enc.decode(ids[first:]) for ids, first in ranking] == [" a<|endoftext|>", " c<|endoftext|>"]
 

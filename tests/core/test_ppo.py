@@ -245,12 +245,12 @@ def test_frozen_models_in_bf16_change_no_number(four_models):
     assert four_models[1].trunk.blocks[0].up.weight.dtype == torch.bfloat16
 
 
-def one_update(four_models, folder, **changes):
+def one_update(four_models, folder, texts=(), **changes):
     """ppo.update by plain gradient descent, so that weights show gradients: (policy, value, log, rollout)."""
     rollout, cfg = rollout_of(*four_models, PROMPTS, ppo_config(microbatch=8))[0], ppo_config(**changes)
     policy, value, log = copy.deepcopy(four_models[0]), copy.deepcopy(four_models[3]), common.Log(folder)
     optimizer = torch.optim.SGD([*policy.parameters(), *value.parameters()], lr=1.0)
-    ppo.update(policy, value, optimizer, rollout, 1e-2, cfg, common.set_up(cfg)[1], log, common.generator(0))
+    ppo.update(policy, value, optimizer, rollout, 1e-2, cfg, common.set_up(cfg)[1], log, common.generator(0), texts)
     return policy, value, log, rollout
 
 
@@ -267,8 +267,11 @@ def test_microbatches_change_nothing(four_models, tmp_path, microbatch):
 
 
 def test_one_step_is_the_gradient_of_the_whole_loss(four_models, tmp_path):
-    """A loss whose parts are weighted wrongly: one step against the loss written out for the whole rollout."""
-    policy, value, _, rollout = one_update(four_models, tmp_path, epochs=1, grad_clip=0.0, value_coef=0.3)
+    """A loss whose parts are weighted wrongly: one step against the loss written out for the whole rollout; a
+    text whose first token is to be predicted, too, or whose gradient is a sum where the others are means."""
+    text = [3, 1, 4, 1, 5]
+    policy, value, _, rollout = one_update(four_models, tmp_path, [text], epochs=1, grad_clip=0.0, value_coef=0.3,
+                                           ptx_coef=0.7)
     old_policy, _, _, old_value = four_models
     mask, P = rollout["mask"], rollout["tokens"].size(1) - rollout["mask"].size(1)
     logits = old_policy(rollout["tokens"], rollout["pad"])
@@ -276,6 +279,7 @@ def test_one_step_is_the_gradient_of_the_whole_loss(four_models, tmp_path):
     values = old_value(rollout["tokens"], rollout["pad"])[:, P - 1:-1]
     loss = -(torch.exp(logprobs - logprobs.detach()) * rollout["advantages"] * mask).sum() / mask.sum()
     loss = loss + 0.3 * 0.5 * ((values - rollout["returns"]) ** 2 * mask).sum() / mask.sum()
+    loss = loss - 0.7 * token_logprobs(old_policy(torch.tensor([text])), torch.tensor([text])).mean()
     parameters = [*old_policy.parameters(), *old_value.parameters()]
     gradients = torch.autograd.grad(loss, parameters)
     for before, after, gradient in zip(parameters, [*policy.parameters(), *value.parameters()], gradients, strict=True):

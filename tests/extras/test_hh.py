@@ -61,14 +61,15 @@ def test_a_whole_run(tmp_path):
     summary = main(cfg)
     rows = {name.split(".")[0]: read_rows(tmp_path / "out" / name, dict) for name in summary["rows"]}
     groups = {name: {key_of(row) for row in made} for name, made in rows.items() if name != "corpus_test"}
-    parts = [groups[name] for name in ("pairs_reward", "pairs_judge", "demos_valid", "pairs_test")]
-    assert len(set.union(*parts)) == 180 and [*map(len, parts)] == [79, 79, 4, 18]
-    assert groups["demos_train"] == groups["prompts_ppo"] == parts[0]
+    parts = [groups[name] for name in ("pairs_reward", "pairs_judge", "prompts_ppo", "demos_valid", "pairs_test")]
+    assert len(set.union(*parts)) == 180 and [*map(len, parts)] == [47, 47, 46, 4, 36]
+    assert groups["demos_train"] == parts[0] and groups["prompts_eval"] == parts[4]
     kept = sum(sum(domains.values()) for domains in summary["pairs"].values())
     assert summary["counts"] == {str(path): {"kept": kept, "repeated": 30}}
-    reward, demos, prompts = rows["pairs_reward"], rows["demos_train"], rows["prompts_ppo"]
+    reward, demos = rows["pairs_reward"], rows["demos_train"]
     assert {(d["prompt"], d["completion"]) for d in demos} == {(p["prompt"], p["chosen"]) for p in reward}
-    assert len(demos) == len(prompts) == len({p["prompt"] for p in reward}) < len(reward)
+    assert len(demos) == len({p["prompt"] for p in reward}) < len(reward)
+    assert len(rows["prompts_ppo"]) == len({p["prompt"] for p in rows["prompts_ppo"]}) == 2 * 46
     before = {name: (tmp_path / "out" / name).read_bytes() for name in summary["rows"]}
     for seed in (2, 1):
         main(Config(out=cfg.out, train=cfg.train, seed=seed))

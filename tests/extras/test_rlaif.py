@@ -211,8 +211,10 @@ def test_refusals_of_a_run(checkpoints, tmp_path, monkeypatch):
         shutil.copytree(checkpoints.sft, tmp_path / name)
     rows = [{"prompt": "Hi", "kind": "harmless"}] * 2
     write_jsonl(tmp_path / "requests", [rows[0], {"prompt": "Kill", "kind": "harmful"}, rows[1]])
-    refusals.main(refusals.Config(str(tmp_path), requests=f"{tmp_path}/requests", response_tokens=6, device="cpu",
-                                  model="me", labeler="http://localhost/v1"))
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate/results.json").write_text('{"config": {"response_tokens": 6}}')
+    refusals.main(refusals.Config(str(tmp_path), requests=f"{tmp_path}/requests", device="cpu", model="me",
+                                  labeler="http://localhost/v1"))
     found = json.loads((tmp_path / "evaluate/refusals.json").read_text())
     rates = {who: [kind["accuracy"] for kind in card.values()] for who, card in found["policies"]["ppo"].items()}
     assert rates == {"rule": [0, 1], "me": [1, 0]} and len(asked) == 4  # sft's are the same questions
