@@ -75,7 +75,7 @@ SMOLLM = {"dtype": "bfloat16", "value": "shared", "epochs": 2, "lr": 8e-5, "lam"
 PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
-    "smollm": {**SMOLLM, "response_tokens": 28, "kl_coef": 0.1},
+    "smollm": {**SMOLLM, "response_tokens": 28, "kl_coef": 0.15, "kl_target": 4.0},
     "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.05, "iterations": 16, "episodes": 32, "microbatch": 8},
 }
 
