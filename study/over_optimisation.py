@@ -3,10 +3,9 @@
     python -m study.over_optimisation out/tiny/over_optimisation   of one run (the script has called study.collect)
     python -m study.over_optimisation results/over_optimisation    the committed seeds
 
-Writes over_optimisation.png and over_optimisation.md. Papers: Gao et al. 2022 (over-optimisation, and the forms that
-are fitted); Coste et al. 2023 (ensembles).
+Writes over_optimisation.png and over_optimisation.md. Papers: Gao et al. 2022 (over-optimisation); Coste et al. 2023
+(ensembles). KL does not measure PPO and best-of-n alike: compare shapes.
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,35 +27,11 @@ SIZES = {"250": "250 comparisons", "1000": "1,000 comparisons", "all": "all comp
 METHODS = ("PPO", "best-of-n")
 
 
-# ---- Gao et al. 2022: score against d, the root of KL --------------------------------------------------------------
-# They found the gold score to follow d (a - b d) for best-of-n and d (a - b ln d) for RL: a is the slope of what is
-# really learned, b how fast over-optimisation eats it. KL does not measure the two methods alike: compare shapes.
-
-
 def series(points, scorer):
-    """d (an estimate of KL near 0 can be below it), and a scorer's mean above that of the SFT model, the first of the
-    points: (N,), (N,)."""
+    """The root of KL (an estimate near 0 can be below it), and a scorer's mean above that of the SFT model, the first of
+    the points: (N,), (N,)."""
     kl, scores = torch.tensor([[point["kl"], point[scorer]] for point in points], dtype=torch.double).T
     return kl.clamp(min=0).sqrt(), scores - scores[0]
-
-
-def basis(d, method):
-    """The columns of a form, so that score = basis @ (a, -b): d (N,) to (N, 2)."""
-    return torch.stack([d, d * d if method == "best-of-n" else torch.special.xlogy(d, d)], dim=1)
-
-
-def fit(d, scores, method):
-    """a, b, d at the peak (None: there is none), and the root mean square of the residuals where d > 0, by least
-    squares: d, scores (N,). At d = 0, the SFT model, the forms are 0, and so are the scores."""
-    d, scores = d[d > 0], scores[d > 0]
-    a, minus_b = torch.linalg.lstsq(basis(d, method), scores[:, None]).solution.squeeze(1).tolist()
-    residuals = scores - basis(d, method) @ torch.tensor([a, minus_b], dtype=torch.double)
-    b, peak = -minus_b, None  # at the peak the derivative is 0
-    if method == "best-of-n" and a > 0 and b > 0:
-        peak = a / (2 * b)  # a - 2 b d = 0
-    elif method != "best-of-n" and b > 0:
-        peak = math.exp(min(a / b - 1, 50))  # a - b ln d - b = 0; 50: no overflow, and far beyond any run
-    return a, b, peak, residuals.square().mean().sqrt().item()
 
 
 def turn(points):
@@ -73,40 +48,24 @@ def curve(seed, size, method):
 
 
 def draw_over_optimisation(seeds, path):
-    """A column per reward model, PPO above best-of-n: the scorers of each seed, the form fitted to the labeler's score,
-    and where that turns."""
+    """A column per reward model, PPO above best-of-n: the scorers of each seed, and where the labeler's score turns."""
     with drawing(path, 2, len(SIZES), (13, 5.5), sharey="row", sharex="row") as axes:
         for column, size in enumerate(SIZES):
             axes[0, column].set_title(SIZES[size])
             for axis, method in zip(axes[:, column], METHODS):
                 axis.set(xlabel="root of KL", ylabel="" if column else f"{method}: score above SFT")
                 for points in (curve(seed, size, method) for seed in seeds):
-                    draw_curve(axis, points, method)
-        lines = axes[0, 0].lines[:4]
-        axes[0, 0].figure.legend(lines, [*SCORERS, "labeler, fitted"], loc="outside upper center", ncols=4)
+                    draw_curve(axis, points)
+        axes[0, 0].figure.legend(axes[0, 0].lines[:3], SCORERS, loc="outside upper center", ncols=3)
 
 
-def draw_curve(axis, points, method):
+def draw_curve(axis, points):
     """One run of draw_over_optimisation."""
     for color, (scorer, style) in enumerate(SCORERS.items()):
         axis.plot(*series(points, scorer), style, color=f"C{color}", markersize=3, linewidth=0.8, alpha=0.6)
-    d, scores = series(points, "labeler")
-    a, b, *_ = fit(d, scores, method)
-    x = torch.linspace(0, d.max().item(), 100, dtype=torch.double)
-    axis.plot(x, basis(x, method) @ torch.tensor([a, -b], dtype=torch.double), "k--", linewidth=1)
     point, turned = turn(points)
     if turned:
-        axis.plot(d[points.index(point)], scores[points.index(point)], "k*", markersize=11)
-
-
-def fit_rows(seed):
-    """The forms fitted to the labeler's score: coefficients, peak and residuals."""
-    for size, title in SIZES.items():
-        for method in METHODS:
-            d, scores = series(curve(seed, size, method), "labeler")
-            a, b, peak, residual = fit(d, scores, method)
-            where = "none" if peak is None else "beyond" if peak > d.max() else f"{peak**2:.1f}"
-            yield [title, method, f"{a:.3f}", f"{b:.3f}", where, f"{d.max()**2:.1f}", f"{residual:.3f}"]
+        axis.plot(*(x[points.index(point)] for x in series(points, "labeler")), "k*", markersize=11)
 
 
 def turn_rows(seed):
@@ -138,8 +97,6 @@ def main(cfg):
     fill(template("over_optimisation.md"), folder / "over_optimisation.md", seeds,
          made=made(folder, seeds[0]["labels-people"]),
          turns=by_seed(seeds, ["reward model", "agreement", "a turn", "KL", *SCORERS, "win rate"], turn_rows),
-         fits=by_seed(seeds, ["reward model", "method", "a", "b", "peak at KL", "measured up to KL", "residual"],
-                      fit_rows, keys=2),
          labels=table(["labels", "with labeler", "with people", "win rate", "labeler", "KL, nats"], label_rows(seeds)))
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import common
 import dpo
@@ -18,19 +17,6 @@ from data import write_jsonl
 from study import ablations, card, collect, frontier, markdown, over_optimisation, report, reward_models
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("method, b, form, peak", [
-    ("best-of-n", 0.4, lambda d: d * (1.5 - 0.4 * d), 1.5 / 0.8),
-    ("PPO", 0.6, lambda d: d * (1.5 - 0.6 * math.log(d or 1)), math.exp(1.5 / 0.6 - 1))])
-def test_the_fit_recovers_the_form(method, b, form, peak):
-    """The two forms mixed up, a logarithm of KL instead of its root, the peak of the other form, or of one without."""
-    d = torch.linspace(0, 6, 20, dtype=torch.double)
-    scores = torch.tensor([form(x) for x in d.tolist()], dtype=torch.double)
-    fit, noise = over_optimisation.fit, 0.1 * torch.tensor([1, -1] * 10)
-    assert fit(d, scores, method) == pytest.approx((1.5, b, peak, 0), abs=1e-9)
-    assert fit(d, scores + noise, method)[3] == pytest.approx(0.1, abs=0.02)
-    assert fit(d, over_optimisation.basis(d, method).sum(1), method)[2] is None  # b < 0: a minimum, if anything
 
 
 def test_the_turn():
