@@ -1,20 +1,24 @@
 """study/: its mathematics, the commands of its scripts, and that results/ holds what its figures and tables need."""
 import importlib
+import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import common
 import dpo
 import ppo
-from data import write_jsonl
-from study import ablations, card, collect, frontier, markdown, over_optimisation, report, reward_models
+from data import read_rows, write_jsonl
+from prepare.reviews import Sentence
+from study import ablations, card, collect, frontier, groups, markdown, over_optimisation, report, reward_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,7 +162,7 @@ def test_the_report_shows_what_lies_beside_it(tmp_path, monkeypatch):
 
 def commands_of(script, out):
     """{name: configuration} of a script's commands, each checked: flags that it takes, and models made before it."""
-    folders = "sft reward labeler judge ppo rloo dpo evaluate samples label label-ann"
+    folders = "base sft reward labeler judge ppo rloo dpo evaluate samples label label-ann"
     made = {str(out / name) for name in folders.split()}
     for folder in [*map(Path, made), out / "labelers/label-vader"]:
         folder.mkdir(parents=True)
@@ -214,6 +218,53 @@ def test_the_commands_of_the_over_optimisation_and_of_the_labelers(tmp_path):
     assert seeds == {(7, -1), (72, 7), (73, 7)} and "study.over_optimisation" in found  # an ensemble shares its data
     policies = commands_of("labelers.sh", tmp_path / "c")["evaluate"].policies
     assert [Path(path).name for path in policies.split(",")] == ["ppo", "ppo-vader", "ppo-ann"]
+
+
+def test_groups_of_raters(tmp_path, monkeypatch):
+    """A rating that both puts a rater into a group and speaks for it; a group's order given to the other; a sentence to
+    train on among the held-out ones; halves that are drawn anew for each sentence, or are the groups."""
+    draw = random.Random(1)
+    values = {f"{block} {i}": draw.uniform(-1, 1) for block in range(20) for i in range(30)}
+    sentences = [Sentence("movie", int(text.split()[0]), text, [-2 + x] * 4 + [1 - x] * 4, x)
+                 for text, x in values.items()]  # four rate lower, and like what the others dislike
+    for name, value in (("fetch", None), ("read_archive", {"movie": ()}), ("parse", sentences)):
+        monkeypatch.setattr(groups, name, lambda *_, value=value: value)
+    groups.main(groups.Config(str(tmp_path)))
+    for sign, group in ((1, "strict"), (-1, "lenient")):
+        for row in read_rows(tmp_path / f"rankings-{group}.jsonl", dict):
+            assert row["responses"] == sorted(row["responses"], key=lambda text: -sign * values[text])
+        pairs = [row for row in read_rows(tmp_path / "pairs.jsonl", dict) if row["domain"] == group]
+        assert len(pairs) > 50 and all((values[row["chosen"]] - values[row["rejected"]]) * sign > 0 for row in pairs)
+        assert not {row["chosen"] for row in pairs} & {t for row in read_rows(
+            tmp_path / f"rankings-{group}.jsonl", dict) for t in row["responses"]}
+    shares = groups.read(tmp_path / "agreement.json")
+    assert shares["strict, lenient"]["accuracy"] == 1 and 0.1 < shares["half-a, half-b"]["accuracy"] < 0.9
+    two = [Sentence("movie", 0, str(i), ratings, 0) for i, ratings in enumerate([[5, 1, 5, 1], [1, 5, 1, 5]])]
+    assert [means[:2] for _, means in groups.halves(two, np.random.default_rng(0))] == [[5, 1]] * 2  # strict elsewhere
+
+
+def test_the_page_of_groups(tmp_path):
+    """A reward model's accuracy in another group's column; the two policies, or their judges, exchanged."""
+    rates = {"proxy": 0.9, "labeler": 0.8, "judge": 0.7}
+    rows = {f"ppo-{name}": {f"win_rate_{who}": x - less for who, x in rates.items()}
+            for name, less in (("strict", 0), ("lenient", 0.5))}
+    share = {"accuracy": 0.14, "interval": [0.13, 0.15]}
+    found = {"labels": {"strict, lenient": share, "half-a, half-b": share}, "evaluate": {
+        "policies": rows, "config": {"seed": 3}, "hardware": "CPU", "torch": "2", "date": "today"}}
+    (tmp_path / "results.json").write_text(json.dumps({"3": found}))
+    card = {f"{name}, random": {"reward model": {"accuracy": i / 10}} for i, name in enumerate(groups.GROUPS)}
+    write_jsonl(tmp_path / "logs.jsonl", [{"run": name, "card": {"human comparisons": card}} for name in groups.GROUPS])
+    groups.main(groups.Config(str(tmp_path)))
+    page = (tmp_path / "groups.md").read_text()
+    assert "| half-a | 0.000 | 0.100 | 0.200 | 0.300 |" in page and "0.140 (0.130 to 0.150)" in page
+    assert "| ppo-strict | 0.900 | 0.800 | 0.700 |" in page and "| ppo-lenient | 0.400 | 0.300 | 0.200 |" in page
+
+
+def test_the_commands_of_the_groups(tmp_path):
+    """A policy that is not measured, or measured by one group's reward model twice."""
+    found = commands_of("groups.sh", tmp_path)
+    assert {*groups.GROUPS, "ppo-strict", "ppo-lenient"} < found.keys() and found["strict"].pairs.endswith("pairs.jsonl")
+    assert Path(found["evaluate"].reward).name == "strict" and Path(found["evaluate"].labeler).name == "lenient"
 
 
 def test_every_command_of_the_ablations_changes_one_thing(tmp_path):
