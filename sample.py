@@ -4,7 +4,8 @@
     python sample.py out/tiny/ppo "The film is" --count 5          one prompt, five samples
     python sample.py out/tiny/sft --reward out/tiny/reward         with scores, best first (best-of-n)
     head prompts.txt | python sample.py out/tiny/base              a prompt per line from standard input
-    python sample.py out/smollm2/base --chat                        talk turn by turn, in the model's chat format
+    python sample.py out/smollm2/base --chat                       talk turn by turn, in the model's chat format
+    python sample.py out/chat/sft --chat --compare out/chat/ppo    several models, each its own dialogue
 """
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from sampling import sample_many
 @dataclass
 class Config:
     model: str = ""            # checkpoint folder of a language model
+    compare: str = ""          # more of them, with the same vocabulary: folder,folder
     prompt: str = ""           # the text to continue; empty: read prompts from standard input, one per line
     chat: bool = False         # each line is a user's turn, answered by one sample, and the dialogue goes on
     reward: str = ""           # reward model that scores the samples, best first
@@ -69,22 +71,25 @@ def main(cfg):
     check(not (cfg.chat and cfg.reward), "--chat gives one answer: --reward has nothing to choose from")
     check(0 < cfg.top_p <= 1, f"--top-p is {cfg.top_p}: it must be above 0 and at most 1")
     device, autocast = set_up(cfg)
-    policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model, cfg.chat)
-    cfg.response_tokens = cfg.response_tokens or (min(200, policy.config.block_size // 2) if cfg.chat else 32)
+    policies = {folder: load_model(folder, device) for folder in [cfg.model, *filter(None, cfg.compare.split(","))]}
+    enc, block_size = load_tokenizer(cfg.model, cfg.chat), policies[cfg.model].config.block_size
+    cfg.response_tokens = cfg.response_tokens or (min(200, block_size // 2) if cfg.chat else 32)
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
-    check_same_vocab(cfg.model, cfg.reward or cfg.model)
+    check_same_vocab(*policies, cfg.reward or cfg.model)
     how = {"temperature": cfg.temperature, "random": torch.Generator(device).manual_seed(cfg.seed),
            "only": lambda probs: likeliest(probs, cfg.top_k, cfg.top_p)}
-    turns = []
+    dialogues = {folder: [] for folder in policies}
     if sys.stdin.isatty() and not cfg.prompt:
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
     for line in [cfg.prompt] if cfg.prompt else sys.stdin:
         line = line.lstrip("\ufeff").rstrip("\r\n")
-        if cfg.chat:
-            turns.append({"role": "user", "content": line})
-            answer(turns, cfg, policy, enc, autocast, how)
-        else:
-            respond(line, cfg, policy, reward, enc, autocast, how)
+        for folder, policy in policies.items():
+            print(f"{folder}:\n" * bool(cfg.compare), end="")
+            if cfg.chat:
+                dialogues[folder].append({"role": "user", "content": line})
+                answer(dialogues[folder], cfg, policy, enc, autocast, how)
+            else:
+                respond(line, cfg, policy, reward, enc, autocast, how)
         print()
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m tools.bench                             4 layers of width 256, vocabulary 2048, in float32
     python -m tools.bench --dtype bfloat16 --peers    and the peers: pip install trl==1.12.0 (the last one with PPO)
+    python -m tools.bench --model smollm2             random weights of another size (prepare.pretrained has the names)
 
 On a CPU one thread and the CPU time of this process, on a GPU the time on the wall. One warm-up, then --repeats runs:
 the median. A peer does the same work in the same process with its own defaults. Floor: the operations that this code
@@ -21,7 +22,8 @@ import torch
 import ppo
 from common import Log, adamw, generator, optimizer_step, run, set_up
 from dpo import Config as DPOConfig, measure, response_logprobs
-from model import GPT, GPTConfig, ScalarModel, row_logprobs
+from model import GPT, GPTConfig, ScalarModel, hub_config, row_logprobs
+from prepare.pretrained import shape_of
 from reward import ranking_loss, score_rankings
 from sampling import sample
 from tools.export import exported_config
@@ -29,6 +31,7 @@ from tools.export import exported_config
 
 @dataclass
 class Config:
+    model: str = "tiny"     # tiny, smollm2, gpt2, gpt2-xl, HuggingFaceTB/SmolLM2-360M, Qwen/Qwen2.5-0.5B, ...
     only: str = "train,sample,ppo,ppo-shared,reward,dpo,dpo-ranked"  # figures
     peers: bool = False     # transformers (train, sample) and TRL (the others; its value model is separate), too
     dtype: str = "float32"  # float32, bfloat16 (autocast; the weights stay float32)
@@ -37,8 +40,9 @@ class Config:
     seed: int = 1           # weights, tokens
 
 
-MODEL = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256)
-TRAIN, SAMPLE = (32, 128), (64, 16, 32)  # rows, tokens; rows, tokens of a prompt, tokens of a response
+MODELS, BLOCK = {"tiny": GPTConfig(2048, 128, n_layer=4, n_head=4, width=256)}, 128
+TRAIN = {"tiny": (32, 128)}  # rows, tokens; others: 16, 40
+SAMPLE = (64, 16, 32)  # rows, tokens of a prompt, tokens of a response
 RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
 PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
 NEVER = -1  # an EOS that cannot be sampled: every response has its full length
@@ -46,9 +50,11 @@ NEVER = -1  # an EOS that cannot be sampled: every response has its full length
 
 def flop(config, T, read, head=False, past=0):
     """Operations of the matrix products (two per multiply-add) of a forward pass on a row: T tokens after `past` cached
-    ones, `read` positions wanted, to which the last layer's projection and MLP (18 C^2), and the head, are limited."""
-    C = config.width
-    trunk = config.n_layer * T * (6 * C + 4 * (past + T)) * C + ((config.n_layer - 1) * T + read) * 18 * C * C
+    ones, `read` positions wanted, to which the last layer's projection and MLP, and the head, are limited."""
+    C, queries = config.width, config.n_head * config.head_size
+    attention = 2 * C * (queries + 2 * config.n_kv_head * config.head_size) + 4 * (past + T) * queries
+    rest = 2 * C * queries + 2 * (2 + config.swiglu) * C * config.mlp_width
+    trunk = config.n_layer * T * attention + ((config.n_layer - 1) * T + read) * rest
     return trunk + (2 * read * C * config.padded_vocab if head else 0)
 
 
@@ -63,6 +69,7 @@ class Bench:
     def __init__(self, cfg):
         self.cfg, self.random, n = cfg, generator(cfg.seed), 2048
         self.device, self.autocast = set_up(cfg)
+        self.model = MODELS.get(cfg.model) or hub_config(shape_of(cfg.model), BLOCK)
         a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, cfg.dtype))
         self.flops = 2 * n**3 / min(products := self.time(lambda: a @ b))
         self.record("matrix product", products, 2e-9 * n**3, "GFLOP/s")
@@ -73,7 +80,7 @@ class Bench:
 
     def tokens(self, *shape):
         """Random ids, as lists; never the last two of the vocabulary, which the peers use as padding and EOS."""
-        return torch.randint(MODEL.vocab_size - 2, shape, generator=self.random).tolist()
+        return torch.randint(self.model.vocab_size - 2, shape, generator=self.random).tolist()
 
     def time(self, work):
         """Call work() once to warm up and then --repeats times: seconds of each."""
@@ -104,10 +111,10 @@ class Bench:
 
 def train(bench, _):
     """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
-    (B, T), device, model = TRAIN, bench.device, GPT(MODEL).to(bench.device)
+    (B, T), device, model = TRAIN.get(bench.cfg.model, (16, 40)), bench.device, GPT(bench.model).to(bench.device)
     rows = [(ids, 1) for ids in bench.tokens(B, T + 1)]
     seconds = bench.time_step(model, lambda: -row_logprobs(model, rows, 0, device, bench.autocast).sum() / (B * T))
-    bench.record("train", seconds, B * T, "tokens/s", 3 * B * flop(MODEL, T, T, True))
+    bench.record("train", seconds, B * T, "tokens/s", 3 * B * flop(bench.model, T, T, True))
     if bench.cfg.peers:
         model, ids = peer_model(bench), torch.tensor(bench.tokens(B, T), device=device)
         seconds = bench.time_step(model, lambda: model(input_ids=ids, labels=ids).loss)
@@ -117,11 +124,12 @@ def train(bench, _):
 @torch.no_grad()
 def sampling(bench, _):
     """Responses of full length to prompts of equal length; transformers: generate with its cache."""
-    (B, P, R), model, random = SAMPLE, GPT(MODEL).to(bench.device).eval(), torch.Generator(bench.device).manual_seed(1)
+    (B, P, R), random = SAMPLE, torch.Generator(bench.device).manual_seed(1)
+    model = GPT(bench.model).to(bench.device).eval()
     tokens = torch.tensor(bench.tokens(B, P), device=bench.device)
     with bench.autocast():
         seconds = bench.time(lambda: sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random))
-        bench.record("sample", seconds, B * R, "tokens/s", B * sample_flop(MODEL, P, R))
+        bench.record("sample", seconds, B * R, "tokens/s", B * sample_flop(bench.model, P, R))
         if bench.cfg.peers:
             model, how = peer_model(bench).eval(), {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
             model.generation_config.eos_token_id = None  # every response has its full length
@@ -133,9 +141,11 @@ def ppo_iteration(bench, figure):
     """An iteration of PPO: sampling, scoring, 4 epochs of 4 minibatches."""
     (B, P, R), device, shared, log = SAMPLE, bench.device, figure == "ppo-shared", Log("")
     cfg = ppo.Config(episodes=B, minibatches=4, microbatch=B, response_tokens=R, temperature=TEMPERATURE)
-    policy, ref, reward = (kind(MODEL).to(device).eval() for kind in (GPT, GPT, ScalarModel))
+    policy, ref, reward = (kind(bench.model).to(device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
-    value = (torch.nn.Linear(MODEL.width, 1) if shared else ScalarModel(MODEL).eval()).to(device)
+    if bench.cfg.dtype == "bfloat16":
+        ppo.freeze(ref, reward)
+    value = (torch.nn.Linear(bench.model.width, 1) if shared else ScalarModel(bench.model).eval()).to(device)
     optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0)
     prompts, random = bench.tokens(B, P), torch.Generator(device).manual_seed(1)
     enc = SimpleNamespace(end=NEVER)
@@ -143,8 +153,8 @@ def ppo_iteration(bench, figure):
     def iteration():
         rollout, _ = ppo.collect(policy, ref, [reward], value, prompts, cfg.kl_coef, cfg, enc, bench.autocast, random)
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
-    forward, values = flop(MODEL, P + R - 1, R, True), 0 if shared else flop(MODEL, P + R - 1, R)
-    collect = sample_flop(MODEL, P, R) + 2 * forward + values + flop(MODEL, P + R, 1)
+    forward, values = flop(bench.model, P + R - 1, R, True), 0 if shared else flop(bench.model, P + R - 1, R)
+    collect = sample_flop(bench.model, P, R) + 2 * forward + values + flop(bench.model, P + R, 1)
     bench.record(figure, bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
     if bench.cfg.peers and not shared:
         models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
@@ -160,13 +170,14 @@ def ranked(bench, figure):
     more than two a response is in several pairs, and computed once; TRL takes pairs and computes it again."""
     (n, K), device, is_dpo = RANKINGS[figure], bench.device, figure != "reward"
     pairs, rankings = n * math.comb(K, 2), bench.tokens(n, K, TEXT)
-    model, parted = (GPT if is_dpo else ScalarModel)(MODEL).to(device), [[(ids, PROMPT) for ids in x] for x in rankings]
+    model = (GPT if is_dpo else ScalarModel)(bench.model).to(device)
+    parted = [[(ids, PROMPT) for ids in x] for x in rankings]
     logprobs = partial(response_logprobs, model, parted, 0, device, bench.autocast)
     if is_dpo:
-        known, work = [x.detach() for x in logprobs()], flop(MODEL, TEXT - 1, TEXT - PROMPT, True)
+        known, work = [x.detach() for x in logprobs()], flop(bench.model, TEXT - 1, TEXT - PROMPT, True)
         seconds = bench.time_step(model, lambda: measure(logprobs(), known, DPOConfig())["loss"])
     else:
-        work = flop(MODEL, TEXT, 1)
+        work = flop(bench.model, TEXT, 1)
         seconds = bench.time_step(model, lambda: ranking_loss(*score_rankings(model, rankings)))
     bench.record(figure, seconds, pairs, "pairs/s", 3 * n * K * work)
     if bench.cfg.peers:
@@ -179,9 +190,9 @@ def ranked(bench, figure):
 
 def peer_model(bench, scalar=False):
     """The same model in transformers, with the language-model head or a scalar one."""
-    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
-    config = GPT2Config(**{**exported_config(MODEL, "lm"), "pad_token_id": MODEL.vocab_size - 2})
-    return (GPT2ForSequenceClassification if scalar else GPT2LMHeadModel)(config).to(bench.device)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    config = AutoConfig.for_model(**{**exported_config(bench.model, "lm"), "pad_token_id": bench.model.vocab_size - 2})
+    return (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_config(config).to(bench.device)
 
 
 def trl_steps(bench, name, rows, data, models, **how):
@@ -189,7 +200,7 @@ def trl_steps(bench, name, rows, data, models, **how):
     bf16 = bench.cfg.dtype == "bfloat16"  # which TRL 1.12's PPO ignores, but not this variable:
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no", "TRL_EXPERIMENTAL_SILENCE": "1"}
     import datasets, tokenizers, transformers, trl.experimental.ppo  # noqa: E401
-    module, end, ends = trl.experimental.ppo if name == "PPO" else trl, MODEL.vocab_size - 1, []
+    module, end, ends = trl.experimental.ppo if name == "PPO" else trl, bench.model.vocab_size - 1, []
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(end + 1)}, unk_token="t0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
 

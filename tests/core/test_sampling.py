@@ -1,10 +1,15 @@
 """The sampler against the full pass: cache, rows that end, batches by length, top-k and top-p, temperature."""
+import io
+import shutil
+import sys
+
 import pytest
 import torch
 
+import sample as talk
 import sampling
 from conftest import END, random_model
-from data import pad_prompts
+from data import load_tokenizer, pad_prompts
 from model import token_logprobs
 from sample import likeliest
 from sampling import KVCache, draw, sample, sample_many, sample_prompts
@@ -112,3 +117,17 @@ def test_sampling_follows_the_temperature():
     expected = (model(prompt)[0, -1] / 0.5).softmax(-1)
     assert torch.allclose(torch.bincount(tokens[:, 0], minlength=11) / 20_000, expected, atol=0.015)
     assert sample(model, prompt, None, 1, END, temperature=0)[0].item() == expected.argmax()
+
+
+def test_several_models_talk(checkpoints, tmp_path, monkeypatch, capsys):
+    """A model that goes on with another one's dialogue, or whose answer stands under another's name."""
+    enc, other, asked = load_tokenizer(checkpoints.sft), shutil.copytree(checkpoints.sft, tmp_path / "other"), []
+
+    monkeypatch.setattr(talk, "encode_prompt", lambda _, turns, limit: asked.append(
+        " ".join(turn["content"] for turn in turns)) or [enc.end])
+    monkeypatch.setattr(talk, "sample_many", lambda *_, **how: [enc.encode_ordinary(f" {len(asked)}") + [enc.end]])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    talk.main(talk.Config(checkpoints.sft, str(other), chat=True, device="cpu"))
+    one, two = f"{checkpoints.sft}:\n", f"{other}:\n"
+    assert capsys.readouterr().out == f"{one}1\n{two}2\n\n{one}3\n{two}4\n\n"
+    assert asked == ["a", "a", "a 1 b", "a 2 b"]

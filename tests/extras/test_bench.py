@@ -11,6 +11,11 @@ from tools import bench, memory
 from torch.utils.flop_counter import FlopCounterMode
 
 
+SIZE = dict(vocab_size=64, block_size=32, n_layer=2, n_head=2, width=16)
+FAMILIES = {"GPT-2": GPTConfig(**SIZE), "Llama": GPTConfig(
+    **SIZE, n_kv_head=1, head_size=12, mlp_width=24, swiglu=True, rms_norm=True, bias="none", rope=1e4)}
+
+
 def counted(work):
     """Operations of the matrix products in work(), as PyTorch saw them go by."""
     with FlopCounterMode(display=False) as counter:
@@ -18,10 +23,11 @@ def counted(work):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("T, first", [(12, 0), (12, 7), (1, 0)])
-def test_flop_counts_what_runs(T, first):
-    """A floor that forgets attention, the head or what the last block leaves out: a wrong fraction."""
-    gpt, tokens = random_model(n_layer=3).double(), torch.zeros(2, T, dtype=torch.long)  # no fused kernel to count
+def test_flop_counts_what_runs(T, first, family):
+    """A floor that forgets attention, the head or what the last block leaves out, or has GPT-2's shapes for Llama's."""
+    gpt, tokens = GPT(FAMILIES[family]).double(), torch.zeros(2, T, dtype=torch.long)  # no fused kernel to count
 
     def forward():
         return gpt.logits(gpt.trunk(tokens, at=np.s_[:, first:])).sum()
@@ -39,14 +45,16 @@ def test_flop_counts_samples():
     assert ran == 2 * bench.sample_flop(gpt.config, 9, 5)
 
 
-@pytest.mark.parametrize("library, only", [
-    ("", bench.Config.only), ("transformers", "train,sample"), ("trl", "ppo,reward,dpo")])
-def test_every_figure_runs(monkeypatch, capsys, library, only):
+@pytest.mark.parametrize("library, only, family", [
+    ("", bench.Config.only, "GPT-2"), ("", "train,sample", "Llama"), ("transformers", "train,sample", "GPT-2"),
+    ("transformers", "train,sample", "Llama"), ("trl", "ppo,reward,dpo", "GPT-2")])
+def test_every_figure_runs(monkeypatch, capsys, library, only, family):
     """A benchmark that no longer fits the scripts it measures, or the peers; these only where they are installed."""
     if library:
         pytest.importorskip(library, reason=f"{library} is not installed")
-    for name, small in {"MODEL": GPTConfig(64, 32, 2, 2, 16), "TRAIN": (2, 8), "SAMPLE": (4, 4, 4), "PROMPT": 3,
-                        "TEXT": 8, "RANKINGS": {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}}.items():
+    rankings = {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}
+    for name, small in {"MODELS": {"tiny": FAMILIES[family]}, "TRAIN": {"tiny": (2, 8)}, "SAMPLE": (4, 4, 4),
+                        "PROMPT": 3, "TEXT": 8, "RANKINGS": rankings}.items():
         monkeypatch.setattr(bench, name, small)
     bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))
     printed = "\n" + capsys.readouterr().out

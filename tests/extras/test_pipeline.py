@@ -73,15 +73,15 @@ def make_data(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with data, and one whole run, "the output"."""
-    make_data(folder := tmp_path_factory.mktemp("pipeline"))
-    train_all(folder, "the output", RLOO="1")
+    """A folder with data, and one whole run, "smoke"."""
+    make_data(folder := tmp_path_factory.mktemp("the pipeline"))
+    train_all(folder, "smoke", RLOO="1")
     return folder
 
 
 def test_every_stage_leaves_what_it_should(folder):
     """A stage that is skipped, a NaN in a log, a report whose pictures or figures are not there."""
-    out = folder / "the output"
+    out = folder / "smoke"
     assert finished(out) == sorted([*RATED, "rloo"])
     for path in out.glob("*/log.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -101,7 +101,7 @@ def test_every_stage_leaves_what_it_should(folder):
 
 def test_what_is_refused(folder):
     """SEED=2 that shows the results of seed 1; a typing error that runs the default preset; flags that nobody reads."""
-    assert "not seed 2" in train_all(folder, "the output", code=2, SEED="2")
+    assert "not seed 2" in train_all(folder, "smoke", code=2, SEED="2")
     assert "tinny" in train_all(folder, "none", "tinny", code=2)
     assert "smoke takes no flags" in train_all(folder, "none", "smoke", "smollm2", code=2)
 
@@ -128,7 +128,7 @@ def test_killed_and_started_again_it_ends_the_same(folder):
                 os.killpg(shell.pid, 0)
     text = train_all(folder, "killed", RLOO="1")
     assert "another run" not in text and text.count("finished already") == 8
-    assert results(folder / "killed") == results(folder / "the output")
+    assert results(folder / "killed") == results(folder / "smoke")
 
 
 def test_without_standard_streams_it_runs(folder):
@@ -142,7 +142,7 @@ def test_without_standard_streams_it_runs(folder):
 
 def test_another_run_is_recorded_and_shown(folder):
     """record.py that no longer repeats what ppo.py does, or a page that only fits the committed numbers."""
-    out, page = folder / "the output", (ROOT / "docs/walkthrough.md").read_text()
+    out, page = folder / "smoke", (ROOT / "docs/walkthrough.md").read_text()
     once, twice = (record.main(out, folder / name) or (folder / name).read_text() for name in ("once", "twice"))
     found, headings = json.loads(once), re.compile("^#.*", re.MULTILINE)
     assert once == twice and found["response"]["new_logprobs"] != found["response"]["old_logprobs"]
@@ -154,10 +154,26 @@ def test_another_run_is_recorded_and_shown(folder):
 
 def test_what_changed_runs_again_and_what_follows(folder):
     """Finished stages that are trained anew; a policy of other prompts than those that are there now."""
-    before = {path: path.stat().st_mtime_ns for path in (folder / "the output").glob("*/model.pt")}
+    before = {path: path.stat().st_mtime_ns for path in (folder / "smoke").glob("*/model.pt")}
     with open(folder / "the data" / "prompts_ppo.jsonl", "a") as file:
         file.write('{"prompt": "Another one"}\n')
-    text = train_all(folder, "the output")
+    text = train_all(folder, "smoke")
     assert text.count("finished already") == len(RATED) - 2
     assert "ppo is overwritten: --prompts was" in text and "evaluate is overwritten: --policies was" in text
     assert [path.parent.name for path, when in before.items() if path.stat().st_mtime_ns != when] == ["ppo"]
+
+
+def test_everything_that_a_gpu_would_show(folder):
+    """tools/gpu.sh that nobody can run before there is a GPU: a flag that is gone, a part that fails or leaves no line, a
+    failure that ends it."""
+    (folder / "small").mkdir()
+    (folder / "small/config.json").write_text(json.dumps({
+        "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 256}))
+    env = {**os.environ, **SURROUNDINGS, "DATA": str(folder / "the data"), "OUT": str(folder)}
+    subprocess.run(["bash", ROOT / "tools/gpu.sh", "--smoke"], env=env, check=True, cwd=folder)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert not [line for line in lines if line.get("exit") or "problem" in line]
+    parts = ["smoke", *(f"smoke {stage}" for stage in RATED), "speed-tiny", "base-small", "reward, small", "ppo, small",
+             "ppo", "ppo --recompute"]
+    assert sorted(line["name"] for line in lines) == sorted(parts) and all("seconds" in line for line in lines)
+    assert "GFLOP/s" in (page := (folder / "table.md").read_text()) and "| ppo --recompute |" in page
