@@ -51,10 +51,9 @@ def load_config(Config, presets, argv=None, words=()):
     parser.add_argument("--preset", choices=list(presets), help="a set of values; explicit flags override it")
     for name, default in ((field.name, field.default) for field in dataclasses.fields(Config)):
         kind = {"type": type(default), "metavar": "X"}
-        if isinstance(default, bool) and words:  # would take the next word for its value
-            kind = {"action": "store_true"}
-        elif isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
-            kind = {"type": json.loads, "choices": [False, True], "nargs": "?", "const": True, "metavar": "true|false"}
+        if isinstance(default, bool):  # may stand alone: --overwrite is --overwrite true
+            value = {"type": json.loads, "choices": [False, True], "nargs": "?", "const": True, "metavar": "true|false"}
+            kind = {"action": "store_true"} if words else value  # beside words it would take the next one for its value
         if name in words:
             kind = {"nargs": "*" if isinstance(default, tuple) else "?"}
         parser.add_argument(name if name in words else f"--{name.replace('_', '-')}", **kind, default=argparse.SUPPRESS,
@@ -236,8 +235,8 @@ class Stage:
         if not any((self.folder / name).is_file() for name in WORK):
             return ""
         before, free = self.folder / "config.json", {*FREE.split(), *getattr(self.cfg, "automatic", [])}
-        then = json.loads(before.read_text()) if before.is_file() else {"stage": {}}
-        now, then = ({**run["stage"], **run.get("inputs", {})} for run in (self.facts, then))
+        then = json.loads(before.read_text()) if before.is_file() else {"stage": {"seed": None}}
+        now, then = ({**vars(type(self.cfg)()), **run["stage"], **run.get("inputs", {})} for run in (self.facts, then))
         changed = [f"--{name.replace('_', '-')} was {then.get(name)}, is {now.get(name)}" for name in now | then
                    if name not in free and str(then.get(name)) != str(now.get(name))]  # as text, nan equals nan
         changed = "; ".join(changed[:3])

@@ -133,7 +133,7 @@ def main(cfg):
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
         optimizer_step(optimizer, list(policy.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
+            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 3))
             # Both log-probabilities often fall: the loss sees only their difference, the rest goes to unranked texts.
             say("step {step}/{of} loss {loss:.3f} accuracy {accuracy:.3f} margin {margin:.3f} chosen "
                 "{chosen_logprobs:.1f} rejected {rejected_logprobs:.1f} nats".format(of=steps, **line))

@@ -76,7 +76,8 @@ PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
     "smollm": {**SMOLLM, "response_tokens": 28, "kl_coef": 0.15, "kl_target": 4.0},
-    "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.05, "iterations": 16, "episodes": 32, "microbatch": 8},
+    "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.05, "iterations": 16, "episodes": 32, "microbatch": 8,
+             "kl_horizon": 100.0},
 }
 
 # ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
@@ -269,8 +270,9 @@ def update(policy, value, optimizer, rollout, lr, cfg, autocast, log, random, te
                             value_clip_fraction=v_clip_fraction, approx_kl=0.5 * masked_mean(moved ** 2, mask))
             if texts:  # PPO-ptx (Ouyang et al. 2022, eq. 2): eight texts a step
                 drawn = [(texts[i], 1) for i in torch.randint(len(texts), (8,), generator=random)]
-                nats = -row_logprobs(policy, drawn, 0, rollout["tokens"].device, autocast).sum()
-                (cfg.ptx_coef * nats / sum(len(ids) - 1 for ids, _ in drawn)).backward()
+                loss = -row_logprobs(policy, drawn, 0, mask.device, autocast).sum() / sum(len(x) - 1 for x, _ in drawn)
+                (cfg.ptx_coef * loss).backward()
+                log.add(text_loss=loss)
             optimizer_step(optimizer, parameters, lr, cfg.grad_clip, log)
 
 def guard_ratio(error, log):
@@ -358,7 +360,7 @@ def main(cfg):
         update(policy, value, optimizer, rollout, lr, cfg, autocast, log, generator(cfg.seed, iteration, 1), texts)
         show = iteration == 0 or (iteration + 1) % cfg.sample_every == 0
         line = log.write(iteration=iteration + 1, episodes=(iteration + 1) * cfg.episodes, kl_coef=controller.coef,
-                         lr=lr, seconds=round(stage.seconds(), 1),
+                         lr=lr, seconds=round(stage.seconds(), 3),
                          **({"sample": one_response(enc, rollout, iteration)} if show else {}))
         controller.update(line["kl"], cfg.episodes)
         bar.set_postfix_str("score {score:.2f}, kl {kl:.2f}, length {length:.1f}".format(**line))

@@ -139,7 +139,7 @@ def train(model, rankings, counts, cfg, stage, device, autocast):
         lr = learning_rate(step, steps, cfg.lr, round(cfg.warmup * steps), "linear")
         optimizer_step(optimizer, list(model.parameters()), lr, cfg.grad_clip, log)
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 1))
+            line = log.write(step=step + 1, lr=lr, seconds=round(stage.seconds(), 3))
             say(f"step {step + 1}/{steps} loss {line['loss']:.3f} accuracy {line['accuracy']:.3f}")
         stage.keep(step + 1)
     model.eval()

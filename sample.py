@@ -76,8 +76,8 @@ def main(cfg):
     cfg.response_tokens = cfg.response_tokens or (min(200, block_size // 2) if cfg.chat else 32)
     reward = load_model(cfg.reward, device, kind="reward") if cfg.reward else None
     check_same_vocab(*policies, cfg.reward or cfg.model)
-    how = {"temperature": cfg.temperature, "random": torch.Generator(device).manual_seed(cfg.seed),
-           "only": lambda probs: likeliest(probs, cfg.top_k, cfg.top_p)}
+    how = {folder: {"temperature": cfg.temperature, "random": torch.Generator(device).manual_seed(cfg.seed),
+                    "only": lambda probs: likeliest(probs, cfg.top_k, cfg.top_p)} for folder in policies}
     dialogues = {folder: [] for folder in policies}
     if sys.stdin.isatty() and not cfg.prompt:
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
@@ -87,9 +87,9 @@ def main(cfg):
             print(f"{folder}:\n" * bool(cfg.compare), end="")
             if cfg.chat:
                 dialogues[folder].append({"role": "user", "content": line})
-                answer(dialogues[folder], cfg, policy, enc, autocast, how)
+                answer(dialogues[folder], cfg, policy, enc, autocast, how[folder])
             else:
-                respond(line, cfg, policy, reward, enc, autocast, how)
+                respond(line, cfg, policy, reward, enc, autocast, how[folder])
         print()
 
 if __name__ == "__main__":

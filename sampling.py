@@ -91,8 +91,7 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
         tokens, pad = pad_prompts([prompts[i] for i in rows], end)
         pad = pad.to(device) if pad.any() else None  # equal lengths need no mask
         drawn, n, drawn_logprobs = sample(model, tokens.to(device), pad, max_tokens, end, **how)
-        R = drawn.size(1)
-        responses[rows, :R], logprobs[rows, :R], lengths[rows] = drawn, drawn_logprobs, n
+        responses[rows, :drawn.size(1)], logprobs[rows, :drawn.size(1)], lengths[rows] = drawn, drawn_logprobs, n
     R = int(lengths.max())
     return responses[:, :R], lengths, logprobs[:, :R]
 

@@ -132,7 +132,7 @@ def main(cfg):
         if (step + 1) % max(1, steps // cfg.evals) == 0 or step + 1 == steps:
             valid_loss = held_out_loss(model, valid, enc.end, device, autocast, cfg.microbatch)
             line = log.write(step=step + 1, epoch=round((step + 1) / per_epoch, 3), valid_loss=valid_loss, lr=lr,
-                             tokens_per_second=round(seen / (time.time() - start)), seconds=round(stage.seconds(), 1))
+                             tokens_per_second=round(seen / (time.time() - start)), seconds=round(stage.seconds(), 3))
             say("step {step}/{of} loss {loss:.3f} held-out {valid_loss:.3f} nats/token, {tokens_per_second} tokens/s"
                 .format(of=steps, **line))
             if not math.isfinite(valid_loss):

@@ -4,7 +4,7 @@
 #   smoke  under a minute: does every stage run?
 #   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (8 to 10 GB)
 #   chat   SmolLM2 as an assistant, on Anthropic's dialogues: people compared responses to the same prompt, so the reward
-#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk, with no download
+#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk in place of them
 # Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
@@ -36,10 +36,17 @@ if torch.cuda.is_available(): print("CUDA is here: bash train_all.sh smollm runs
 # of three beside another busy process. glibc keeps freed memory: clearing fresh pages is a fifth of base training's time.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
+words=$* data=(reviews data/reviews)  # of the data: module of prepare, folder (empty: in OUT), file
+[ $preset != chat ] || data=(hh data/hh)
+if [ "$preset ${1:-}" = "chat --train" ]; then
+  [ -f "${2:-}" ] && [ -z "${DATA:-}" ] || { echo "error: --train ${2:-}: no such file (or DATA is set, too)" >&2; exit 2; }
+  data=(hh "" "$2")
+  shift 2
+fi
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 case $OUT in *,*) echo "error: OUT=$OUT: a comma separates folders in the flags of the stages" >&2; exit 2 ;; esac
 mkdir -p "$OUT"
-made="seed $SEED, $STEPS${*:+ $*}${DATA:+, $DATA}"
+made="seed $SEED, $STEPS${words:+ $words}${DATA:+, $DATA}"
 [ -s "$OUT/made" ] || echo "$made" > "$OUT/made"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
@@ -57,15 +64,9 @@ stage() {  # stage NAME COMMAND: the script sees for itself whether it is finish
 }
 trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
 
-prepare=prepare.reviews folder=data/reviews
-[ $preset != chat ] || prepare=prepare.hh folder=data/hh
-if [ "$preset ${1:-}" = "chat --train" ]; then
-  prepare="prepare.hh --train" folder=$OUT/data file=${2:?train_all.sh chat --train needs a file}
-  shift 2
-fi
 if [ -z "${DATA:-}" ]; then
-  DATA=$folder
-  [ -f "$DATA/summary.json" ] || script data -m $prepare ${file:+"$file"} --out "$DATA"
+  DATA=${data[1]:-$OUT/data}
+  [ -f "$DATA/summary.json" ] || script data -m prepare.${data[0]} --out "$DATA" ${data[2]:+--train "${data[2]}"}
 fi
 others=""  # prompts of other domains, where the data has them
 for domain in amazon nyt tweets; do
@@ -103,7 +104,8 @@ stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" 
 stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo$rloo" --reward "$OUT/reward" --labeler "$labeler" \
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
-[ $preset != chat ] || script refusals -m study.refusals "$OUT"
+[ $preset != chat ] || [ "$OUT/evaluate/refusals.json" -nt "$OUT/evaluate/done.json" ] || \
+script refusals -m study.refusals "$OUT" --policies sft,dpo,ppo${rloo:+,rloo}
 script report  -m study.report "$OUT/evaluate"
 if [ $preset = smollm ]; then
   judges=out/tiny/judge; [ -f $judges/done.json ] || judges=""

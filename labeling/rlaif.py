@@ -64,8 +64,7 @@ class Config(Flags):
 
 @dataclass
 class JudgeConfig(Flags):
-    evaluate: str = "out/tiny/evaluate"  # folder of a finished evaluation: its samples.jsonl
-    out: str = ""            # folder for verdict.json and calls.jsonl; empty: that of the evaluation
+    evaluate: str = "out/tiny/evaluate"  # folder of a finished evaluation: its samples.jsonl, and verdict.json
 
 
 # ---- labelers: functions from [(prompt, first, second)] to the probabilities that the first is better ----------------
@@ -117,7 +116,7 @@ class Server:
 
     def key_of(self, pair):
         """What an answer is stored under: it depends on everything that was asked, and on whom."""
-        asked = [self.cfg.labeler, self.cfg.model, self.cfg.logprobs, question(self.rubric, *pair)]
+        asked = [self.cfg.labeler, self.cfg.model, *[False] * (not self.cfg.logprobs), question(self.rubric, *pair)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def missing(self, pairs):
@@ -279,7 +278,7 @@ def rank(cfg):
 def judge(cfg):
     """verdict.json: how often the labeler prefers each policy's response to the SFT model's, by its probabilities
     averaged over both orders; first of all, how far it agrees with people. The same text twice is a tie, not asked."""
-    path, folder = Path(cfg.evaluate) / "samples.jsonl", Path(cfg.out or cfg.evaluate)
+    folder, path = Path(cfg.evaluate), Path(cfg.evaluate) / "samples.jsonl"
     rows, human = read_jsonl(path, {"prompt": str})[:cfg.limit or None], people_pairs(cfg)
     names = [name for name in rows[0] if name not in ("prompt", "judge", "sft")]
     check("sft" in rows[0] and names, f"{path}: expected responses of sft and of another policy")
@@ -289,7 +288,7 @@ def judge(cfg):
     if cfg.dry_run:
         return show_calls(prefer, human + sum(asked.values(), []))
     before = load_json(open_folder(folder) / "verdict.json").get("labeler", labeler)
-    check(before == labeler, f"{folder}/verdict.json is of {before}: change --out, or delete it")
+    check(before == labeler, f"{folder}/verdict.json is of {before}: move or delete it")
     people, policies = people_card(human, both_orders(prefer, human)) if human else {}, {}
     agrees = people and "; agrees with people on {accuracy:.3f} of {pairs} pairs".format(**people["both orders"])
     for name in names:

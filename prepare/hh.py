@@ -12,8 +12,6 @@ are one group, and a group is in one part only.
     demos_train.jsonl, demos_valid.jsonl        prompt, completion: the chosen responses of reward and of valid
     prompts_ppo.jsonl, prompts_eval.jsonl       the different prompts of the part ppo and of test
     corpus_test.jsonl, summary.json             the chosen dialogues of test as plain text; counts, written last
-
-Left out on purpose: helpful-rejection-sampled and helpful-online, whose responses come from models tuned on such pairs.
 """
 import math
 import random

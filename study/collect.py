@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from common import run
+from common import digest, run
 from study import report
 
 # Of a study's many runs these fields of a log line are kept (curves that one may want to compare), and of an
@@ -73,7 +73,9 @@ def main(cfg):
         lines = [line for folder in stages for line in stage_lines(folder, stage=folder.name)]
         one = typical(read(source / "evaluate" / "samples.jsonl"))
         for name in ("opinions.json", "verdict.json", "refusals.json", "refusals.md"):
-            if (path := source / "evaluate" / name).is_file():
+            (target / name).unlink(missing_ok=True)
+            path, samples = source / "evaluate" / name, source / "evaluate" / "samples.jsonl"
+            if path.is_file() and (name != "verdict.json" or read(path)["samples"] == digest(samples)):
                 (target / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
     preset = target.name if target.parent.name == "results" and not cfg.seed else "tiny"

@@ -4,8 +4,8 @@
     python -m study.groups out/tiny/groups            groups.md, of what study.collect has kept there
 
 Who rated a film review is known within blocks of 30 sentences. Of a block's raters the half whose ratings are lower is
-strict, the other lenient; halves a and b are drawn. To rate everything lower changes no order: what one weighs does. A
-block's sentences are two parts, and how raters rate one tells their group in the other: no rating does both.
+strict, the other lenient; halves a and b are drawn. A rater who rates everything lower changes no order, but one who
+values other things does. A block's sentences are two parts: ratings of one choose the groups that order the other.
 """
 import random
 from collections import Counter
@@ -20,10 +20,10 @@ from data import write_jsonl
 from evaluate import mean_interval
 from prepare.reviews import blocks_of, fetch, parse, rankings, read_archive, split, without_duplicates
 from study.collect import read
-from study.markdown import accuracy, fill, made, spread, table, template
+from study.markdown import fill, made, spread, table, template
 
 GROUPS = ("strict", "lenient", "half-a", "half-b")
-ROUNDS = 4  # rankings that a sentence is in
+ROUNDS = 8  # rankings that a sentence is in
 
 
 @dataclass
@@ -50,34 +50,36 @@ def disagreement(a, b):
 
 
 def labels(cfg, out):
-    """rankings-GROUP.jsonl of the labeler's and the judge's sentences; pairs.jsonl of held-out ones, the group being
-    the domain; agreement.json."""
+    """rankings-GROUP.jsonl of the labeler's sentences; pairs.jsonl of held-out ones, the group being the domain;
+    agreement.json: how often two groups disagree."""
     dropped, draw = Counter(), np.random.default_rng(cfg.seed)
     sentences = parse("movie", *read_archive(fetch(Path(cfg.data)))["movie"], dropped)
     parts = split(without_duplicates(sentences, dropped), 1)  # 1: the seed of data/reviews
-    train, test = ([half for part in names for block in blocks_of(parts[part]["movie"]) for half in halves(block, draw)]
-                   for names in (("labeler", "judge"), ("test",)))
+    train, other, test = ([half for block in blocks_of(parts[part]["movie"]) for half in halves(block, draw)]
+                          for part in ("labeler", "judge", "test"))
     comparisons = []
     for number, group in enumerate(GROUPS):
-        rng = random.Random(cfg.seed)  # all groups rank the same sentences
+        rng, again = random.Random(cfg.seed), random.Random(cfg.seed)  # all groups rank the same sentences
         mean_of = {s.text: x for rows, means in train + test for s, x in zip(rows, means[number])}
-        write_jsonl(out / f"rankings-{group}.jsonl", rankings(
-            [(rows, lambda s, of=mean_of: of[s.text], {}) for rows, _ in train for _ in range(ROUNDS)], rng, dropped))
+        pools = [(rows, lambda s, of=mean_of: of[s.text], {}) for rows, _ in train for _ in range(ROUNDS)]
+        write_jsonl(out / f"rankings-{group}.jsonl", [
+            {"prompt": "", "responses": row["responses"]} for row in rankings(pools, rng, dropped)])
         texts = [[s.text for s in rows] for rows, _ in test]
-        pairs = [sorted(pair, key=mean_of.get) for part in texts for pair in zip(part, rng.sample(part, len(part)))]
+        pairs = [sorted(pair, key=mean_of.get) for part in texts for pair in zip(part, again.sample(part, len(part)))]
         comparisons += [{"prompt": "", "chosen": b, "rejected": a, "domain": group, "sample": "random"}
                         for a, b in pairs if mean_of[a] < mean_of[b]]
     write_jsonl(out / "pairs.jsonl", comparisons)
-    shares = {f"{a}, {b}": torch.tensor([disagreement(means[i], means[i + 1]) for _, means in train + test])
-              for i, (a, b) in enumerate(zip(GROUPS, GROUPS[1:])) if i != 1}
-    write_json(out / "agreement.json", {name: dict(zip(("accuracy", "interval"), mean_interval(x, 2000, generator(1))))
-                                        for name, x in shares.items()})
+    shares = {f"{GROUPS[i]}, {GROUPS[i + 1]}": torch.tensor([
+        disagreement(means[i], means[i + 1]) for _, means in train + other + test]) for i in (0, 2)}
+    write_json(out / "agreement.json", {  # resampled are blocks, whose two parts have the same raters
+        name: dict(zip(("disagree", "interval"), mean_interval(x.view(-1, 2).mean(1), 2000, generator(1))))
+        for name, x in shares.items()})
 
 
 def main(cfg):
-    folder = open_folder(cfg.folder)
+    folder = Path(cfg.folder)
     if not (folder / "results.json").is_file():
-        return labels(cfg, folder)
+        return labels(cfg, open_folder(folder))
     seeds, lines = list(read(folder / "results.json", 7).values()), read(folder / "logs.jsonl")
     runs = [seed["evaluate"] for seed in seeds]
 
@@ -88,7 +90,8 @@ def main(cfg):
                       for scorer in ("proxy", "labeler", "judge"))] for name in ("ppo-strict", "ppo-lenient")]
     fill(template("groups.md"), folder / "groups.md", runs, made=made(folder, runs[0]),
          differ=table(["groups", *(f"seed {results['config']['seed']}" for results in runs)],
-                      [[name, *(accuracy(seed["labels"][name]) for seed in seeds)] for name in seeds[0]["labels"]]),
+                      [[name, *("{disagree:.3f} ({interval[0]:.3f} to {interval[1]:.3f})".format(**seed["labels"][name])
+                                 for seed in seeds)] for name in seeds[0]["labels"]]),
          cards=table(["reward model of", *GROUPS], [[a, *(accuracies(a, b) for b in GROUPS)] for a in GROUPS]),
          rates=table(["policy", "strict's reward model", "lenient's", "the judge"], rates))
 

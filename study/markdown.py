@@ -54,7 +54,8 @@ def escape(text):
 
 def made(folder, results):
     """The machine and date behind a study. The committed over-optimisation and ablations are older than this code."""
-    old = "; version 0.7 (commit 7bdf83d), not rerun since" if folder.resolve().parent.name == "results" else ""
+    old = folder.resolve().parts[-2:] in (("results", "over_optimisation"), ("results", "ablations"))
+    old = "; version 0.7 (commit 7bdf83d), not rerun since" * old
     return "{hardware}, torch {torch}, {date}".format(**results) + old
 
 

@@ -28,8 +28,8 @@ METHODS = ("PPO", "best-of-n")
 
 
 def series(points, scorer):
-    """The root of KL (an estimate near 0 can be below it), and a scorer's mean above that of the SFT model, the first of
-    the points: (N,), (N,)."""
+    """The root of KL (an estimate near 0 can be below it), and a scorer's mean above that of the SFT model, the
+    first of the points: (N,), (N,)."""
     kl, scores = torch.tensor([[point["kl"], point[scorer]] for point in points], dtype=torch.double).T
     return kl.clamp(min=0).sqrt(), scores - scores[0]
 

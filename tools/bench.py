@@ -40,8 +40,8 @@ class Config:
     seed: int = 1           # weights, tokens
 
 
-MODELS, BLOCK = {"tiny": GPTConfig(2048, 128, n_layer=4, n_head=4, width=256)}, 128
-TRAIN = {"tiny": (32, 128)}  # rows, tokens; others: 16, 40
+TINY, BLOCK = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256), 128
+TRAIN, TRAIN_LARGE = (32, 128), (16, 40)  # rows, tokens
 SAMPLE = (64, 16, 32)  # rows, tokens of a prompt, tokens of a response
 RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
 PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
@@ -69,7 +69,8 @@ class Bench:
     def __init__(self, cfg):
         self.cfg, self.random, n = cfg, generator(cfg.seed), 2048
         self.device, self.autocast = set_up(cfg)
-        self.model = MODELS.get(cfg.model) or hub_config(shape_of(cfg.model), BLOCK)
+        self.model, self.train = (TINY, TRAIN) if cfg.model == "tiny" else (
+            hub_config(shape_of(cfg.model), BLOCK), TRAIN_LARGE)
         a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, cfg.dtype))
         self.flops = 2 * n**3 / min(products := self.time(lambda: a @ b))
         self.record("matrix product", products, 2e-9 * n**3, "GFLOP/s")
@@ -111,7 +112,7 @@ class Bench:
 
 def train(bench, _):
     """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
-    (B, T), device, model = TRAIN.get(bench.cfg.model, (16, 40)), bench.device, GPT(bench.model).to(bench.device)
+    (B, T), device, model = bench.train, bench.device, GPT(bench.model).to(bench.device)
     rows = [(ids, 1) for ids in bench.tokens(B, T + 1)]
     seconds = bench.time_step(model, lambda: -row_logprobs(model, rows, 0, device, bench.autocast).sum() / (B * T))
     bench.record("train", seconds, B * T, "tokens/s", 3 * B * flop(bench.model, T, T, True))

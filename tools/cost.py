@@ -8,6 +8,7 @@ fails has a line, too: the last that it printed.
 """
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,6 @@ import torch
 from common import run
 from evaluate import hardware
 from study.markdown import table
-
-FLAGS = "dtype episodes epochs batch_size microbatch response_tokens recompute".split()  # that a line shows
 
 
 @dataclass
@@ -42,14 +41,16 @@ def measure(cfg):
         if ran.returncode:
             return {**line, "problem": ran.stdout.decode(errors="replace").strip().rpartition("\n")[2][-200:]}
         log, stage, done = ((Path(out) / name).read_text() for name in ("log.jsonl", "config.json", "done.json"))
+    shown = "dtype episodes epochs batch_size microbatch response_tokens recompute".split()
     seconds = [row["seconds"] for row in map(json.loads, log.splitlines()) if "seconds" in row]
     stage, done = json.loads(stage)["stage"], json.loads(done)
-    return {**line, **{name: stage[name] for name in FLAGS if name in stage},
+    return {**line, **{name: stage[name] for name in shown if name in stage},
             "seconds": round(median(b - a for a, b in zip(seconds, seconds[1:])), 2),
             **{name: value for name, value in done.items() if name.startswith("peak")}}
 
 
 def main(cfg):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then the stage is killed, too, and its folder goes
     lines = [measure(cfg)] if cfg.name else list(map(json.loads, Path(cfg.file).read_text().splitlines()))
     if cfg.name:
         with open(cfg.file, "a") as file:

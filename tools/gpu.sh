@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
 # What a GPU shows, in one call:
-#   bash tools/gpu.sh [hours]     1 if nothing is said; a part that needs more than its share of them is stopped
+#   bash tools/gpu.sh [hours]     1 if nothing is said: a part that takes more than its share is stopped, and the next begins
 #   bash tools/gpu.sh --smoke     the same parts, small, on whatever is there
 # Tests on the device; the presets tiny and smollm from start to report; speed beside the matrix product, and beside
-# transformers if it is installed; a few steps at other sizes, on random weights; what some flags change. $OUT (out/gpu) gets
-# results.jsonl, a line for each part, stage and measurement, table.md, and a log of each part. A part that fails is a line,
-# too. No network is needed where data/reviews and data/pretrained/smollm2 are. PYTHON, DATA: as for train_all.sh.
+# transformers if it is installed; a few steps at other sizes, of random weights and with SmolLM2's vocabulary of 49,152; what
+# some flags change. $OUT (out/gpu) gets results.jsonl, a line for each part, stage and measurement, table.md, and a log of
+# each part. A part that fails is a line, too. No network is needed where data/reviews and data/pretrained/smollm2 are.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hours=1 size=full
-case ${1:-} in --smoke) size=smoke ;; "") ;; *) hours=$1 ;; esac
+case ${1:-} in
+  --smoke) size=smoke ;;
+  ""|[0-9]*) hours=${1:-1} ;;
+  *) echo "error: expected a number of hours, or --smoke, found: $1" >&2; exit 2 ;;
+esac
+has_packages() { MPLBACKEND=Agg "$1" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors, pytest' 2>/dev/null; }
 PYTHON=${PYTHON:-python3} OUT=${OUT:-out/gpu} DATA=${DATA:-}
-MPLBACKEND=Agg "$PYTHON" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors, pytest' 2>/dev/null || PYTHON=$PWD/.venv/bin/python
+has_packages "$PYTHON" || {  # as in train_all.sh
+  [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+  PYTHON=$PWD/.venv/bin/python
+  has_packages "$PYTHON" || "$PYTHON" -m pip install --quiet -r requirements.txt
+}
 mkdir -p "$OUT"
 results=$OUT/results.jsonl
 : > "$results"
@@ -26,9 +35,9 @@ part() {  # part NAME PERCENT COMMAND: of the hours
   line "$name" "\"seconds\": $((SECONDS - begin)), \"exit\": $code"
   [ $code = 0 ] || tail -n 3 "$OUT/$name.log"
 }
-steps() {  # steps NAME COMMAND: seconds and memory of a few steps
+steps() {  # steps NAME COMMAND: seconds and memory of a few steps, in 2 % of the hours
   echo "== $1"
-  timeout -k 30 "$(awk "BEGIN {print int($hours * 180) + 60}")" "$PYTHON" -m tools.cost "$results" "$@" || line "$1" "\"exit\": $?"
+  timeout -k 30 "$(awk "BEGIN {print int($hours * 72) + 60}")" "$PYTHON" -m tools.cost "$results" "$@" || line "$1" "\"exit\": $?"
 }
 
 presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
@@ -40,21 +49,23 @@ if [ $size = smoke ]; then  # $OUT/small: a folder with the config.json of a mod
 fi
 [ $size = smoke ] || part tests 5 "$PYTHON" -m pytest -q tests/core/test_device.py  # otherwise test.sh has run them
 for preset in $presets; do
-  part "$preset" 30 env OUT="$OUT/$preset" DATA="$DATA" PYTHON="$PYTHON" bash train_all.sh "$preset"
-  for done in "$OUT/$preset"/*/done.json; do
-    [ -f "$done" ] && line "$preset $(basename "$(dirname "$done")")" "$(tr -d '\n' < "$done" | sed 's/^{ *//; s/}$//')"
+  part "$preset" 20 env OUT="$OUT/$preset" DATA="$DATA" PYTHON="$PYTHON" bash train_all.sh "$preset"
+  for file in "$OUT/$preset"/*/done.json; do
+    [ ! -f "$file" ] || line "$preset $(basename "$(dirname "$file")")" "$(tr -d '\n' < "$file" | sed 's/^{ *//; s/}$//')"
   done
 done
-run=$OUT/$preset  # the last of them: smollm
+run=$OUT/$preset  # the last of them: smollm, or tiny if that has come to nothing
+[ -f "$run/reward/done.json" ] || run=$OUT/tiny
 DATA=${DATA:-data/reviews}
 
-peers=$("$PYTHON" -c 'import transformers' 2>/dev/null && echo --peers)
+bench="-m tools.bench --dtype bfloat16 $([ $size = full ] || echo --repeats 1)"
 for model in $speeds; do
-  part "speed-${model##*/}" 5 "$PYTHON" -m tools.bench --model "$model" --dtype bfloat16 --only train,sample,ppo-shared,dpo $peers $([ $size = full ] || echo --repeats 1)
+  part "speed-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample,ppo-shared,reward,dpo
+  ! "$PYTHON" -c 'import transformers' 2>/dev/null || part "peers-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample --peers
 done
 for model in "${sizes[@]}"; do
   name=${model##*/} base=$OUT/base-${model##*/} reward=$OUT/reward-${model##*/}
-  part "base-$name" 2 "$PYTHON" -m prepare.pretrained "$model" --random --block-size 256 --vocab "$run/base/vocab.tiktoken" --out "$base" --overwrite
+  part "base-$name" 1 "$PYTHON" -m prepare.pretrained "$model" --random --block-size 256 --vocab "$run/base/vocab.tiktoken" --out "$base" --overwrite
   steps "reward, $name" "reward.py --model '$base' --train '$DATA/rankings_labeler.jsonl' --pairs '' --sft '$base' --prompts '$DATA/prompts_label.jsonl' \
     --limit 64 --samples 16 --response-tokens 8 --batch-size 8 --microbatch 8 --log-every 1 --out '$reward' --overwrite"
   steps "ppo, $name" "ppo.py --sft '$base' --reward '$reward' --prompts '$DATA/prompts_ppo.jsonl' $few --value shared"
@@ -66,6 +77,8 @@ done
 { echo "# What this machine showed: $(date +%F), \`bash tools/gpu.sh ${1:-}\`"
   echo
   "$PYTHON" -m tools.cost "$results"
-  for model in $speeds; do printf '\n**%s**\n\n```\n%s\n```\n' "$model" "$(cat "$OUT/speed-${model##*/}.log")"; done
+  for log in "$OUT"/speed-*.log "$OUT"/peers-*.log; do
+    [ ! -f "$log" ] || printf '\n**%s**\n\n```\n%s\n```\n' "$(basename "$log" .log)" "$(cat "$log")"
+  done
 } > "$OUT/table.md"
 echo "done in $SECONDS s: $OUT/table.md"

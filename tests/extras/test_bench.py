@@ -53,7 +53,7 @@ def test_every_figure_runs(monkeypatch, capsys, library, only, family):
     if library:
         pytest.importorskip(library, reason=f"{library} is not installed")
     rankings = {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}
-    for name, small in {"MODELS": {"tiny": FAMILIES[family]}, "TRAIN": {"tiny": (2, 8)}, "SAMPLE": (4, 4, 4),
+    for name, small in {"TINY": FAMILIES[family], "TRAIN": (2, 8), "SAMPLE": (4, 4, 4),
                         "PROMPT": 3, "TEXT": 8, "RANKINGS": rankings}.items():
         monkeypatch.setattr(bench, name, small)
     bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))

@@ -164,8 +164,7 @@ def test_what_changed_runs_again_and_what_follows(folder):
 
 
 def test_everything_that_a_gpu_would_show(folder):
-    """tools/gpu.sh that nobody can run before there is a GPU: a flag that is gone, a part that fails or leaves no line, a
-    failure that ends it."""
+    """tools/gpu.sh, which nobody runs before there is a GPU: a flag that is gone, a part that fails or has no line."""
     (folder / "small").mkdir()
     (folder / "small/config.json").write_text(json.dumps({
         "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 256}))
@@ -173,7 +172,8 @@ def test_everything_that_a_gpu_would_show(folder):
     subprocess.run(["bash", ROOT / "tools/gpu.sh", "--smoke"], env=env, check=True, cwd=folder)
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert not [line for line in lines if line.get("exit") or "problem" in line]
-    parts = ["smoke", *(f"smoke {stage}" for stage in RATED), "speed-tiny", "base-small", "reward, small", "ppo, small",
-             "ppo", "ppo --recompute"]
-    assert sorted(line["name"] for line in lines) == sorted(parts) and all("seconds" in line for line in lines)
+    parts = ["smoke", *(f"smoke {stage}" for stage in [*RATED, "rloo"]), "speed-tiny", "base-small", "reward, small",
+             "ppo, small", "ppo", "ppo --recompute"]
+    names = [line["name"] for line in lines if line["name"] != "peers-tiny"]  # where transformers is installed
+    assert sorted(names) == sorted(parts) and all("seconds" in line for line in lines)
     assert "GFLOP/s" in (page := (folder / "table.md").read_text()) and "| ppo --recompute |" in page

@@ -238,7 +238,7 @@ def test_groups_of_raters(tmp_path, monkeypatch):
         assert not {row["chosen"] for row in pairs} & {t for row in read_rows(
             tmp_path / f"rankings-{group}.jsonl", dict) for t in row["responses"]}
     shares = groups.read(tmp_path / "agreement.json")
-    assert shares["strict, lenient"]["accuracy"] == 1 and 0.1 < shares["half-a, half-b"]["accuracy"] < 0.9
+    assert shares["strict, lenient"]["disagree"] == 1 and 0.1 < shares["half-a, half-b"]["disagree"] < 0.9
     two = [Sentence("movie", 0, str(i), ratings, 0) for i, ratings in enumerate([[5, 1, 5, 1], [1, 5, 1, 5]])]
     assert [means[:2] for _, means in groups.halves(two, np.random.default_rng(0))] == [[5, 1]] * 2  # strict elsewhere
 
@@ -248,7 +248,7 @@ def test_the_page_of_groups(tmp_path):
     rates = {"proxy": 0.9, "labeler": 0.8, "judge": 0.7}
     rows = {f"ppo-{name}": {f"win_rate_{who}": x - less for who, x in rates.items()}
             for name, less in (("strict", 0), ("lenient", 0.5))}
-    share = {"accuracy": 0.14, "interval": [0.13, 0.15]}
+    share = {"disagree": 0.14, "interval": [0.13, 0.15]}
     found = {"labels": {"strict, lenient": share, "half-a, half-b": share}, "evaluate": {
         "policies": rows, "config": {"seed": 3}, "hardware": "CPU", "torch": "2", "date": "today"}}
     (tmp_path / "results.json").write_text(json.dumps({"3": found}))
