@@ -38,5 +38,5 @@ def test_dialogues_and_a_llama(tmp_path):
               STEPS="smoke")
     assert finished(tmp_path / "out") == sorted("base sft judge reward dpo ppo evaluate".split())
     assert json.loads((tmp_path / "out/ppo/config.json").read_text())["model"]["rope"]
-    assert "<|im_start|>user" in (tmp_path / "out/ppo/log.jsonl").read_text()
+    assert "<|im_start|>assistant" in (tmp_path / "out/ppo/log.jsonl").read_text()
     assert "harmless: refused" in (tmp_path / "out/evaluate/report.md").read_text()
