@@ -5,7 +5,8 @@
 # Tests on the device; the presets tiny and smollm from start to report; speed beside the matrix product, and beside
 # transformers if it is installed; a few steps at other sizes, of random weights and with SmolLM2's vocabulary of 49,152; what
 # some flags change. $OUT (out/gpu) gets results.jsonl, a line for each part, stage and measurement, table.md, and a log of
-# each part. A part that fails is a line, too. No network is needed where data/reviews and data/pretrained/smollm2 are.
+# each part. A part that fails is a line, too; a preset that is finished there is not run again. No network is needed where
+# data/reviews and data/pretrained/smollm2 are.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hours=1 size=full
@@ -49,7 +50,7 @@ if [ $size = smoke ]; then  # $OUT/small: a folder with the config.json of a mod
 fi
 [ $size = smoke ] || part tests 5 "$PYTHON" -m pytest -q tests/core/test_device.py  # otherwise test.sh has run them
 for preset in $presets; do
-  part "$preset" 20 env OUT="$OUT/$preset" DATA="$DATA" PYTHON="$PYTHON" bash train_all.sh "$preset"
+  [ -f "$OUT/$preset/evaluate/report.md" ] || part "$preset" 20 env OUT="$OUT/$preset" DATA="$DATA" PYTHON="$PYTHON" bash train_all.sh "$preset"
   for file in "$OUT/$preset"/*/done.json; do
     [ ! -f "$file" ] || line "$preset $(basename "$(dirname "$file")")" "$(tr -d '\n' < "$file" | sed 's/^{ *//; s/}$//')"
   done
@@ -61,7 +62,7 @@ DATA=${DATA:-data/reviews}
 bench="-m tools.bench --dtype bfloat16 $([ $size = full ] || echo --repeats 1)"
 for model in $speeds; do
   part "speed-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample,ppo-shared,reward,dpo
-  ! "$PYTHON" -c 'import transformers' 2>/dev/null || part "peers-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample --peers
+  [ $size = smoke ] || ! "$PYTHON" -c 'import transformers' 2>/dev/null || part "peers-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample --peers
 done
 for model in "${sizes[@]}"; do
   name=${model##*/} base=$OUT/base-${model##*/} reward=$OUT/reward-${model##*/}

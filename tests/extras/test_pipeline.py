@@ -172,8 +172,7 @@ def test_everything_that_a_gpu_would_show(folder):
     subprocess.run(["bash", ROOT / "tools/gpu.sh", "--smoke"], env=env, check=True, cwd=folder)
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert not [line for line in lines if line.get("exit") or "problem" in line]
-    parts = ["smoke", *(f"smoke {stage}" for stage in [*RATED, "rloo"]), "speed-tiny", "base-small", "reward, small",
+    parts = [*(f"smoke {stage}" for stage in [*RATED, "rloo"]), "speed-tiny", "base-small", "reward, small",
              "ppo, small", "ppo", "ppo --recompute"]
-    names = [line["name"] for line in lines if line["name"] != "peers-tiny"]  # where transformers is installed
-    assert sorted(names) == sorted(parts) and all("seconds" in line for line in lines)
+    assert sorted(line["name"] for line in lines) == sorted(parts) and all("seconds" in line for line in lines)
     assert "GFLOP/s" in (page := (folder / "table.md").read_text()) and "| ppo --recompute |" in page
