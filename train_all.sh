@@ -2,7 +2,7 @@
 # The whole of RLHF, from people's judgements to a report:   bash train_all.sh [preset]
 #   tiny   (the default) a model trained from nothing, in minutes on a laptop's CPU or on a GPU
 #   smoke  under a minute: does every stage run?
-#   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (8 to 10 GB)
+#   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (7.4 GB)
 #   chat   SmolLM2 as an assistant, on Anthropic's dialogues: people compared responses to the same prompt, so the reward
 #          model learns from them, without a labeler. chat --train FILE takes comparisons on disk in place of them
 # Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
