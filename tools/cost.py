@@ -45,7 +45,7 @@ def measure(cfg):
     seconds = [row["seconds"] for row in map(json.loads, log.splitlines()) if "seconds" in row]
     stage, done = json.loads(stage)["stage"], json.loads(done)
     return {**line, **{name: stage[name] for name in shown if name in stage},
-            "seconds": round(median(b - a for a, b in zip(seconds, seconds[1:])), 2),
+            "seconds": round(median([b - a for a, b in zip(seconds, seconds[1:])] or [done["seconds"]]), 2),
             **{name: value for name, value in done.items() if name.startswith("peak")}}
 
 

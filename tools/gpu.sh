@@ -41,11 +41,11 @@ steps() {  # steps NAME COMMAND: seconds and memory of a few steps, in 2 % of th
   timeout -k 30 "$(awk "BEGIN {print int($hours * 72) + 60}")" "$PYTHON" -m tools.cost "$results" "$@" || line "$1" "\"exit\": $?"
 }
 
-presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
+figures=train,sample,ppo-shared,reward,dpo presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
 sizes=(smollm2 HuggingFaceTB/SmolLM2-360M Qwen/Qwen2.5-0.5B gpt2 gpt2-xl)
 flags=("" "--value separate" "--microbatch 8" "--recompute" "--advantages rloo" "--dtype float32")
 if [ $size = smoke ]; then  # $OUT/small: a folder with the config.json of a model of few parameters
-  presets=smoke speeds=tiny sizes=("$OUT/small") flags=("" "--recompute")
+  presets=smoke speeds=tiny figures=sample sizes=("$OUT/small") flags=(--recompute)
   few="--iterations 3 --episodes 8 --epochs 1 --response-tokens 8 --snapshots 1"
 fi
 [ $size = smoke ] || part tests 5 "$PYTHON" -m pytest -q tests/core/test_device.py  # otherwise test.sh has run them
@@ -61,7 +61,7 @@ DATA=${DATA:-data/reviews}
 
 bench="-m tools.bench --dtype bfloat16 $([ $size = full ] || echo --repeats 1)"
 for model in $speeds; do
-  part "speed-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample,ppo-shared,reward,dpo
+  part "speed-$model" 3 "$PYTHON" $bench --model "$model" --only "$figures"
   [ $size = smoke ] || ! "$PYTHON" -c 'import transformers' 2>/dev/null || part "peers-$model" 3 "$PYTHON" $bench --model "$model" --only train,sample --peers
 done
 for model in "${sizes[@]}"; do

@@ -161,18 +161,3 @@ def test_what_changed_runs_again_and_what_follows(folder):
     assert text.count("finished already") == len(RATED) - 2
     assert "ppo is overwritten: --prompts was" in text and "evaluate is overwritten: --policies was" in text
     assert [path.parent.name for path, when in before.items() if path.stat().st_mtime_ns != when] == ["ppo"]
-
-
-def test_everything_that_a_gpu_would_show(folder):
-    """tools/gpu.sh, which nobody runs before there is a GPU: a flag that is gone, a part that fails or has no line."""
-    (folder / "small").mkdir()
-    (folder / "small/config.json").write_text(json.dumps({
-        "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 256}))
-    env = {**os.environ, **SURROUNDINGS, "DATA": str(folder / "the data"), "OUT": str(folder)}
-    subprocess.run(["bash", ROOT / "tools/gpu.sh", "--smoke"], env=env, check=True, cwd=folder)
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert not [line for line in lines if line.get("exit") or "problem" in line]
-    parts = [*(f"smoke {stage}" for stage in [*RATED, "rloo"]), "speed-tiny", "base-small", "reward, small",
-             "ppo, small", "ppo", "ppo --recompute"]
-    assert sorted(line["name"] for line in lines) == sorted(parts) and all("seconds" in line for line in lines)
-    assert "GFLOP/s" in (page := (folder / "table.md").read_text()) and "| ppo --recompute |" in page
