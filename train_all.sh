@@ -8,8 +8,8 @@
 # Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
-# files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke bash train_all.sh
-# chat runs the stages of chat with the few steps of smoke.
+# files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke runs the stages of a
+# larger preset with the few steps of smoke.
 set -euo pipefail
 { true >&1; } 2>/dev/null || exec >/dev/null  # a service may have no output
 { true >&2; } 2>/dev/null || exec 2>/dev/null
