@@ -12,9 +12,8 @@ if [ "${1:-}" = core ]; then
 fi
 
 # A Python with the packages, as in train_all.sh: $PYTHON or python3 if it has them, else .venv, made on the first call.
-has_packages() {
-  MPLBACKEND=Agg "$1" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors, pytest' 2>/dev/null
-}
+has_packages() { "$1" -c 'from importlib.util import find_spec as has
+assert all(map(has, "torch tiktoken numpy tqdm matplotlib safetensors pytest".split()))' 2>/dev/null; }
 PYTHON=${PYTHON:-python3}
 has_packages "$PYTHON" || {
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv

@@ -23,7 +23,8 @@ case $preset in
 esac
 
 # A Python with the packages of requirements.txt: $PYTHON or python3 if it has them, else .venv, made on the first call.
-has_packages() { MPLBACKEND=Agg "$1" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors' 2>/dev/null; }
+has_packages() { "$1" -c 'from importlib.util import find_spec as has
+assert all(map(has, "torch tiktoken numpy tqdm matplotlib safetensors".split()))' 2>/dev/null; }
 PYTHON=${PYTHON:-python3}
 has_packages "$PYTHON" || {
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv

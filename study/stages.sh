@@ -12,7 +12,7 @@ OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-}
 made="seed $SEED, $STEPS${DATA:+, $DATA}"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made" >&2; exit 2; }
 DATA=${DATA:-data/reviews} PYTHON=${PYTHON:-python3}
-MPLBACKEND=Agg "$PYTHON" -c 'import torch, tiktoken, tqdm, matplotlib' 2>/dev/null || PYTHON=$PWD/.venv/bin/python  # train_all.sh made it
+"$PYTHON" -c 'from importlib.util import find_spec as has; assert has("torch") and has("tiktoken")' 2>/dev/null || PYTHON=$PWD/.venv/bin/python  # train_all.sh made it
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824  # as there
 
 script() {  # script NAME COMMAND: runs it in Python; a signal to this shell reaches it, and it saves its state

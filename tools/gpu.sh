@@ -15,7 +15,8 @@ case ${1:-} in
   ""|[0-9]*) hours=${1:-1} ;;
   *) echo "error: expected a number of hours, or --smoke, found: $1" >&2; exit 2 ;;
 esac
-has_packages() { MPLBACKEND=Agg "$1" -c 'import torch, tiktoken, numpy, tqdm, matplotlib, safetensors, pytest' 2>/dev/null; }
+has_packages() { "$1" -c 'from importlib.util import find_spec as has
+assert all(map(has, "torch tiktoken numpy tqdm matplotlib safetensors pytest".split()))' 2>/dev/null; }
 PYTHON=${PYTHON:-python3} OUT=${OUT:-out/gpu} DATA=${DATA:-}
 has_packages "$PYTHON" || {  # as in train_all.sh
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
