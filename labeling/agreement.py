@@ -21,7 +21,6 @@ from labeling.answers import check_answer, levels_of, same_order
 from model import load_model
 from reward import encode_rankings, score_many
 
-
 @dataclass
 class Config:
     files: tuple = ()      # answers.jsonl or rankings.jsonl of several labelers
@@ -32,20 +31,17 @@ class Config:
     device: str = "auto"   # auto, cpu, cuda, mps
     dtype: str = "auto"    # auto, float32, bfloat16 (autocast)
 
-
 def signs(levels, texts=None):
     """{(a, b): 1, 0 or -1} for the pairs of a sample's texts, sorted or as given: 1 if a is above b, 0 for a tie."""
     place = {text: number for number, level in enumerate(levels) for text in level}
     return {(a, b): (place[a] < place[b]) - (place[a] > place[b])
             for a, b in itertools.combinations(texts or sorted(place), 2)}
 
-
 def tau_b(one, two):
     """Kendall's tau-b of two labelers' signs of the same pairs; None if one of them ties all."""
     pairs = one.keys() & two.keys()
     untied = [sum(abs(side[pair]) for pair in pairs) for side in (one, two)]
     return sum(one[pair] * two[pair] for pair in pairs) / math.sqrt(untied[0] * untied[1]) if all(untied) else None
-
 
 def share(rows, resamples, random):
     """The share of 1 among the 1s and -1s in rows of signs, with a 95 % bootstrap interval over the rows; or None."""
@@ -58,7 +54,6 @@ def share(rows, resamples, random):
     return {"share": round((hits.sum() / pairs.sum()).item(), 4), "pairs": int(pairs.sum()),
             "interval": [round(end, 4) for end in ends.tolist()]}
 
-
 def compare(one, two, resamples, random):
     """Two labelers, {id: signs}: on how many samples, how far they agree, and the mean tau-b."""
     both = sorted(one.keys() & two.keys())
@@ -66,7 +61,6 @@ def compare(one, two, resamples, random):
     products = [[one[id][pair] * two[id][pair] for pair in one[id].keys() & two[id].keys()] for id in both]
     return {"samples": len(both), "agree": share(products, resamples, random),
             "tau": round(statistics.mean(taus), 4) if taus else None}
-
 
 def describe(answers, resamples, random):
     """What one labeler did; "earlier_shown_wins" is 0.5 if the order, drawn at random, does not matter."""
@@ -81,7 +75,6 @@ def describe(answers, resamples, random):
             "seconds": round(statistics.median(seconds), 1) if seconds else None,
             "earlier_shown_wins": share(by_eye, resamples, random)}
 
-
 def score_samples(folder, samples, device, autocast):
     """{(prompt, response): score} of a reward model; samples: {"prompt", "responses"}."""
     model, enc = load_model(folder, device, kind="reward"), load_tokenizer(folder)
@@ -89,7 +82,6 @@ def score_samples(folder, samples, device, autocast):
     with autocast():
         scores = score_many(model, [ids for texts in encoded for ids in texts]).tolist()
     return dict(zip([(row["prompt"], text) for row in samples for text in row["responses"]], scores))
-
 
 def table(title, rows, note):
     """A section of report.md: a table of dicts with the same keys, whose texts may be anything."""
@@ -101,7 +93,6 @@ def table(title, rows, note):
     lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0]), *map(dict.values, rows)]
     return "\n".join([f"## {title}\n", *(f"| {' | '.join(map(cell, line))} |" for line in lines), "", note, ""])
 
-
 def report(facts):
     """report.md from the numbers."""
     text = table("Labelers", [{"labeler": name, **row} for name, row in facts["labelers"].items()],
@@ -110,7 +101,6 @@ def report(facts):
         text += "\n" + table("Agreement", facts["agreement"], "A reward model agrees better with rankings that it has "
                                                               "learned from than with new ones.")
     return text
-
 
 def main(cfg):
     check(cfg.files, "name files of answers: python -m labeling.agreement FILE FILE ...")
@@ -137,7 +127,6 @@ def main(cfg):
     write_json(folder / "report.json", facts)
     write_atomic(folder / "report.md", text)
     print(f"{text}\nreport: {folder / 'report.md'}")
-
 
 if __name__ == "__main__":
     run(main, Config, words=("files",))

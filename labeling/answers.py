@@ -15,7 +15,6 @@ import shlex
 from common import check
 from data import check_text, read_jsonl, read_rows, write_jsonl
 
-
 def parse_order(text, K):
     """Response numbers in levels, best first: "3=1 4 2" is [[3, 1], [4], [2]]. ValueError says what is wrong."""
     text = re.sub(r"[\s,]", "", text)
@@ -25,11 +24,9 @@ def parse_order(text, K):
         raise ValueError(f"an order has each of 1 to {K} once")
     return [[int(number) for number in level.split("=")] for level in re.findall("[0-9](?:=[0-9])*", text)]
 
-
 def write_order(levels):
     """The reverse of parse_order; the numbers of a tie in ascending order."""
     return " ".join("=".join(map(str, sorted(level))) for level in levels)
-
 
 def levels_of(answer):
     """The responses (texts) of an answer, or of a ranking, in levels, best first; [] if it was skipped."""
@@ -39,11 +36,9 @@ def levels_of(answer):
     ties = {tie[0]: tie for tie in answer.get("ties", [])}
     return [ties.get(text, [text]) for text in answer["responses"]]
 
-
 def same_order(one, two):
     """Whether two answers to one sample order its responses alike, however these were shown."""
     return list(map(sorted, levels_of(one))) == list(map(sorted, levels_of(two)))
-
 
 def ranking_of(answer):
     """The ranking that an answer makes; None if it compares nothing."""
@@ -52,7 +47,6 @@ def ranking_of(answer):
         return None
     return {"id": answer["id"], "prompt": answer["prompt"], "responses": [level[0] for level in levels],
             "ties": [level for level in levels if len(level) > 1], "labeler": answer["labeler"]}
-
 
 def check_answer(row):
     """The row, if it is an answer or a ranking; else ValueError."""
@@ -65,7 +59,6 @@ def check_answer(row):
     levels_of(row)
     return row
 
-
 def read_answers(folder, labeler=None):
     """The answers in a folder; UserError if they are another labeler's (None: anybody's will do), or a model's."""
     path = folder / "answers.jsonl"
@@ -74,7 +67,6 @@ def read_answers(folder, labeler=None):
     by_model = (folder / "rankings.jsonl").exists() and not path.exists()  # a reward model writes no answers
     check(not others and not by_model, f"{folder} holds another labeler's work: change --out")
     return answers
-
 
 def write_answers(folder, answers):
     """Write answers.jsonl and rankings.jsonl, print how to train on the rankings, and return how many there are."""
@@ -88,7 +80,6 @@ def write_answers(folder, answers):
         print("to train: ", shlex.join(["python", "reward.py", "--train", f"{folder}/rankings.jsonl",
                                         "--epochs", str(epochs), "--out", str(reward)]))
     return len(rankings)
-
 
 def read_samples(path, count=0):
     """The first so many (0: all) samples {"id", "prompt", "responses"} of a file that label.py sample wrote."""

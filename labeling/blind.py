@@ -19,7 +19,6 @@ from label import shuffled
 from labeling import terminal
 from labeling.answers import levels_of
 
-
 @dataclass
 class Config:
     labeler: str = ""  # your name, the first word of the command line
@@ -28,7 +27,6 @@ class Config:
     count: int = 50           # prompts
     bootstrap: int = 2000     # resamples behind the interval
     seed: int = 1             # choice of the prompts, and resamples
-
 
 def read_pairs(cfg):
     """{id: {"prompt", "texts": [of one, of the other], "margin": the judge's}} of all prompts, in a random order."""
@@ -44,7 +42,6 @@ def read_pairs(cfg):
                          "margin": row["judge"][names[1]] - row["judge"][names[0]]}
     check(pairs, f"--between {cfg.between}: nothing to compare, the texts are the same, or empty")
     return pairs
-
 
 def result(pairs, answers, cfg):
     """What the answers come to: how often the second policy is preferred, and how often the judge agrees."""
@@ -63,7 +60,6 @@ def result(pairs, answers, cfg):
             "skipped": len(answers) - len(wins), "judge_win_rate": round((0.5 + 0.5 * margins.sign()).mean().item(), 4),
             "judged": len(agrees), "judge_agrees": round(agrees.mean().item(), 4) if len(agrees) else None}
 
-
 def main(cfg):
     pairs, (one, other) = read_pairs(cfg), cfg.between.split(",")
     samples = [{"id": id, "prompt": pair["prompt"], "responses": sorted(pair["texts"])} for id, pair in pairs.items()]
@@ -74,7 +70,6 @@ def main(cfg):
     print("{labeler} prefers {other} to {one}: {win_rate:.3f} ({interval[0]:.3f} to {interval[1]:.3f}), {answers} "
           "answers, {ties} ties, {skipped} skipped\nthe judge, on the same prompts: {judge_win_rate:.3f}; it agrees on "
           "{judge_agrees} of {judged} pairs that neither ties".format(labeler=cfg.labeler, one=one, other=other, **row))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("labeler",))

@@ -10,13 +10,11 @@ from common import check, open_folder, run
 from data import read_rows
 from labeling.answers import check_answer, levels_of, read_answers, read_samples, same_order, write_answers
 
-
 @dataclass
 class Config:
     files: tuple = ()  # answers.jsonl or rankings.jsonl of several labelers
     samples: str = "out/tiny/samples/samples.jsonl"  # what they were asked about: {"id", "prompt", "responses"}
     out: str = "out/tiny/label-people"  # folder for answers.jsonl and rankings.jsonl
-
 
 def collect(files, samples):
     """{(labeler, id): answer} of several files, each checked against the samples (a path)."""
@@ -38,7 +36,6 @@ def collect(files, samples):
         print(f"{path}: {len(read_rows(path, accept))} answers")
     return collected
 
-
 def main(cfg):
     check(cfg.files, "name the files to merge: python -m labeling.merge FILE FILE ...")
     answers, folder = collect(cfg.files, cfg.samples), Path(cfg.out)
@@ -46,7 +43,6 @@ def main(cfg):
     check(not lost, f"{folder}/answers.jsonl holds {len(lost)} answers that are in none of the files: name it, too, "
                     "or change --out")
     write_answers(open_folder(folder), list(answers.values()))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("files",))

@@ -16,14 +16,12 @@ from pathlib import Path
 from common import run, write_atomic
 from labeling.answers import read_samples
 
-
 @dataclass
 class Config:
     out: str = "out/tiny/page.html"  # the file to write
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
     count: int = 50  # only the first so many samples; 0: all
     title: str = "Which response would you rather read?"  # the question above each sample
-
 
 def make_page(samples, title):
     """The page as text; samples: {"id", "prompt", "responses"}."""
@@ -36,14 +34,12 @@ def make_page(samples, title):
     data = json.dumps(content).replace("<", "\\u003c")
     return before.replace("SCRIPT_HASH", policy).replace("PAGE_DATA", data) + script + after
 
-
 def main(cfg):
     path, samples = Path(cfg.out), read_samples(cfg.samples, cfg.count)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, make_page(samples, cfg.title))
     print(f"{path}: {len(samples)} questions. Open it, rank, save, and then:\n"
           f"python -m labeling.merge answers-NAME.jsonl --samples {shlex.quote(cfg.samples)}")
-
 
 if __name__ == "__main__":
     run(main, Config)

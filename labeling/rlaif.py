@@ -38,7 +38,6 @@ from labeling.answers import read_answers, read_samples, write_answers, write_or
 WAITS = (1, 2, 4, 8, 16)  # seconds between the six tries of a call
 STORED = "(the answers so far are stored: the same command resumes)"
 
-
 @dataclass
 class Flags:
     labeler: str = ""        # a server's address, such as http://localhost:8080/v1; or vader
@@ -54,28 +53,23 @@ class Flags:
     dry_run: bool = False    # print the first question and the number of calls, and call nothing
     seed: int = 1            # of the choice of --pairs, and of the resamples behind intervals
 
-
 @dataclass
 class Config(Flags):
     samples: str = "out/tiny/samples/samples.jsonl"  # {"id", "prompt", "responses"}
     out: str = ""            # folder for rankings.jsonl; empty: out/tiny/label-ai or out/tiny/label-vader
     overwrite: bool = False  # overwrite another run's rankings in --out, instead of refusing
 
-
 @dataclass
 class JudgeConfig(Flags):
     evaluate: str = "out/tiny/evaluate"  # folder of a finished evaluation: its samples.jsonl, and verdict.json
 
-
 # ---- labelers: functions from [(prompt, first, second)] to the probabilities that the first is better ----------------
-
 
 def question(rubric, prompt, first, second):
     """What a language model is asked: the preamble, the two responses, and how to answer."""
     return (f"{rubric.strip()}\n\n" + (f"Beginning - {prompt.strip()}\n" if prompt.strip() else "")
             + f"Response 1 - {first.strip()}\nResponse 2 - {second.strip()}\n\n"
             "Which response is better? Answer with 1 or 2 and nothing else.\nPreferred response =")
-
 
 def probability_of_1(choice):
     """The probability of "1" against "2" in one choice of a chat completion: from the log-probabilities at the token
@@ -91,10 +85,8 @@ def probability_of_1(choice):
     said = set(re.findall(r"\b[12]\b", choice["message"]["content"] or ""))
     return float(said == {"1"}) if len(said) == 1 else None
 
-
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     redirect_request = lambda *_: None  # a redirect is an error: it would carry the key to another server
-
 
 class Server:
     """A language model as a labeler; None stands for an answer that can't be read. Each answer is stored in calls.jsonl
@@ -167,7 +159,6 @@ class Server:
         with self.opener.open(request, timeout=self.cfg.timeout) as response:
             return json.load(response)["choices"][0]
 
-
 def vader():
     """VADER's rules as a labeler: its probabilities are 0, 1 and, for a tie, 0.5."""
     try:
@@ -182,33 +173,27 @@ def vader():
         return [0.5 + 0.5 * ((margin > 0) - (margin < 0)) for margin in margins]
     return prefer
 
-
 def labeler_of(cfg, folder):
     """The name of what --labeler stands for, and the labeler; a server's answers are stored in the folder."""
     return ("vader", vader()) if cfg.labeler == "vader" else (cfg.model, Server(cfg, folder / "calls.jsonl"))
-
 
 def show_calls(prefer, pairs):
     """Print how many calls these pairs take, and the first question."""
     new = prefer.missing(both_ways(pairs)) if isinstance(prefer, Server) else []
     print(f"{len(new):,} calls, the first:\n\n{visible(question(prefer.rubric, *new[0])) if new else '-'}")
 
-
 def both_ways(pairs):
     """Each pair (prompt, a, b), followed by the same in the other order."""
     return [way for prompt, a, b in pairs for way in ((prompt, a, b), (prompt, b, a))]
-
 
 def both_orders(prefer, pairs):
     """Probabilities of a, shown first and shown second, for each pair (prompt, a, b); None: an unreadable answer."""
     turned = prefer(both_ways(pairs))
     return [(p, None if q is None else 1 - q) for p, q in zip(turned[::2], turned[1::2])]
 
-
 def average(p, q):
     """The mean of both orders' probabilities; 0.5 if one is unread, as one order alone is mostly position bias."""
     return 0.5 if p is None or q is None else (p + q) / 2
-
 
 def expected_wins(K, preferences):
     """Levels of the numbers 1 to K, best first, by the expected number of others that each beats, from preferences
@@ -216,7 +201,6 @@ def expected_wins(K, preferences):
     wins = [round(sum(p for i, _, p in preferences if i == number)
                   + sum(1 - p for _, j, p in preferences if j == number), 9) for number in range(1, K + 1)]
     return [[n + 1 for n in range(K) if wins[n] == level] for level in sorted(set(wins), reverse=True)]
-
 
 def position_card(name, pairs):
     """How much the order sways, printed: of the pairs decided in both orders ("read"), the share with another choice in
@@ -230,7 +214,6 @@ def position_card(name, pairs):
           "decided differently in the other order; the first shown won {first_shown_wins:.3f}".format(name, **card))
     return card
 
-
 def people_card(pairs, probabilities):
     """Agreement with people on pairs (prompt, chosen, rejected), printed: pair_accuracy of the averaged preferences."""
     number = {text: i for i, text in enumerate(sorted({text for _, *texts in pairs for text in texts}))}
@@ -240,14 +223,12 @@ def people_card(pairs, probabilities):
     print(f"agrees with people on {card['pairs']} held-out pairs: {card['accuracy']:.3f} ({low:.3f} to {high:.3f})")
     return {"both orders": card, **position_card("people's pairs", probabilities)}
 
-
 def people_pairs(cfg):
     """Held-out pairs that people ordered; of the built-in data, random pairs of film reviews, as the task is."""
     rows = read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str}) if cfg.pairs else []
     rows = [row for row in rows if (row.get("domain"), row.get("sample")) == ("movie", "random")] or rows
     rows = shuffled(rows, cfg.seed)[:cfg.pairs_count or None]
     return [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-
 
 def rank(cfg):
     """answers.jsonl, rankings.jsonl, and agreement.json: how far the labeler agrees with people and with itself."""
@@ -273,7 +254,6 @@ def rank(cfg):
     card["samples"] = position_card("samples", ways)
     write_json(folder / "agreement.json", card)
     stage.finish(answers=len(answers), rankings=write_answers(folder, answers))
-
 
 def judge(cfg):
     """verdict.json: how often the labeler prefers each policy's response to the SFT model's, by its probabilities
@@ -302,7 +282,6 @@ def judge(cfg):
               "{prompts} prompts, {ties} ties{}".format(labeler, name, agrees or "", **row))
     write_json(folder / "verdict.json", {"labeler": labeler, "rubric": cfg.rubric, "date": time.strftime("%Y-%m-%d"),
                                          "samples": digest(path), "people": people, "policies": policies})
-
 
 STEPS = {"rank": (rank, Config), "judge": (judge, JudgeConfig)}  # the first word of the command line; none: rank
 

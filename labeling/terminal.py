@@ -27,7 +27,6 @@ HELP = """Which response would you rather read after the prompt? Type the number
     s   skip: it is not asked again      u   undo the last answer and ask again
     ?   this help                        q   quit: every answer is on disk already"""
 
-
 @dataclass
 class Config:
     labeler: str = ""  # your name, the first word of the command line: letters and digits, then also . _ -
@@ -35,11 +34,9 @@ class Config:
     limit: int = 0     # only the first so many samples; 0: all
     out: str = ""      # folder for answers.jsonl and rankings.jsonl; empty: out/tiny/label-NAME
 
-
 def shown_to(labeler, sample):
     """A sample's responses in the order in which a labeler sees them, a different one for each labeler."""
     return shuffled(sample["responses"], zlib.crc32(sample["id"].encode()), zlib.crc32(labeler.encode()))
-
 
 def show(title, prompt, responses):
     """Print one question, in lines of at most 100 columns."""
@@ -49,7 +46,6 @@ def show(title, prompt, responses):
         print(textwrap.fill(f"  {number}  ...{visible(text)}", width, subsequent_indent=" " * 8))
     print(f"\n{'best to worst' if len(responses) > 2 else '1 or 2'}, = for a tie; s skip, u undo, q quit, ? help")
 
-
 def ask(question):
     """A line from the keyboard or a pipe; end of input and Ctrl-C mean quit."""
     try:
@@ -57,7 +53,6 @@ def ask(question):
     except (EOFError, KeyboardInterrupt):
         print()
         return "q"
-
 
 def rank(samples, labeler, folder):
     """Ask for the order of one sample after another and store each answer before the next question: all answers."""
@@ -96,11 +91,9 @@ def rank(samples, labeler, folder):
     print(f"\n{len(answered)} answered, {len(left)} left; the same command resumes")
     return stored
 
-
 def main(cfg):
     folder = Path(cfg.out or f"out/tiny/label-{cfg.labeler}")
     write_answers(folder, rank(read_samples(cfg.samples, cfg.limit), cfg.labeler, folder))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("labeler",))

@@ -9,7 +9,6 @@ from torch.hub import download_url_to_file
 
 from common import UserError, check, digest, say
 
-
 def download(address, path, sha256="", optional=False):
     """The path of a file with this sha256: the one on disk, or else the download from an address on the hub (or on the
     mirror that HF_ENDPOINT names), under a temporary name until it is verified. Without a sha256 that of the download
@@ -32,11 +31,9 @@ def download(address, path, sha256="", optional=False):
         verify(path, sha256)
     return path
 
-
 def verify(path, sha256):
     found = digest(path)
     check(found == sha256, f"{path}: not the expected file: expected sha256 {sha256}, found {found} (delete it)")
-
 
 def download_wheel(package, path, sha256):
     """The path of a wheel with this sha256: the one on disk, or else that of package, NAME==VERSION, through pip. A

@@ -22,7 +22,6 @@ NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "inpu
          "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
          "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}}
 
-
 def read_header(file):
     """(metadata, tensors) of a GGUF file: {name: value} and [(name, shape, kind, offset)]; leaves it at the numbers."""
     def number(code):
@@ -44,7 +43,6 @@ def read_header(file):
     file.read(-file.tell() % metadata.get("general.alignment", 32))
     return metadata, tensors
 
-
 def dequantise(raw, kind):
     """Bytes (N,) of a tensor to its numbers in float32. Blocks of 32 share a scale, and in Q4_1 a least value."""
     if kind == 0:  # F32
@@ -56,7 +54,6 @@ def dequantise(raw, kind):
     blocks = raw.reshape(-1, 20)
     scale, least = np.split(blocks[:, :4].copy().view("<f2").astype(np.float32), 2, axis=1)
     return scale * np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1) + least
-
 
 def read_weights(file, tensors, head_size):
     """{name on the hub: tensor in float32}. llama.cpp stores rows of queries and keys in the order of its own RoPE, in
@@ -74,7 +71,6 @@ def read_weights(file, tensors, head_size):
         weights[".".join(["model", *place, NAMES[module], part])] = torch.tensor(x)
     return weights
 
-
 def config_of(metadata):
     """config.json from GGUF's metadata."""
     def llama(name):
@@ -89,7 +85,6 @@ def config_of(metadata):
         "hidden_act": "silu", "tie_word_embeddings": True,
         **{f"{name}_token_id": metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}}
 
-
 def tokenizer_of(metadata):
     """tokenizer.json from GGUF's metadata: byte pairs, split by GPT-2's pattern with each digit alone."""
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
@@ -102,7 +97,6 @@ def tokenizer_of(metadata):
                           "rstrip": False, "normalized": False} for i, token in enumerate(tokens) if kinds[i] == 3],
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)},
                   "merges": metadata["tokenizer.ggml.merges"]}}
-
 
 def smollm2(folder):
     """Leave SmolLM2-135M-Instruct in a folder, in Hugging Face's format and float32, unless it is there."""

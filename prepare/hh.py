@@ -30,14 +30,12 @@ SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d
           ("helpful-base", "test"): "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
           ("harmless-base", "test"): "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"}
 
-
 @dataclass
 class Config:
     out: str = "data/hh"       # folder for the prepared files; the downloads go into its subfolder raw
     train: str = ""            # files on disk instead of the downloads, with commas between them
     valid_share: float = 0.02  # share of the training groups that select a checkpoint of SFT
     seed: int = 1              # parts and order depend on it
-
 
 def read_pairs(paths, counts, trained=()):
     """Different good pairs of the files of one part, as rows. counts[file] gets a number for "kept" and for each reason
@@ -62,7 +60,6 @@ def read_pairs(paths, counts, trained=()):
                 here[str(reason)] += 1
     return rows
 
-
 def split(train, test, valid_share, seed):
     """{part: rows}, every group in one part. test: rows of the held-out files; None holds out a fifth of the groups."""
     groups = sorted({key_of(row) for row in train})
@@ -78,17 +75,14 @@ def split(train, test, valid_share, seed):
         random.Random(f"{seed} {part}").shuffle(rows)
     return parts
 
-
 def demos(rows):
     """The different chosen responses of pairs, as demonstrations."""
     best = {(row["prompt"], row["chosen"]): row["domain"] for row in rows}
     return [{"prompt": prompt, "completion": chosen, "domain": domain} for (prompt, chosen), domain in best.items()]
 
-
 def prompts(rows):
     """The different prompts of pairs."""
     return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rows)]
-
 
 def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json. The same seed gives the same bytes."""
@@ -113,7 +107,6 @@ def main(cfg):
     write_json(out / "summary.json", summary)
     print(f"{out}: {sum(map(len, files.values())):,} rows; summary.json counts what is left out, and why")
     return summary
-
 
 if __name__ == "__main__":
     run(main, Config)

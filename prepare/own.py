@@ -26,7 +26,6 @@ from statistics import median_low
 from common import check, open_folder, progress, run, visible, write_json
 from data import BEFORE, REPLY, TURN, check_text, encode_texts, load_tokenizer, read_rows, write_jsonl
 
-
 @dataclass
 class Config:
     files: tuple = ()         # the files
@@ -40,7 +39,6 @@ class Config:
     skip_bad: bool = False    # leave out bad rows, a tenth of a file at most, instead of refusing the file
     seed: int = 1             # chooses the prompts that are held out
 
-
 LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fields
     "chosen": ("pairs", ("prompt", "chosen", "rejected")), "responses": ("rankings", ("prompt", "responses")),
     "completion": ("demonstrations", ("prompt", "completion")), "messages": ("demonstrations", ("messages",)),
@@ -50,7 +48,6 @@ CONTENT = LAYOUTS.keys() | set(
     "question instruction query input output response answer answers completions rejected system history context "
     "conversations reasoning reasoning_content thinking tools tool_calls functions documents image images audio video "
     "parent_id label labels rank ranks scores".split())
-
 
 def dialogue(name, *parts):
     """(prompt, response) of lists of messages, one after the other. ValueError names the field and the message."""
@@ -74,14 +71,12 @@ def dialogue(name, *parts):
     *texts, response = [message["content"].strip() for message in messages]
     return "".join(BEFORE[role] + text for role, text in zip(roles, texts)) + REPLY, f" {response}"
 
-
 def split_transcript(text):
     """(prompt, response) of a dialogue as one text, split after the last REPLY; ValueError if another turn is last."""
     prompt, reply, response = text.rpartition(REPLY)
     if not reply or TURN in response:
         raise ValueError("ends with Human" if reply else "no Assistant turn")
     return prompt + reply, response
-
 
 def pair(row):
     """(prompt, chosen, rejected) of a pair of texts, messages or transcripts."""
@@ -96,7 +91,6 @@ def pair(row):
     if prompt != other or isinstance(given, str) and given.strip() not in prompt:
         raise ValueError("prompt: not what chosen and rejected begin with")
     return prompt, chosen, rejected
-
 
 def convert(row, counts):
     """(kind, row with the fields of that kind); ValueError("field: problem"). Counts the fields that are left out."""
@@ -137,7 +131,6 @@ def convert(row, counts):
                   for name in message.keys() - {"role", "content"})
     return kind, {**new, **kept}
 
-
 def dialogues(row, turns):
     """The row, or, with turns "all", one for each assistant turn of its messages, which end there."""
     messages = row.get("messages")
@@ -145,7 +138,6 @@ def dialogues(row, turns):
         return [row]
     ends = [i for i, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"]
     return [{**row, "messages": messages[:end + 1]} for end in ends] or [row]
-
 
 def read_own(path, counts, cfg):
     """(kind, converted rows) of a file; UserError that names the bad lines. Counts what is left out."""
@@ -168,7 +160,6 @@ def read_own(path, counts, cfg):
     check(len(kinds) == 1, f"{path}: {' and '.join(kinds)} (a file has to be of one kind)")
     return kinds[0], [row[1] for row in rows if row]
 
-
 def describe(rows, enc, block_size, counts, name):
     """Count what is worth a look. What is truncated is what training truncates; a corpus is packed, never truncated."""
     lengths, seen = {"prompt": [], "response": []}, set()
@@ -189,13 +180,11 @@ def describe(rows, enc, block_size, counts, name):
         counts[f"tokens in the median {field}"] = median_low(values or [0])
         counts[f"tokens in the longest {field}"] = max(values, default=0)
 
-
 def key_of(row):
     """What is in one part only: a dialogue's first message, as the same dialogue may come with more turns; else the
     prompt, or the text of a corpus; in lower case, with single spaces."""
     text = row.get("prompt", row.get("text")).split(TURN)[:2][-1]  # what is before the first TURN is nobody's message
     return " ".join(text.split(REPLY)[0].lower().split())
-
 
 def split(rows, cfg, counts):
     """{"_train", "_test", "_valid": rows}, or {"": rows} if nothing is held out: a function of seed and prompt, so that
@@ -211,7 +200,6 @@ def split(rows, cfg, counts):
         held_out = "_test" if place < cfg.test_share else "_valid" if place < sum(shares.values()) else "_train"
         parts[held_out].append(row)
     return {part: kept for part, kept in parts.items() if shares.get(part, 1)}
-
 
 def main(cfg):
     """Convert cfg.files into cfg.out; returns what summary.json says of the files, written last."""
@@ -242,7 +230,6 @@ def main(cfg):
         write_jsonl(target, rows)
     write_json(out / "summary.json", {"config": asdict(cfg), "files": files})
     return files
-
 
 if __name__ == "__main__":
     run(main, Config, words=("files",))

@@ -49,7 +49,6 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
 
-
 @dataclass
 class Config:
     init: str = "smollm2"    # smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model on the hub, or a folder on disk
@@ -61,7 +60,6 @@ class Config:
     overwrite: bool = False  # overwrite what another run left in --out, instead of refusing
     seed: int = 1            # of fresh weights
 
-
 def shape_of(name):
     """config.json of a size in the tables above."""
     if name in SIZES:
@@ -71,13 +69,11 @@ def shape_of(name):
     scaling = {"rope_scaling": LLAMA3} if "Llama-3.2" in name else {}
     return {**dict(zip(FIELDS, SHAPES[name])), "tie_word_embeddings": True, **scaling}
 
-
 def is_complete(folder):
     """Whether a folder has a model in Hugging Face's format: config.json and all files of its weights."""
     index = folder / INDEX
     files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
     return all((folder / name).is_file() for name in ["config.json", *files]) or any(folder.glob("pytorch_model*.bin"))
-
 
 def fetch(name, folder):
     """Leave a model that has a name in a folder, in Hugging Face's format: what is there already is not fetched."""
@@ -103,7 +99,6 @@ def fetch(name, folder):
             raise UserError(f"{error}; offline: put config.json, model.safetensors, tokenizer.json and "
                             f"tokenizer_config.json of {name} into {folder}") from None
 
-
 def convert_bin(folder, out):
     """Write what GPT.from_pretrained reads into out, from the pytorch_model*.bin of a folder."""
     shutil.copy(folder / "config.json", out)
@@ -117,7 +112,6 @@ def convert_bin(folder, out):
         weights = {name: x.clone(memory_format=torch.contiguous_format) for name, x in weights.items()}  # each its own
         safetensors.torch.save_file(weights, out / f"model-{i}.safetensors")
 
-
 def read_model(folder, block_size, vocab_size):
     """The model in a folder, which lacks the rows of the token embedding beyond the tokenizer's ids."""
     settings = json.loads((folder / "config.json").read_text())
@@ -130,7 +124,6 @@ def read_model(folder, block_size, vocab_size):
     with tempfile.TemporaryDirectory() as converted:
         convert_bin(folder, Path(converted))
         return GPT.from_pretrained(converted, block_size, vocab_size)
-
 
 def main(cfg):
     local, named = Path(cfg.init).is_dir(), cfg.init in SIZES or cfg.init in SHAPES
@@ -168,7 +161,6 @@ def main(cfg):
     save_ranks(dict(sorted(ranks.items(), key=lambda item: item[1])), stage.folder / "vocab.tiktoken", settings)
     stage.save(model, stage.folder / "vocab.tiktoken")
     stage.finish(parameters=sum(p.numel() for p in model.parameters()), block_size=model.config.block_size)
-
 
 if __name__ == "__main__":
     run(main, Config, words=("init",))

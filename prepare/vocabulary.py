@@ -21,7 +21,6 @@ LETTERS = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + i) for i, 
 DATED = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's template, its own date
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
-
 def merges(ranks):
     """The last merge (left, right) of each token of several bytes, by rank, when byte pairs make it of its own bytes.
     A token that they do not make (Llama 3 has some) has none: it is found only as a whole piece of text."""
@@ -34,7 +33,6 @@ def merges(ranks):
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             yield tuple(parts)
-
 
 def split_pattern(steps, name):
     """The regular expression that splits text first, from the pre-tokenizer of a tokenizer.json."""
@@ -50,14 +48,12 @@ def split_pattern(steps, name):
             return steps[0]["pattern"]["Regex"]
     raise UserError(f"{name}: pre-tokenizer {json.dumps(steps)[:200]} is not supported")
 
-
 def begin_token(step):
     """The special token that a post-processor of a tokenizer.json puts before a text, or None."""
     for part in [step, *step.get("processors", [])] if step else []:
         first = (part.get("single") or [{}])[0]
         if "SpecialToken" in first:
             return first["SpecialToken"]["id"]
-
 
 def chat_format(ranks, special, template):
     """How dialogues are written (data.load_tokenizer), from the special tokens; {} if they mark no turns. A template
@@ -73,7 +69,6 @@ def chat_format(ranks, special, template):
         chat = {"format": "llama3", "end": special["<|eot_id|>"], "begin": special["<|begin_of_text|>"]}
         return {"chat": {**chat, **({"preamble": DATED} if "Cutting Knowledge Date" in template else {})}}
     return {}
-
 
 def read_json(content, name, template="", gpt2=False):
     """(ranks, settings) for save_ranks from the content of a tokenizer.json. UserError names what tiktoken would do
@@ -103,7 +98,6 @@ def read_json(content, name, template="", gpt2=False):
     begin = begin_token(content.get("post_processor"))
     return ranks, {"pattern": pattern, "special": special, "end": end, **({"begin": special[begin]} if begin else {}),
                    **({"nfc": True} if normalizer else {}), **chat_format(ranks, special, template)}
-
 
 def read_tokenizer(folder, vocab="", gpt2=False):
     """(ranks, settings) of the file vocab, or else of vocab.tiktoken, tokenizer.json or vocab.json in a model's folder.

@@ -18,11 +18,9 @@ from study.markdown import cells, fill, made, spread, table, template
 
 TITLES = ["win rate", "at equal length", "KL, nats", "length", "proxy", "labeler"]
 
-
 @dataclass
 class Config:
     folder: str = "out/tiny/ablations"  # results.json and logs.jsonl of study.collect; ablations.md goes there, too
-
 
 def row(name, change, seeds):
     """One line of the table: this run in all seeds (policies of evaluate.py) that have it."""
@@ -30,7 +28,6 @@ def row(name, change, seeds):
     differences = [policies[name]["win_rate_judge"] - policies["ppo"]["win_rate_judge"] for policies in seeds]
     gain = "" if name == "ppo" else spread(differences)
     return [change, gain, *cells([policies[name] for policies in seeds], TITLES)]
-
 
 def main(cfg):
     folder = Path(cfg.folder)
@@ -53,7 +50,6 @@ def main(cfg):
          made=made(folder, runs[0]),
          default=table(head, [row("ppo", "the default: PPO of train_all.sh", seeds)]),
          as_people=", ".join(f"{spread(found)} (K = {K})" for K, found in shares.items() if found))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

@@ -20,7 +20,6 @@ from study.opinions import perplexities
 
 TARGETS = (3, 6, 12, 25)  # nats
 
-
 @dataclass
 class Config:
     folder: str = "out/smollm"  # a run of train_all.sh
@@ -34,14 +33,12 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda, mps
     dtype: str = "auto"         # auto, float32, bfloat16 (autocast)
 
-
 def closest(points, targets=TARGETS):
     """Of points with a KL, in order of training: the first (the SFT model), the closest to each target that the run
     reaches, and the last."""
     kls = [point["kl"] for point in points]
     near = [min(range(len(kls)), key=lambda i: abs(kls[i] - target)) for target in targets if target <= max(kls)]
     return [points[i] for i in sorted({0, *near, len(points) - 1})]
-
 
 def main(cfg):
     device, autocast = set_up(cfg)
@@ -86,7 +83,6 @@ def main(cfg):
         table(["prompt", *columns[1:]], samples)])
     write_atomic(folder / cfg.policy / "along_kl.md", page + "\n")
     print(folder / cfg.policy / "along_kl.md")
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

@@ -19,18 +19,15 @@ from common import run, write_json
 from data import pair_accuracy, read_jsonl, read_rankings, split_by_prompt
 from study.report import parts_of
 
-
 @dataclass
 class Config:
     folder: str = "out/tiny"  # a run of train_all.sh
-
 
 def features(text, size=2**18):
     """Words and bigrams of words, lower-cased, as hashed ids, each once."""
     words = re.findall(r"\w+|[^\w\s]", text.lower())
     grams = words + [" ".join(two) for two in zip(words, words[1:])]
     return sorted({zlib.crc32(gram.encode()) % size for gram in grams})
-
 
 def bag_of_words(rows, l2=3e-6, steps=200):  # l2: the best of seven on the built-in pairs, which flatters it a little
     """A linear reward model on these features, fitted to all pairs of the rankings: text -> score."""
@@ -52,7 +49,6 @@ def bag_of_words(rows, l2=3e-6, steps=200):  # l2: the best of seven on the buil
         optimizer.step()
     weight = weight.detach().squeeze(1)
     return lambda text: weight[features(text)].sum().item() / math.sqrt(max(1, len(features(text))))
-
 
 def add_baselines(card, stage):
     """Add them to each row of the report card of a reward model that was trained with these flags."""
@@ -79,7 +75,6 @@ def add_baselines(card, stage):
         if sample in people.get(domain, {}):
             card[f"{domain}, {sample}"]["people"] = people[domain][sample][0]
 
-
 def main(cfg):
     path = Path(cfg.folder) / "evaluate" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -89,7 +84,6 @@ def main(cfg):
             add_baselines(card, json.loads((stage / "config.json").read_text(encoding="utf-8"))["stage"])
     write_json(path, results)
     print(parts_of([results])["human"])
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

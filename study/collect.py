@@ -22,20 +22,17 @@ LINES = {"seed", "run", "config", "card", "done", "iteration", "step", "score", 
          "entropy", "grad_norm", "clip_fraction", "explained_variance", "loss", "accuracy", "margin"}
 LEFT_OUT = {"training", "histograms", "samples", "stages", "others", "held_out_rankings"}
 
-
 @dataclass
 class Config:
     source: str = "out/tiny"            # a finished run, or the folder of a study in it
     target: str = "results/tiny/seed1"  # where to keep it
     seed: int = 0                       # of a study; 0: --source is a run of train_all.sh
 
-
 def read(path, digits=5):
     """The content of a JSON file, or the list of a .jsonl file's; floats rounded to so many significant digits."""
     text = path.read_text(encoding="utf-8")
     text = f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text
     return json.loads(text, parse_float=lambda number: float(f"{float(number):.{digits}g}"))
-
 
 def stage_lines(folder, **labels):
     """The lines of logs.jsonl about the stage of a folder; the labels come first in each."""
@@ -45,7 +42,6 @@ def stage_lines(folder, **labels):
     lines += [{"done": {name: value for name, value in read(folder / "done.json").items() if name != "files"}}]
     return [{**labels, **line} for line in lines]
 
-
 def typical(samples):
     """Of the prompts that all policies answered the one whose judge scores are closest (least squares) to the means."""
     names = list(samples[0]["judge"])
@@ -53,7 +49,6 @@ def typical(samples):
     means = {name: mean(row["judge"][name] for row in samples) for name in names}
     best = min(samples, key=lambda row: sum((row["judge"][name] - means[name]) ** 2 for name in names))
     return {"rule": typical.__doc__, "means": {name: round(x, 4) for name, x in means.items()}, **best}
-
 
 def main(cfg):
     source, target = Path(cfg.source), Path(cfg.target)
@@ -84,7 +79,6 @@ def main(cfg):
         (target / name).write_text(text.replace(out, f"out/{preset}/") + "\n", encoding="utf-8")
     if not cfg.seed:
         report.main(report.Config((str(target),)))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("source", "target"))

@@ -18,11 +18,9 @@ from study.collect import read
 from study.markdown import COLUMNS, by_seed, cells, fill, spread, table, template
 from study.report import draw_frontier
 
-
 @dataclass
 class Config:
     folder: str = "out/tiny/frontier"  # results.json and logs.jsonl of study.collect; figure and tables go there, too
-
 
 JOINED = r"(ppo|rloo|grpo)-kl.*|dpo.*"  # the policies that the figure joins by lines
 ORDER = "sft best ppo no reinforce rloo grpo dpo"  # what names begin with, as tables have them
@@ -31,27 +29,22 @@ COSTS = {"PPO": "ppo-kl6", "RLOO": "rloo-kl6", "GRPO": "grpo-kl6", "PPO, no valu
 BASELINES = {"ppo-kl6": "value model, lambda {lam:g}", "rloo-kl6": "mean of the prompt's other responses, K = {group}",
              "no-values": "mean over the rollout, lambda {lam:g}", "reinforce": "nothing, lambda {lam:g}"}
 
-
 def names(runs, pattern=".*"):
     """The policies that all runs have, of names that match, by method and then by KL."""
     shared = [name for name in runs[0]["policies"] if all(name in results["policies"] for results in runs)]
     return sorted((name for name in shared if re.fullmatch(pattern, name)), key=lambda name: (
         ORDER.find(name.split("-")[0]), mean(row["kl"] for row in of(runs, name))))
 
-
 def of(runs, name):
     """A policy's row in each run."""
     return [results["policies"][name] for results in runs]
-
 
 def joined(results):
     """The results without the policies that belong to no line of the figure, and without snapshots."""
     flags = {name: found for name, found in results["flags"].items() if re.fullmatch(JOINED, name)}
     return {**results, "flags": flags, "snapshots": {}, "policies": {name: results["policies"][name] for name in flags}}
 
-
 # ---- equal KL ------------------------------------------------------------------------------------------------------
-
 
 def at_kl(points, kl):
     """The height at this KL of the line through points (KL, height); None outside them: nothing is extrapolated."""
@@ -60,13 +53,11 @@ def at_kl(points, kl):
             return y0 + (y1 - y0) * (kl - x0) / (x1 - x0)
     return None
 
-
 def ppo_at(results, kl, key):
     """What PPO's frontier has at this KL: it begins at the SFT model and joins the policies of all KL targets."""
     start = 0.5 if key == "win_rate_judge" else results["policies"]["sft"][key]
     rows = [row for name, row in results["policies"].items() if name.startswith("ppo-kl")]
     return at_kl([(0.0, start), *((row["kl"], row[key]) for row in rows)], kl)
-
 
 def gap(runs, rows, key, kls=None):
     """A cell: a policy's rows, one per run, less PPO's frontier of the same run, at the rows' KL or at others."""
@@ -75,7 +66,6 @@ def gap(runs, rows, key, kls=None):
     found = [own - ppo for own, ppo in found if ppo is not None]
     of_all = "" if len(found) in (0, len(runs)) else f", {len(found)} of {len(runs)} seeds"
     return spread(found, "+.3f") + of_all if found else "-"
-
 
 def equal_rows(runs):
     """Every policy but PPO's against PPO at equal KL."""
@@ -87,7 +77,6 @@ def equal_rows(runs):
                    f"± {mean(high - low for low, high in ends) / 2:.3f}", gap(runs, rows, "win_rate_judge"),
                    *cells(rows, ["judge"]), gap(runs, rows, "judge")]
 
-
 def seed_rows(results):
     """The same of one run, with the numbers that are compared."""
     for name in names([results], JOINED):
@@ -97,7 +86,6 @@ def seed_rows(results):
             win, judge = ["-" if x is None else f"{x:{form}}" for x, form in zip(there, (".3f", ".2f"))]
             yield [name, *cells([row], ["KL, nats", "win rate"]), win, *cells([row], ["judge"]), judge]
 
-
 def at_one_rows(runs, at_one):
     """DPO against PPO at the KL that DPO's policies have at temperature 1; scores of responses at 0.7, and at 1."""
     for name in names(at_one, "dpo.*"):
@@ -106,9 +94,7 @@ def at_one_rows(runs, at_one):
         yield [name, *cells(rows, ["KL, nats"]), *cells(ones, ["KL, nats"]),
                *(gap(runs, of_them, key, kls) for key in SCORES for of_them in (rows, ones))]
 
-
 # ---- cost, group sizes, baselines ----------------------------------------------------------------------------------
-
 
 def passes(config):
     """Per response, by a stage's configuration: responses sampled, forward passes that score them, forward passes of
@@ -119,7 +105,6 @@ def passes(config):
     rewards = 0 if config["reward"].startswith("rule:") else len(config["reward"].split(","))
     return 1, models + 1 + rewards, config["epochs"] * models, config["epochs"] * models
 
-
 def cost_rows(lines):
     """Passes, seconds and memory of a method; lines: of logs.jsonl."""
     for title, name in COSTS.items():
@@ -128,7 +113,6 @@ def cost_rows(lines):
         if config and done:
             yield [title, name, *map(str, passes(config[0])), spread([one["seconds"] for one in done], ".0f"),
                    spread([one["peak_memory_mb"] for one in done], ",.0f")]
-
 
 def group_rows(runs):
     """RLOO and GRPO with groups of 2, 4 and 8."""
@@ -140,7 +124,6 @@ def group_rows(runs):
                        *cells(rows, ["win rate", "judge", "KL, nats", "length"]),
                        *(gap(runs, rows, key) for key in SCORES)]
 
-
 def value_rows(runs):
     """With a value model, with a group, and with neither."""
     for name, title in BASELINES.items():
@@ -148,7 +131,6 @@ def value_rows(runs):
             rows = of(runs, name)
             yield [name, title.format(**runs[0]["flags"][name]), *cells(rows, ["win rate", "judge", "KL, nats"]),
                    *(gap(runs, rows, key) for key in SCORES)]
-
 
 def main(cfg):
     folder = Path(cfg.folder)
@@ -175,7 +157,6 @@ def main(cfg):
                       group_rows(runs)),
          values=table(["policy", "the return is compared with", "win rate", "judge", "KL, nats", *gaps],
                       value_rows(runs)))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

@@ -25,13 +25,11 @@ from study.markdown import fill, made, spread, table, template
 GROUPS = ("strict", "lenient", "half-a", "half-b")
 ROUNDS = 8  # rankings that a sentence is in
 
-
 @dataclass
 class Config:
     folder: str = "out/tiny/groups"  # folder of the data, or of results.json
     data: str = "data/reviews"       # folder with the archive of the ratings
     seed: int = 1                    # of the parts, of halves a and b, and of the rankings
-
 
 def halves(block, draw):
     """Two parts of a block: its sentences, and [their means by each of GROUPS], (N,) each."""
@@ -41,13 +39,11 @@ def halves(block, draw):
         groups = [half for order in orders for half in (order[:len(order) // 2], order[(len(order) + 1) // 2:])]
         yield ([s for s, p in zip(block, part) if p == k], [ratings[part == k][:, group].mean(1) for group in groups])
 
-
 def disagreement(a, b):
     """The share of a part's pairs of sentences that two groups order differently, ties left out: means a, b (N,)."""
     i, j = np.triu_indices(len(a), 1)
     same = np.sign(a[i] - a[j]) * np.sign(b[i] - b[j])
     return float((same < 0).sum() / max(1, (same != 0).sum()))
-
 
 def labels(cfg, out):
     """rankings-GROUP.jsonl of the labeler's sentences; pairs.jsonl of held-out ones, the group being the domain;
@@ -75,7 +71,6 @@ def labels(cfg, out):
         name: dict(zip(("disagree", "interval"), mean_interval(x.view(-1, 2).mean(1), 2000, generator(1))))
         for name, x in shares.items()})
 
-
 def main(cfg):
     folder = Path(cfg.folder)
     if not (folder / "results.json").is_file():
@@ -94,7 +89,6 @@ def main(cfg):
                                  for seed in seeds)] for name in seeds[0]["labels"]]),
          cards=table(["reward model of", *GROUPS], [[a, *(accuracies(a, b) for b in GROUPS)] for a in GROUPS]),
          rates=table(["policy", "strict's reward model", "lenient's", "the judge"], rates))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

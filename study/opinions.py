@@ -19,7 +19,6 @@ from model import load_model, row_logprobs
 from reward import encode_rankings, score_many
 from study.markdown import table
 
-
 @dataclass
 class Config:
     folder: str = "out/smollm"  # a run of train_all.sh
@@ -28,7 +27,6 @@ class Config:
     device: str = "auto"        # auto, cpu, cuda, mps
     dtype: str = "auto"         # auto, float32, bfloat16 (autocast)
 
-
 def vader(rows):
     """Compound scores, -1 to 1, of whole texts: (policies, prompts)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -36,14 +34,12 @@ def vader(rows):
     return torch.tensor([[analyzer.polarity_scores(row["prompt"] + response)["compound"]
                           for response in row["responses"]] for row in rows], dtype=torch.float).T
 
-
 def judged(folder, rows, device, autocast):
     """Scores (policies, prompts) by a reward model, in the tokens of its own vocabulary."""
     model, enc = load_model(folder, device, "reward"), load_tokenizer(folder)
     encoded = encode_rankings(enc, rows, model.config.block_size, Counter())
     with torch.no_grad(), autocast():
         return score_many(model, [text for texts in encoded for text in texts]).view(len(rows), -1).T
-
 
 def perplexities(folder, rows, device, autocast):
     """Perplexity per token of each policy's responses, without EOS, under a language model: (policies,)."""
@@ -57,7 +53,6 @@ def perplexities(folder, rows, device, autocast):
                                  autocast).double().cpu()
         tokens += torch.tensor([len(ids) for ids in responses])
     return (nats / tokens).exp()
-
 
 def main(cfg):
     device, autocast = set_up(cfg)
@@ -87,7 +82,6 @@ def main(cfg):
     titles = [title for title in found["sft"] if not title.endswith("interval")]
     print(table(["policy", *titles], [[name, *(str(row[title]) for title in titles)] for name, row in found.items()]))
     check(math.isfinite(sum(row["perplexity under the base model"] for row in found.values())), "not finite", 1)
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

@@ -16,16 +16,13 @@ from study.collect import read
 from study.markdown import by_seed, cells, fill, made, spread, table, template
 from study.report import SCORERS, drawing
 
-
 @dataclass
 class Config:
     folder: str = "out/tiny/over_optimisation"  # results.json of study.collect; figure and tables go there, too
 
-
 SIZES = {"250": "250 comparisons", "1000": "1,000 comparisons", "all": "all comparisons",
          "250-mean": "mean of three, 250", "250-min": "least of three, 250"}  # reward models of over-optimisation
 METHODS = ("PPO", "best-of-n")
-
 
 def series(points, scorer):
     """The root of KL (an estimate near 0 can be below it), and a scorer's mean above that of the SFT model, the
@@ -33,19 +30,16 @@ def series(points, scorer):
     kl, scores = torch.tensor([[point["kl"], point[scorer]] for point in points], dtype=torch.double).T
     return kl.clamp(min=0).sqrt(), scores - scores[0]
 
-
 def turn(points):
     """Where the labeler's score is highest, and whether that is a turn: at the end it is lower by more than 0.1 while
     the proxy is higher: (point, turned). A rule of thumb: the standard error of a mean over 256 prompts is 0.05."""
     best, last = max(points, key=lambda point: point["labeler"]), points[-1]
     return best, last["proxy"] > best["proxy"] and last["labeler"] < best["labeler"] - 0.1
 
-
 def curve(seed, size, method):
     """The points of the over-optimisation against one reward model."""
     results = seed[f"over-{size}"]
     return results["snapshots"][f"free-{size}"] if method == "PPO" else results["best_of_n"]
-
 
 def draw_over_optimisation(seeds, path):
     """A column per reward model, PPO above best-of-n: the scorers of each seed, and where the labeler's score turns."""
@@ -58,7 +52,6 @@ def draw_over_optimisation(seeds, path):
                     draw_curve(axis, points)
         axes[0, 0].figure.legend(axes[0, 0].lines[:3], SCORERS, loc="outside upper center", ncols=3)
 
-
 def draw_curve(axis, points):
     """One run of draw_over_optimisation."""
     for color, (scorer, style) in enumerate(SCORERS.items()):
@@ -66,7 +59,6 @@ def draw_curve(axis, points):
     point, turned = turn(points)
     if turned:
         axis.plot(*(x[points.index(point)] for x in series(points, "labeler")), "k*", markersize=11)
-
 
 def turn_rows(seed):
     """Where the labeler is highest in PPO without a KL penalty, and what each scorer says there and at the end."""
@@ -76,7 +68,6 @@ def turn_rows(seed):
         yield [title, f"{seed[f'over-{size}']['proxy_agreement']['labeler']:.3f}", "yes" if turned else "no",
                f"{best['kl']:.1f}, {last['kl']:.1f}", *(f"{best[key]:.2f}, {last[key]:.2f}" for key in SCORERS),
                f"{last['win_rate_judge']:.3f}"]
-
 
 def label_rows(seeds):
     """What labels that disagree cost: reward model and policy."""
@@ -89,7 +80,6 @@ def label_rows(seeds):
                spread([card["accuracy"] for card in cards]),
                *cells([results["policies"][policy] for results in runs], ["win rate", "labeler", "KL, nats"])]
 
-
 def main(cfg):
     folder = Path(cfg.folder)
     seeds = [{**seed, "config": seed["labels-people"]["config"]} for seed in read(folder / "results.json", 7).values()]
@@ -98,7 +88,6 @@ def main(cfg):
          made=made(folder, seeds[0]["labels-people"]),
          turns=by_seed(seeds, ["reward model", "agreement", "a turn", "KL", *SCORERS, "win rate"], turn_rows),
          labels=table(["labels", "with labeler", "with people", "win rate", "labeler", "KL, nats"], label_rows(seeds)))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folder",))

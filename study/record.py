@@ -27,10 +27,8 @@ ITERATION = 2  # of PPO, whose rollout and update are shown
 FLAGS = ("seed", "episodes", "epochs", "temperature", "clip", "value_clip", "value_coef", "gamma", "lam", "kl_target",
          "kl_horizon", "missing_eos_score")
 
-
 class Recorded(Exception):
     """Ends ppo.main when the iteration has been recorded."""
-
 
 def replay(cfg):
     """Run ppo.main again up to the last pass of an iteration's update. Returns the rollout, and logprobs and values
@@ -50,11 +48,9 @@ def replay(cfg):
         except Recorded as recorded:
             return recorded.args
 
-
 def rounded(x, digits=4):
     """A tensor as rounded floats for JSON."""
     return [round(value, digits) for value in x.tolist()] if x.dim() else round(x.item(), digits)
-
 
 def main(folder, out="study/walkthrough.json"):
     """Record the finished run in a folder."""
@@ -112,7 +108,6 @@ def main(folder, out="study/walkthrough.json"):
     lines = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda part: "[" + re.sub(r"\n *", " ", part[1]) + "]", lines)
     write_atomic(out, lines + "\n")
     print(f"{out}: {text!r} {enc.decode(ids)!r}; this rollout {found['rollout']}, in the log {found['log'][0]}")
-
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -31,11 +31,9 @@ METHODS = {"best-of-n": "k.-", "PPO": "C0o-", "RLOO": "C2^-", "GRPO": "C4v-", "D
 AXES = ("kl", "win_rate_judge", "judge")
 WIDEST = 50.0  # nats: the frontier's axis ends here, whatever lies beyond
 
-
 @dataclass
 class Config:
     folders: tuple = ("out/tiny/evaluate",)  # where results.json is, and report.md and the figures go
-
 
 @contextlib.contextmanager
 def drawing(path, rows, columns, size, **options):
@@ -46,7 +44,6 @@ def drawing(path, rows, columns, size, **options):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
 
 def draw_policy(results, name, folder):
     """A policy's learning curves, its snapshots' scores against KL, and histograms of scores: {title: path} of those
@@ -79,13 +76,11 @@ def draw_policy(results, name, folder):
         axes[0].legend()
     return drawn
 
-
 def method(flags):
     """What trained a policy, by its flags: PPO, RLOO, GRPO, DPO, or "" for something else."""
     if "kl_coef" in flags:
         return flags.get("advantages", "gae").upper().replace("GAE", "PPO")
     return "DPO" if "beta" in flags else ""
-
 
 def curves(results):
     """{method: {policy, or n of best-of-n: its row}}: the points that a line of the frontier joins."""
@@ -94,11 +89,9 @@ def curves(results):
         found.setdefault(method(flags), {})[name] = results["policies"][name]
     return found
 
-
 def by_kl(rows):
     """The rows of one of curves' methods, in order of KL."""
     return sorted(rows.values(), key=lambda row: row["kl"])
-
 
 def draw_frontier(runs, path):
     """The judge's win rate and score against KL (Rafailov et al. 2023, figure 2): a line per method, its policies in
@@ -129,15 +122,12 @@ def draw_frontier(runs, path):
                      f"{row['win_rate_judge']:.3f}" for results in runs for name, row in results["policies"].items()
                      if row["kl"] > WIDEST)
 
-
 GAINS = list(COLUMNS)[:6]  # what every table of policies shows
-
 
 def comparison(results):
     """The comparison: a row per policy."""
     for name, row in results["policies"].items():
         yield [name if row["prompts"] == results["prompts"] else f"{name} ({row['prompts']} prompts)", *cells([row])]
-
 
 def other_prompts(results):
     """The policies on each file of prompts."""
@@ -145,13 +135,11 @@ def other_prompts(results):
         for name in results["samples"]:
             yield [kind.removeprefix("prompts_"), name, *cells([rows[name]], GAINS)]
 
-
 def first_prompts(results):
     """All policies' responses to the first prompts of the evaluation file, with the judge's scores."""
     for row in results["first"]:
         for name, score in row["judge"].items():
             yield [escape(row["prompt"]) if name == "sft" else "", name, escape(row[name]), f"{score:.2f}"]
-
 
 def human(results):
     """The reward models on held-out human comparisons, beside the baselines of study/card.py."""
@@ -162,7 +150,6 @@ def human(results):
             (rows[0], "longer wins"), *((row, "bag of words") for row in rows))]
         yield [group.replace("_", " "), *(accuracy(row["reward model"]) for row in rows), longer, ", ".join(words),
                f"{rows[0]['people']:.3f}" if "people" in rows[0] else "-"]
-
 
 def beside(folder, results):
     """What other commands left in the folder, "" if nothing: verdict.json on these samples, the judge's agreement with
@@ -180,7 +167,6 @@ def beside(folder, results):
         people = f"{accuracy(card)} of {card['pairs']} pairs" if card else "not measured"
         parts["verdict"] = f"{people}.\n\n{table([*titles, 'prompts', 'ties', 'flipped'], rows)}"
     return parts
-
 
 def parts_of(runs):
     """What the templates show of one run, or of several side by side."""
@@ -203,14 +189,12 @@ def parts_of(runs):
         "human": judged and by_seed(runs, ["pairs", *judged, "longer wins", "bag of words", "one person"], human),
         "cost": stages and table(["stage", "seconds", "peak memory, MB"], [*cost, total])}
 
-
 def policy_section(results, name, figures):
     """What report.md shows of one policy: its figures ({title: path}) and samples."""
     samples = table(["", "prompt", "SFT", "judge", "policy", "judge"], [
         [row["change"], escape(row["prompt"]), escape(row["sft"]), f"{row['sft_judge']:.2f}", escape(row["text"]),
          f"{row['judge']:.2f}"] for row in results["samples"][name]])
     return "\n\n".join([f"## {name}", *(f"![{title}]({path.name})" for title, path in figures.items()), samples])
-
 
 def main(cfg):
     folders = [Path(folder) for folder in cfg.folders]
@@ -222,7 +206,6 @@ def main(cfg):
         fill(template("report.md"), folder / "report.md", [results], **parts)
     if len(runs) > 1 and folders[0].resolve().parent.parent.name == "results":  # the committed ones
         fill(template("seeds.md"), folders[0].parent.parent / "README.md", runs, **parts_of(runs))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("folders",))

@@ -25,7 +25,6 @@ from study.report import drawing
 
 GAPS = {"gap under 1": (0, 1), "1 to 2": (1, 2), "2 to 3": (2, 3), "3 and more": (3, 9)}  # ratings are from -4 to 4
 
-
 @dataclass
 class Config:
     out: str = "out/curve"     # folder of the page
@@ -36,7 +35,6 @@ class Config:
     seed: int = 1
     device: str = "auto"       # auto, cpu, cuda, mps
     dtype: str = "auto"        # auto, float32, bfloat16 (autocast)
-
 
 def card(scores, rows):
     """{group of pairs: pair_accuracy} of {text: score}: by sample, and random pairs by rating gap."""
@@ -50,7 +48,6 @@ def card(scores, rows):
     return {name: pair_accuracy(torch.tensor([scores[row["chosen"]] - scores[row["rejected"]] for row in group]),
                                 torch.tensor([[number[row["chosen"]], number[row["rejected"]]] for row in group]))
             for name, group in groups.items() if group}
-
 
 def main(cfg):
     device, autocast = set_up(cfg)
@@ -101,7 +98,6 @@ def main(cfg):
         "also by the gap between the two mean ratings (-4 to 4). Learned from rankings of four sentences; one seed.",
         table(["model", "rankings", "half", *groups], lines), "![accuracy](reward_models.png)"]) + "\n")
     print(out / "reward_models.md")
-
 
 if __name__ == "__main__":
     run(main, Config, words=("out", "models"))

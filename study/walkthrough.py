@@ -20,21 +20,17 @@ from reward import ranking_loss
 STUDY = Path(__file__).parent
 PRODUCTS = {"plain", "clipped", "gradient", "error", "clipped error"}  # shown with three digits, all else with four
 
-
 def f(x, digits=4):
     """A number as text, never -0."""
     return f"{round(x, digits) + 0.0:.{digits}f}"
-
 
 def b(x):
     """A number within a sum or a product: in brackets where it is negative."""
     return f"({f(x)})" if f(x).startswith("-") else f(x)
 
-
 def quoted(text):
     """A token or a response in quotes, as many begin with a space; None is EOS."""
     return "EOS" if text is None else "`" + repr(text).replace("|", "\\|").replace("`", "'") + "`"
-
 
 class Table(dict):
     """{title: column}. In the template {name:t | token} is a Markdown table of these two columns, {name:} of all."""
@@ -44,7 +40,6 @@ class Table(dict):
         columns = [[f(x, 3 if title in PRODUCTS else 4) if isinstance(x, float) else str(x) for x in self[title]]
                    for title in titles]
         return "\n".join(f"| {' | '.join(row)} |" for row in [titles, ["---"] * len(titles), *zip(*columns)])
-
 
 def derive(found):
     """All that follows from the recorded numbers of the response: a table by token; its policy loss and value loss."""
@@ -68,7 +63,6 @@ def derive(found):
     d["larger"] = ["clipped" if y > x else "plain" if y < x else "equal" for x, y in zip(d["plain"], d["clipped"])]
     return d, loss.item(), ppo.value_loss(new_value, value, returns, mask, value_clip)[0].item()
 
-
 def alignment(found, d):
     """The response's row of the batch: what stands in which column, and what is read there."""
     left, P, r, n = found["rollout"]["pad"], found["rollout"]["columns"], found["response"], len(d["t"])
@@ -82,7 +76,6 @@ def alignment(found, d):
           for name, (first, cells) in lines.items()}
     return Table({"column": lines, **{str(i): [line.get(i, "") for line in at.values()] for i in columns}})
 
-
 def advantage_by_hand(d, t, flags):
     reward, value, delta, advantage = (d[name][t] for name in ("reward", "value", "delta", "advantage"))
     next_value, next_advantage = ([*d[name], 0.0][t + 1] for name in ("value", "advantage"))
@@ -90,7 +83,6 @@ def advantage_by_hand(d, t, flags):
     delta     = {f(reward)} + {flags["gamma"]:g} * {b(next_value)} - {b(value)} = {f(delta)}
     advantage = {f(delta)} + {flags["gamma"] * flags["lam"]:g} * {b(next_advantage)} = {f(advantage)}
     return    = {f(advantage)} + {b(value)} = {f(d["return"][t])}"""
-
 
 def controller_by_hand(line, flags):
     controller = ppo.AdaptiveKL(line["kl_coef"], flags["kl_target"], flags["kl_horizon"])
@@ -100,7 +92,6 @@ def controller_by_hand(line, flags):
     return f"""iteration {line["iteration"]}
     error   = {f(line["kl"])} / {flags["kl_target"]:g} - 1 = {f(error)}, clamped: {f(clamped)}
     kl_coef = {line["kl_coef"]:.6f} * (1 + {b(clamped)} * {share}) = {controller.coef:.6f}"""
-
 
 def page_text(found):
     """The page: the template, its names replaced by numbers and tables."""
@@ -134,7 +125,6 @@ def page_text(found):
         against=sum((ratio - 1) * A < 0 for ratio, A in zip(d["ratio"], d["A"])),
         controller="\n\n".join(controller_by_hand(found["log"][i], flags) for i in (0, 2)),
         after_table=Table({"response": map(quoted, after["responses"]), "reward model's score": after["reward"]}))
-
 
 if __name__ == "__main__":
     recorded = json.loads((STUDY / "walkthrough.json").read_text(encoding="utf-8"))

@@ -28,7 +28,6 @@ from reward import ranking_loss, score_rankings
 from sampling import sample
 from tools.export import exported_config
 
-
 @dataclass
 class Config:
     model: str = "tiny"     # tiny, smollm2, gpt2, gpt2-xl, HuggingFaceTB/SmolLM2-360M, Qwen/Qwen2.5-0.5B, ...
@@ -39,14 +38,12 @@ class Config:
     repeats: int = 5        # timed runs per figure, after one warm-up
     seed: int = 1           # weights, tokens
 
-
 TINY, BLOCK = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256), 128
 TRAIN, TRAIN_LARGE = (32, 128), (16, 40)  # rows, tokens
 SAMPLE = (64, 16, 32)  # rows, tokens of a prompt, tokens of a response
 RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
 PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
 NEVER = -1  # an EOS that cannot be sampled: every response has its full length
-
 
 def flop(config, T, read, head=False, past=0):
     """Operations of the matrix products (two per multiply-add) of a forward pass on a row: T tokens after `past` cached
@@ -57,11 +54,9 @@ def flop(config, T, read, head=False, past=0):
     trunk = config.n_layer * T * attention + ((config.n_layer - 1) * T + read) * rest
     return trunk + (2 * read * C * config.padded_vocab if head else 0)
 
-
 def sample_flop(config, P, R):
     """One row: a prompt of P tokens, then R - 1 single tokens; the last sampled token is never read."""
     return flop(config, P, 1, True) + sum(flop(config, 1, 1, True, past) for past in range(P, P + R - 1))
-
 
 class Bench:
     """Device, clock, and the speed of a large matrix product, on which every floor rests."""
@@ -109,7 +104,6 @@ class Bench:
         floor = f", {work / self.flops / middle:.0%} of the floor's speed" if work else ""
         print(f"{figure:20}{amount / middle:10,.1f} {unit:10} {middle:.4g} s ({spread}){floor}")
 
-
 def train(bench, _):
     """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
     (B, T), device, model = bench.train, bench.device, GPT(bench.model).to(bench.device)
@@ -120,7 +114,6 @@ def train(bench, _):
         model, ids = peer_model(bench), torch.tensor(bench.tokens(B, T), device=device)
         seconds = bench.time_step(model, lambda: model(input_ids=ids, labels=ids).loss)
         bench.record("train transformers", seconds, B * T, "tokens/s")
-
 
 @torch.no_grad()
 def sampling(bench, _):
@@ -136,7 +129,6 @@ def sampling(bench, _):
             model.generation_config.eos_token_id = None  # every response has its full length
             seconds = bench.time(lambda: model.generate(tokens, max_new_tokens=R, **how))
             bench.record("sample transformers", seconds, B * R, "tokens/s")
-
 
 def ppo_iteration(bench, figure):
     """An iteration of PPO: sampling, scoring, 4 epochs of 4 minibatches."""
@@ -165,7 +157,6 @@ def ppo_iteration(bench, figure):
         seconds = trl_steps(bench, "PPO", B, {"input_ids": bench.tokens(B, P)}, models, **how)
         bench.record("ppo trl", seconds, B, "episodes/s")
 
-
 def ranked(bench, figure):
     """A training step of the reward model, or of DPO, where the reference's log-probabilities are known. In rankings of
     more than two a response is in several pairs, and computed once; TRL takes pairs and computes it again."""
@@ -188,13 +179,11 @@ def ranked(bench, figure):
         seconds = trl_steps(bench, "DPO" if is_dpo else "Reward", pairs, data, {}, **how)  # it adds an EOS
         bench.record(f"{figure} trl", seconds, pairs, "pairs/s")
 
-
 def peer_model(bench, scalar=False):
     """The same model in transformers, with the language-model head or a scalar one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
     config = AutoConfig.for_model(**{**exported_config(bench.model, "lm"), "pad_token_id": bench.model.vocab_size - 2})
     return (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_config(config).to(bench.device)
-
 
 def trl_steps(bench, name, rows, data, models, **how):
     """Seconds of the steps of TRL's PPOTrainer, RewardTrainer or DPOTrainer, each from the end of the one before."""
@@ -220,14 +209,12 @@ def trl_steps(bench, name, rows, data, models, **how):
             train_dataset=datasets.Dataset.from_dict(data)).train()
     return [end - start for start, end in zip(ends, ends[1:])]
 
-
 def main(cfg):
     torch.set_num_threads(1)
     bench = Bench(cfg)
     work = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration}
     for figure in cfg.only.split(","):
         work.get(figure, ranked)(bench, figure)
-
 
 if __name__ == "__main__":
     run(main, Config)

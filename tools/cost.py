@@ -23,13 +23,11 @@ from common import run
 from evaluate import hardware
 from study.markdown import table
 
-
 @dataclass
 class Config:
     file: str = "out/cost.jsonl"
     name: str = ""               # what the line is called; empty: a table of the lines that are there
     command: str = ""            # a stage's script and its flags, as one word
-
 
 def measure(cfg):
     """The line about the command."""
@@ -48,7 +46,6 @@ def measure(cfg):
             "seconds": round(median([b - a for a, b in zip(seconds, seconds[1:])] or [done["seconds"]]), 2),
             **{name: value for name, value in done.items() if name.startswith("peak")}}
 
-
 def main(cfg):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then the stage is killed, too, and its folder goes
     lines = [measure(cfg)] if cfg.name else list(map(json.loads, Path(cfg.file).read_text().splitlines()))
@@ -57,7 +54,6 @@ def main(cfg):
             file.write(json.dumps(lines[0]) + "\n")
     names = list(dict.fromkeys(name for line in lines for name in line))
     print(table(names, [[str(line.get(name, "")) for name in names] for line in lines]))
-
 
 if __name__ == "__main__":
     run(main, Config, words=("file", "name", "command"))

@@ -91,7 +91,6 @@ SYMPTOMS = {
         "no gain can be shown on these prompts", "the findings of its stages; more prompts (--count)"),
 }
 
-
 class Record:
     """What a stage left: name, path (of its log), kind (of its script; "" if unknown), flags, lines of log.jsonl, stop
     (the line of what ended it early), truncated (counts), and files: {name: content, {} if there is none}."""
@@ -125,22 +124,18 @@ class Record:
             return len(self.lines) >= max(8, 20 / (self.flags["epochs"] * self.flags["minibatches"]))
         return bool(self.lines) and self.lines[-1]["step"] >= 20
 
-
 def read_json(path):
     """The content of a JSON file, {} if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
-
 
 def read_lines(path):
     """The lines of a JSON-lines file, [] if there is none; one that is not complete yet is left out."""
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
-
 def read_stage(folder):
     """The Record of a stage in its own folder."""
     files = [{part: read_json(folder / file)} for part, file in Record.FILES.items()]
     return Record(folder.resolve().name, folder / "log.jsonl", read_lines(folder / "log.jsonl") + files)
-
 
 def records(folder):
     """A Record of each stage that is of a known kind: of a committed run (logs.jsonl), of a folder with a folder for
@@ -158,9 +153,7 @@ def records(folder):
         found = [read_stage(path.parent) for path in sorted(paths, key=os.path.getmtime)]
     return [record for record in found if record.kind]
 
-
 # ---- what is wrong: (symptom, what was seen, numbers of the log's lines where, or None) ------------------------------
-
 
 def any_stage(record):
     """What every log can show."""
@@ -173,7 +166,6 @@ def any_stage(record):
     # A large gradient means nothing in DPO, where it grows with beta and with the length of responses.
     if clip and record.kind != "dpo" and record.judged and median(norms) > 10 * clip:
         yield "gradient far above the clip", f"median {median(norms):.1f}, --grad-clip {clip:g}", None
-
 
 def ppo(record):
     """PPO: faults of the computation itself, which show from the first rollouts on; then what it learned."""
@@ -227,7 +219,6 @@ def ppo(record):
     if record.judged:
         yield from ppo_learning(record)
 
-
 def ppo_learning(record):
     """What takes some rollouts to show. The beginning: the first 512 responses; the end: the last quarter."""
     column, flags, lines = record.column, record.flags, record.lines
@@ -260,7 +251,6 @@ def ppo_learning(record):
     if max(clipped) == 0 and flags["epochs"] * flags["minibatches"] > 1:
         yield "clip never binds", "0 in every rollout", None
 
-
 def reward(record):
     """The reward model, the labeler or the judge, from its log and report card."""
     accuracy, card = record.column("accuracy"), record.files["report_card.json"]
@@ -272,7 +262,6 @@ def reward(record):
     if record.kind == "reward" and known > held_out["interval"][1] + 0.1:
         yield "memorised", f"{known:.3f} in training, {held_out['accuracy']:.3f} held out", None
 
-
 def dpo(record):
     """DPO, from its log and report card."""
     first, chosen = record.lines[0], record.column("chosen_logprobs")
@@ -282,7 +271,6 @@ def dpo(record):
     if record.judged and (late := mean(chosen[-max(1, len(chosen) // 4):])) < 1.3 * chosen[0]:
         yield "chosen falls", f"from {chosen[0]:.1f} to {late:.1f} nats per response", None
 
-
 def sft(record):
     """Supervised training."""
     losses = record.column("valid_loss")
@@ -290,12 +278,10 @@ def sft(record):
         lowest = losses.index(min(losses))
         yield "overfit", f"{losses[-1]:.3f}, it was {losses[lowest]:.3f}", range(lowest, len(losses))
 
-
 def label(record):
     """Rankings by a simulated labeler."""
     if (kept := record.files["done.json"]["order_kept"]) < 0.6:
         yield "labels are noise", f"{kept:.2f} of the pairs are in the labeler's own order", None
-
 
 def evaluate(record):
     """The comparison of all policies."""
@@ -312,13 +298,11 @@ def evaluate(record):
         if high < 0.5 or results["prompts"] >= 200 and low < 0.5:
             yield "no better than SFT", f"{policy}: {low:.3f} to {high:.3f}", None
 
-
 def examine(record):
     """All findings of one stage: (name of the symptom, what was seen, numbers of the log's lines or None)."""
     look = {"ppo": ppo, "reward": reward, "dpo": dpo, "sft": sft, "label": label, "evaluate": evaluate}[record.kind]
     has_begun = record.lines or record.kind in ("label", "ppo") or record.files["results.json"]
     return [*any_stage(record), *(look(record) if has_begun else [])]
-
 
 def span(numbers):
     """From the least to the largest of some numbers, in few digits."""
@@ -326,14 +310,12 @@ def span(numbers):
     low, high = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in (numbers[0], numbers[-1]))
     return low if low == high else f"{low} to {high}"
 
-
 @functools.cache
 def committed(metric, *stages):
     """What the committed runs have in a metric of the first of these stages that has it: a list of values per seed."""
     kept = [record for folder in sorted(COMMITTED.glob("seed*")) for record in records(folder)]
     found = ([x for record in kept if record.name == name and (x := record.column(metric))] for name in stages)
     return next(filter(None, found), [])
-
 
 def report(record):
     """Print what there is to say of a stage; whether something was found."""
@@ -350,18 +332,15 @@ def report(record):
         print(f"{record.name}: healthy{far}")
     return bool(findings)
 
-
 @dataclass
 class Config:
     run: str = "out/tiny"  # folder of a run, or of one of its stages
-
 
 def main(cfg):
     found = records(cfg.run)
     check(found, f"{cfg.run}: no stage that the doctor knows, neither here nor in a folder below")
     sick = sum([report(record) for record in found])
     check(not sick, f"{sick} of {len(found)} stages with findings", 1)
-
 
 if __name__ == "__main__":
     run(main, Config, words=("run",))

@@ -27,12 +27,10 @@ TRANSCRIPT = (f"{{{{ bos_token }}}}{{% for m in messages %}}{{{{ {BEFORE}[m['rol
               f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {REPLY!r} }}}}"
               "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}")
 
-
 @dataclass
 class Config:
     model: str = "out/tiny/ppo"  # checkpoint folder of a language model or a reward model
     out: str = "exported/ppo"    # folder for the exported model
-
 
 def exported_weights(model):
     """{name: tensor} of a GPT or ScalarModel under Hugging Face's names. A ScalarModel's classifier has no bias: a
@@ -47,7 +45,6 @@ def exported_weights(model):
         embedding = f"{prefix}{'embed_tokens' if model.config.rope else 'wte'}.weight"
         weights[embedding] = torch.cat([weights[embedding], torch.zeros_like(head)])  # of the padding token
     return weights
-
 
 def exported_config(config, kind, begin=None, end=None):
     """config.json of the exported "lm" or "reward" model; UserError if no family of transformers computes the same."""
@@ -68,7 +65,6 @@ def exported_config(config, kind, begin=None, end=None):
     check(hub_config(settings, 0, config.vocab_size) == replace(config, dropout=0.0),
           f"transformers has no model that computes what this one does: {config}")
     return settings
-
 
 def exported_tokenizer(enc, special, begin):
     """tokenizer.json of the tokenizers library: the text begin (None: nothing), then the ids of enc.encode_ordinary,
@@ -92,7 +88,6 @@ def exported_tokenizer(enc, special, begin):
         "model": {"type": "BPE", "ignore_merges": True, "merges": [f"{words[a]} {words[b]}" for a, b in merges(ranks)],
                   "vocab": {**special, **{words[token]: rank for token, rank in ranks.items()}}}}
 
-
 def chat_template(chat, think):
     """Jinja template that writes what data.chat_ids does in this chat format; think: its "think" as a text."""
     before, after = "".join(FORMATS[chat["format"]]).split("{content}")
@@ -104,7 +99,6 @@ def chat_template(chat, think):
             f"{{% if text or not loop.first %}}{{{{ {before} + ({think!r} if loop.last and m['role'] == 'assistant' "
             f"else '') + text + {after!r} }}}}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}"
             f"{{% set m = {{'role': 'assistant'}} %}}{{{{ {before} + {think!r} }}}}{{% endif %}}")
-
 
 @torch.no_grad()
 def main(cfg):
@@ -132,7 +126,6 @@ def main(cfg):
     if config.get("score_bias"):
         print(f"its scores are {-config['score_bias']:+.4f} from those here, all of them: a score there has no bias to "
               "hold the constant; config.json has it as score_bias, to be added")
-
 
 if __name__ == "__main__":
     run(main, Config, words=("model", "out"))

@@ -15,19 +15,16 @@ STAGES = {"sft, 512 tokens": (1, 0, 512, 512), "reward, 512 tokens": (1, 0, 512,
           "dpo, 256 + 256": (1, 0, 512, 256), "ppo separate, 64 + 128": (2, 2, 192, 128),
           "ppo shared, 64 + 128": (1, 2, 192, 128)}
 
-
 def parameters(config):
     """Parameters of a trunk, which is nearly all of a model."""
     C = config.width
     return config.n_layer * (12 * C * C + 13 * C) + (config.padded_vocab + config.block_size + 2) * C
-
 
 def row_bytes(config, trained, T, read, recompute):
     """Bytes that one row of T tokens keeps for the backward pass through so many trained models."""
     block = 36 * config.width * T
     trunk = config.n_layer * 4 * config.width * T + block if recompute else config.n_layer * block
     return trained * trunk + read * 16 * config.vocab_size
-
 
 if __name__ == "__main__":
     print("| stage | model | parameters | 8 GB | 16 GB | 24 GB | 80 GB |\n|---|---|---|---|---|---|---|")
