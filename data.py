@@ -57,7 +57,8 @@ def load_tokenizer(where, chat=False):
     response}, and "dialogues": true if prompts are dialogues, written in that format, as with chat=True."""
     path = Path(where) / "vocab.tiktoken" if Path(where).is_dir() else Path(where)
     check(path.is_file(), f"{path}: no tokenizer here (python -m prepare.reviews makes data/reviews/vocab.tiktoken)")
-    first, *lines = path.read_text().splitlines() or [""]
+    check(re.match(r"({.*}|\S+ \d+)\n", text := path.read_text()), f"{path}: not a vocabulary in tiktoken's format")
+    first, *lines = filter(str.strip, text.splitlines())
     first, lines = (json.loads(first), lines) if first.startswith("{") else ({}, [first, *lines])
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     settings = {"pattern": PATTERN, "special": {END: len(ranks)}, "end": len(ranks), **first}
@@ -75,10 +76,10 @@ def turns_of(prompt):
     of a user's. The last is the assistant's: what its response begins with, which is nothing as a rule."""
     if isinstance(prompt, list):
         return prompt if prompt[-1]["role"] == "assistant" else [*prompt, {"role": "assistant", "content": ""}]
-    system, *parts = re.split(f"({TURN}|{REPLY})", prompt)
+    system, *parts = re.split(f"((?:^|\n\n){TURN.strip()}|{REPLY})", prompt)
     if not parts:
         return turns_of([{"role": "user", "content": prompt}])
-    turns = [{"role": "user" if mark == TURN else "assistant", "content": text.strip()}
+    turns = [{"role": "assistant" if mark == REPLY else "user", "content": text.strip()}
              for mark, text in zip(parts[::2], parts[1::2])]
     return turns_of([{"role": "system", "content": system.strip()}] * bool(system.strip()) + turns)
 
@@ -129,10 +130,10 @@ def encode_texts(enc, prompt, responses, block_size, counts):
 
 def report_truncated(counts, log=None):
     """Print what has been truncated, and note it in the log."""
-    for what, so in (("prompts", ""), ("responses", ": they have no EOS, and the model will not learn to stop")):
-        if cut := counts[f"{what} truncated"]:
-            print(f"{cut:,} of {counts[what]:,} {what} are truncated{so}")
     cut = {what: counts[f"{what} truncated"] for what in ("prompts", "responses")}
+    for what in filter(cut.get, cut):
+        print(f"{cut[what]:,} of {counts[what]:,} {what} are truncated"
+              + ": they have no EOS, and the model will not learn to stop" * (what == "responses"))
     if log and any(cut.values()):
         log.append({"truncated": {**cut, "of": counts["responses"]}})
 
@@ -213,7 +214,7 @@ def read_rows(path, accept, expected="an object"):
                 if not isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
                     raise ValueError(f"expected {expected}, found {type(row).__name__}")
                 rows.append(accept(row))
-    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
         raise UserError(f"{path}:{number}: {'not JSON: ' * isinstance(error, json.JSONDecodeError)}{error}") from None
     check(rows, f"{path}: empty (expected on every line: {expected})")
     return rows

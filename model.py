@@ -206,19 +206,18 @@ class GPT(nn.Module):
             model = cls(hub_config(json.loads((Path(folder) / "config.json").read_text()), block_size, vocab_size))
         for x in model.to_empty(device="cpu").parameters():
             x.zero_()  # the rows of padded_vocab stay so
-        where = {}  # name of a weight: (file, name there)
-        for path in sorted(Path(folder).glob("model*.safetensors")):
-            with safe_open(path, "pt") as file:
-                where |= {re.sub("^(transformer|model)[.]", "", name): (path, name) for name in file.keys()}
+        one, index = (Path(folder) / f"model.safetensors{end}" for end in ("", ".index.json"))
+        files = (json.loads(index.read_text())["weight_map"] if index.is_file() and not one.is_file() else
+                 dict.fromkeys(safe_open(one, "pt").keys(), one.name))
+        where = {re.sub("^(transformer|model)[.]", "", x): (Path(folder) / path, x) for x, path in files.items()}
         for name, part in hub_weights(model):
             check(name in where, f"{folder}: {name} is in no model*.safetensors")
             path, there = where.pop(name)
             with safe_open(path, "pt") as file:  # for this weight only: an open file stays in memory
                 x = file.get_tensor(there)
             part.copy_(x[:len(part)] if name.startswith(("embed_tokens", "lm_head", "wte", "wpe")) else x)
-        constants = ("lm_head.weight", ".attn.bias", ".masked_bias", ".inv_freq")  # a head that is tied, or no weights
-        check(not (extra := [name for name in where if not name.endswith(constants)]),
-              f"{folder}: {', '.join(extra[:3])}: no weight of this architecture")
+        others = [name for name in where if not re.search("^lm_head|[.](attn[.]bias|masked_bias|inv_freq)$", name)]
+        check(not others, f"{folder}: {', '.join(others[:3])}: no weight of this architecture")
         return model.eval()
 
 class ScalarModel(nn.Module):
@@ -290,7 +289,7 @@ ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
              "hidden_act": ["silu"], "activation_function": ["gelu", "gelu_new", "gelu_pytorch_tanh"],
              "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys(
-                 "attention_bias mlp_bias use_sliding_window num_experts num_local_experts "
+                 "attention_bias mlp_bias use_sliding_window quantization_config num_experts num_local_experts "
                  "scale_attn_by_inverse_layer_idx add_cross_attention".split(), [False])}
 
 def hub_config(settings, block_size=0, vocab_size=0):

@@ -7,6 +7,7 @@
     python sample.py out/smollm2/base --chat                       talk turn by turn, in the model's chat format
     python sample.py out/chat/sft --chat --compare out/chat/ppo    several models, each its own dialogue
 """
+import re
 import sys
 from dataclasses import dataclass
 
@@ -81,8 +82,11 @@ def main(cfg):
     dialogues = {folder: [] for folder in policies}
     if sys.stdin.isatty() and not cfg.prompt:
         print("prompt, then Enter; an empty prompt starts from nothing; Ctrl-D ends")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # to notice bytes that are no UTF-8
     for line in [cfg.prompt] if cfg.prompt else sys.stdin:
         line = line.lstrip("\ufeff").rstrip("\r\n")
+        check(not re.search("[\0\ud800-\udfff]", line), "the prompt is not text in UTF-8")
         for folder, policy in policies.items():
             print(f"{folder}:\n" * bool(cfg.compare), end="")
             if cfg.chat:

@@ -11,6 +11,7 @@
 # files that the stages below name). FLAGS="--microbatch 4" goes to the stages that train. STEPS=smoke runs the stages of a
 # larger preset with the few steps of smoke.
 set -euo pipefail
+here=$PWD
 { true >&1; } 2>/dev/null || exec >/dev/null  # a service may have no output
 { true >&2; } 2>/dev/null || exec 2>/dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -37,17 +38,20 @@ if torch.cuda.is_available(): print("CUDA is here: bash train_all.sh smollm runs
 # of three beside another busy process. glibc keeps freed memory: clearing fresh pages is a fifth of base training's time.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
-words=$* data=(reviews data/reviews)  # of the data: module of prepare, folder (empty: in OUT), file
+data=(reviews data/reviews)  # of the data: module of prepare, folder (empty: in OUT), file
 [ $preset != chat ] || data=(hh data/hh)
 if [ "$preset ${1:-}" = "chat --train" ]; then
-  [ -f "${2:-}" ] && [ -z "${DATA:-}" ] || { echo "error: --train ${2:-}: no such file (or DATA is set, too)" >&2; exit 2; }
-  data=(hh "" "$2")
+  file=${2:-}
+  case $file in /*) ;; *) file=$here/$file ;; esac
+  [ -f "$file" ] && [ -z "${DATA:-}" ] || { echo "error: --train $file: no such file (or DATA is set, too)" >&2; exit 2; }
+  data=(hh "" "$file")
   shift 2
 fi
+words=$*
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 case $OUT in *,*) echo "error: OUT=$OUT: a comma separates folders in the flags of the stages" >&2; exit 2 ;; esac
 mkdir -p "$OUT"
-made="seed $SEED, $STEPS${words:+ $words}${DATA:+, $DATA}"
+made="seed $SEED, $STEPS${words:+ $words}${DATA:+, $DATA}${data[2]:+, data $(cksum < "${data[2]}")}"
 [ -s "$OUT/made" ] || echo "$made" > "$OUT/made"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 

@@ -106,7 +106,7 @@ def main(cfg):
     check(cfg.files, "name files of answers: python -m labeling.agreement FILE FILE ...")
     labelers, samples = defaultdict(dict), {}  # {name: {id: answer}}, {id: its prompt and responses}
     for answer in (answer for path in cfg.files for answer in read_rows(path, check_answer)):
-        name = Path(answer["labeler"]).name  # of a reward model: its folder's name
+        name = answer["labeler"]
         check(same_order(labelers[name].setdefault(answer["id"], answer), answer),
               f"{name} has two different answers to {answer['id']!r} (labeling.merge says where)")
         if levels := levels_of(answer):
@@ -115,10 +115,10 @@ def main(cfg):
     everyone = {name: {id: signs(levels_of(answer)) for id, answer in answers.items() if levels_of(answer)}
                 for name, answers in labelers.items()}
     for folder in filter(None, cfg.rewards.split(",")):
-        scores, name = score_samples(folder, samples.values(), device, autocast), Path(folder).name
+        scores = score_samples(folder, samples.values(), device, autocast)
         orders = {id: sorted(row["responses"], key=lambda text: -scores[row["prompt"], text])
                   for id, row in samples.items()}
-        everyone[f"{name} (reward model)"] = {id: signs([[text] for text in order]) for id, order in orders.items()}
+        everyone[f"{folder} (reward model)"] = {id: signs([[text] for text in order]) for id, order in orders.items()}
     facts = {"labelers": {name: describe([*answers.values()], cfg.bootstrap, random)
                           for name, answers in labelers.items()},
              "agreement": [{"one": one, "two": two, **compare(everyone[one], everyone[two], cfg.bootstrap, random)}

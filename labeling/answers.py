@@ -53,6 +53,10 @@ def check_answer(row):
     texts = row.get("shown" if "order" in row else "responses")
     if not isinstance(texts, list):
         raise ValueError("expected an object with id, prompt, labeler, and shown and order, or responses")
+    for name, kind, default in (("order", str, ""), ("ties", list, []), ("seconds", (int, float), 0)):
+        if not isinstance(row.get(name, default), kind) or name == "ties" and not all(
+                isinstance(tie, list) and tie for tie in row.get(name, [])):
+            raise ValueError(f"{name}: {row[name]!r} is none")
     check_text(row.get("prompt"), "prompt")
     for text in (row.get("id"), row.get("labeler"), *texts):
         check_text(text, "id, labeler, responses")

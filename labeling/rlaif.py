@@ -23,6 +23,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -94,7 +95,7 @@ class Server:
     (LABELER_API_KEY), goes over https or to this machine only, and into no file."""
 
     def __init__(self, cfg, path):
-        address, self.key = urlsplit(cfg.labeler), os.environ.get("LABELER_API_KEY", "")
+        address, self.key = urlsplit(cfg.labeler), os.environ.get("LABELER_API_KEY", "").strip()
         local = address.hostname in ("localhost", "127.0.0.1", "::1")
         check(address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc,
               "--labeler: expected vader, or a server's http(s) address (its key: in the environment, LABELER_API_KEY)")
@@ -103,7 +104,9 @@ class Server:
         check(cfg.model, "--model is empty: the name under which the server knows the model")
         self.cfg, self.path, self.rubric, self.calls = cfg, path, Path(cfg.rubric).read_text(encoding="utf-8"), 0
         self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler({} if local else None))
-        stored = path.read_text().splitlines() if path.exists() else []
+        stored = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if stored and not stored[-1].endswith("\n"):  # killed, or on a full disk: that question is asked again
+            path.write_text("".join(stored := stored[:-1]))
         self.known = {row["key"]: row["first"] for row in map(json.loads, stored)}
 
     def key_of(self, pair):
@@ -134,7 +137,7 @@ class Server:
             except HTTPError as error:
                 said = error.read().decode("utf-8", "replace").replace(self.key or "\0", "(the key)")[:300]
                 problem, temporary = f"HTTP {error.code} {error.reason}: {said}", error.code in (429, *range(500, 600))
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 problem, temporary = f"cannot be reached: {error}", True
             except (ValueError, KeyError, IndexError, TypeError):
                 problem, temporary = "its answer is not a chat completion of OpenAI's API", False

@@ -13,11 +13,13 @@ A file has one JSON object per line, in UTF-8, all of one kind; the fields tell 
 
 They are texts or, but for rankings, lists of messages {"role", "content"} as in TRL, of which the last is the response;
 chosen and rejected alone may be dialogues as in Anthropic's HH. Messages become one text as in HH: "\\n\\nHuman: ...",
-"\\n\\nAssistant: ...", a system message as it is before them. Other fields are left out and counted, except "id" and
-"domain"; where content would be lost, that is an error. Nothing is written unless every file is good.
+"\\n\\nAssistant: ...", a system message as it is before them. A prompt that its responses repeat is taken off
+them. Other fields are left out and counted, except "id" and "domain"; where content would be lost, that is an error.
+Nothing is written unless every file is good.
 """
 import hashlib
 import itertools
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +49,13 @@ LAYOUTS = {  # field that tells the layout, the first that a row has: kind, fiel
 CONTENT = LAYOUTS.keys() | set(
     "question instruction query input output response answer answers completions rejected system history context "
     "conversations reasoning reasoning_content thinking tools tool_calls functions documents image images audio video "
-    "parent_id label labels rank ranks scores".split())
+    "parent_id label labels rank ranks ranking scores ties preference winner desirable summary target".split())
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>")  # marks of turns and ends: here letters
+
+def holds_content(name):
+    """Whether a field's name promises content: one of CONTENT; or response_1, response_b; or better_response_id."""
+    named = re.sub("_?[0-9ab]$", "", name) in CONTENT
+    return named or name in CONTENT or name.startswith(("better_", "winner_", "prefer"))
 
 def dialogue(name, *parts):
     """(prompt, response) of lists of messages, one after the other. ValueError names the field and the message."""
@@ -78,13 +86,18 @@ def split_transcript(text):
         raise ValueError("ends with Human" if reply else "no Assistant turn")
     return prompt + reply, response
 
+def transcript(text):
+    """A text with plain line ends; a dialogue that begins with "Human:" as HH has it."""
+    text = text.replace("\r\n", "\n")
+    return f"\n\n{text.lstrip()}" if text.lstrip().startswith(TURN.strip()) and REPLY in text else text
+
 def pair(row):
     """(prompt, chosen, rejected) of a pair of texts, messages or transcripts."""
     given, *both = row.get("prompt", ""), row["chosen"], row["rejected"]
     if any(isinstance(value, list) for value in (given, *both)):
         before = given if isinstance(given, list) else []
         (prompt, chosen), (other, rejected) = (dialogue(name, before, row[name]) for name in ("chosen", "rejected"))
-    elif "prompt" in row or not any(mark in str(text) for mark in (TURN, REPLY) for text in both):
+    elif given or not any(mark in str(text) for mark in (TURN, REPLY) for text in both):
         return given, *both
     else:
         (prompt, chosen), (other, rejected) = map(split_transcript, map(str, both))
@@ -94,6 +107,7 @@ def pair(row):
 
 def convert(row, counts):
     """(kind, row with the fields of that kind); ValueError("field: problem"). Counts the fields that are left out."""
+    row = {name: transcript(value) if isinstance(value, str) else value for name, value in row.items()}
     telling = next((name for name in LAYOUTS if name in row), None)
     if telling is None:
         raise ValueError(f"no known layout (found: {', '.join(row) or 'nothing'})")
@@ -108,6 +122,12 @@ def convert(row, counts):
         new = dict(zip(("prompt", "completion"), dialogue(fields[-1], *new.values())))
     elif kind == "prompts" and isinstance(row["prompt"], list):  # a dialogue whose response is yet to come
         new["prompt"], _ = dialogue("prompt", row["prompt"], [{"role": "assistant", "content": "..."}])
+    prompt, after = new.get("prompt"), [name for name in fields if name in new and name != "prompt"]
+    texts = [text for name in after for text in (new[name] if isinstance(new[name], list) else [new[name]])]
+    if prompt and texts and all(isinstance(text, str) and text.startswith(prompt) for text in texts):
+        cut = iter([text.removeprefix(prompt) for text in texts])
+        new |= {name: list(cut) if name == "responses" else next(cut) for name in after}
+        counts["prompts are taken off their responses, which repeated them"] += 1
     for name, value in new.items():
         for text in value if name == "responses" and isinstance(value, list) else [value]:
             check_text(text, name)
@@ -124,7 +144,8 @@ def convert(row, counts):
     kept = {name: row[name] for name in ("id", "domain") if isinstance(row.get(name), (int, str))}
     for name in row.keys() - {*fields, *kept}:
         repeats = str(row[name]).strip() in used
-        if (name in CONTENT and row[name] not in ("", [], {}) or (name, row[name]) == ("weight", 0)) and not repeats:
+        tells = holds_content(name) or kind == "rankings" and isinstance(row[name], list)  # a list may tell an order
+        if (tells and row[name] not in ("", [], {}) or (name, row[name]) == ("weight", 0)) and not repeats:
             raise ValueError(f"{name}: not used beside {', '.join(fields)}, so it would be lost (remove it)")
         counts[f"field {ascii(name)[:60]} left out{' (it repeats another)' * repeats}"] += 1
     counts.update(f"field {ascii(name)[:60]} of messages left out" for message in messages
@@ -168,6 +189,8 @@ def describe(rows, enc, block_size, counts, name):
         texts = row.get("responses") or [row[key] for key in ("completion", "chosen", "rejected", "text") if key in row]
         counts["rows are duplicates of an earlier one (kept)"] += (prompt, *texts) in seen
         seen.add((prompt, *texts))
+        counts["texts hold a special token's name (no special token here)"] += sum(
+            bool(SPECIAL.search(text)) for text in (prompt, *texts))
         lengths["response"] += [len(enc.encode_ordinary(text)) for text in texts]
         if "prompt" in row:
             lengths["prompt"].append(len(enc.encode_ordinary(prompt)))

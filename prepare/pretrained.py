@@ -71,8 +71,9 @@ def shape_of(name):
 
 def is_complete(folder):
     """Whether a folder has a model in Hugging Face's format: config.json and all files of its weights."""
-    index = folder / INDEX
-    files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    one, index = folder / "model.safetensors", folder / INDEX
+    several = index.is_file() and not one.is_file()
+    files = json.loads(index.read_text())["weight_map"].values() if several else [one.name]
     return all((folder / name).is_file() for name in ["config.json", *files]) or any(folder.glob("pytorch_model*.bin"))
 
 def fetch(name, folder):
@@ -102,15 +103,19 @@ def fetch(name, folder):
 def convert_bin(folder, out):
     """Write what GPT.from_pretrained reads into out, from the pytorch_model*.bin of a folder."""
     shutil.copy(folder / "config.json", out)
-    files = sorted(folder.glob("pytorch_model*.bin"))
+    files, where = sorted(folder.glob("pytorch_model*.bin")), {}
     check(files, f"{folder}: neither model*.safetensors nor pytorch_model*.bin is there")
     for i, file in enumerate(files):
         try:
             weights = torch.load(file, "cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            raise UserError(f"{file}: holds something other than weights, which could run a program") from None
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            other = isinstance(error, pickle.UnpicklingError)
+            raise UserError(f"{file}: {'holds something other than weights, which could run a program, or is ' * other}"
+                            "damaged, or a pointer of Git LFS") from None
         weights = {name: x.clone(memory_format=torch.contiguous_format) for name, x in weights.items()}  # each its own
         safetensors.torch.save_file(weights, out / f"model-{i}.safetensors")
+        where |= dict.fromkeys(weights, f"model-{i}.safetensors")
+    write_json(out / INDEX, {"weight_map": where})
 
 def read_model(folder, block_size, vocab_size):
     """The model in a folder, which lacks the rows of the token embedding beyond the tokenizer's ids."""
@@ -119,11 +124,17 @@ def read_model(folder, block_size, vocab_size):
     check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
         say(f"{rows - vocab_size:,} rows of the token embedding are dropped: padding, or added tokens, which are lost")
-    if any(folder.glob("model*.safetensors")):
-        return GPT.from_pretrained(folder, block_size, vocab_size)
     with tempfile.TemporaryDirectory() as converted:
-        convert_bin(folder, Path(converted))
-        return GPT.from_pretrained(converted, block_size, vocab_size)
+        if not any(folder.glob("model*.safetensors")):
+            convert_bin(folder, Path(converted))
+            folder = Path(converted)
+        try:
+            return GPT.from_pretrained(folder, block_size, vocab_size)
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "size of tensor" not in str(error):
+                raise
+            raise UserError(f"{folder}: its weights are damaged, a pointer of Git LFS, or not those of its "
+                            f"config.json: {error}") from None
 
 def main(cfg):
     local, named = Path(cfg.init).is_dir(), cfg.init in SIZES or cfg.init in SHAPES
@@ -134,6 +145,11 @@ def main(cfg):
     folder = Path(cfg.init) if local else Path("data/pretrained") / cfg.init
     if not local and not cfg.random:
         fetch(cfg.init, folder)
+    for path in folder.glob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, or a pointer of Git LFS: {error}") from None
     check(local or named or not cfg.random, f"--random: the shape of {cfg.init} is not known")
     shape = shape_of(cfg.init) if cfg.random and named else json.loads((folder / "config.json").read_text())
     check("model_type" in shape, f"{folder}: not in Hugging Face's format (a checkpoint of ours is ready as it is)")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tiktoken
 
-from common import UserError, check
+from common import UserError, check, say
 from data import END, load_tokenizer
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -80,6 +80,8 @@ def read_json(content, name, template="", gpt2=False):
         check(not model.get(setting), f"{name}: {setting} {model.get(setting)!r} is not supported")
     check(model.get("type", "BPE") == "BPE", f"{name}: a model of type {model.get('type')} is not supported")
     special = {token["content"]: token["id"] for token in sorted(content["added_tokens"], key=lambda x: x["id"])}
+    if added := [token["content"] for token in content["added_tokens"] if not token.get("special", True)]:
+        say(f"{name}: in a text {', '.join(added[:5])} is read as letters, not as the token that was added for it")
     words = sorted(model["vocab"].items() - special.items(), key=lambda item: item[1])
     strange = {letter for word, _ in words for letter in word} - byte_of.keys()
     check(not strange, f"{name}: its tokens are no bytes in GPT-2's letters, but have {sorted(strange)[:5]}")
@@ -104,8 +106,9 @@ def read_tokenizer(folder, vocab="", gpt2=False):
     A GPT-2 without any of them has its own, which tiktoken downloads once. Settings None: our own vocabulary's."""
     path = Path(vocab or folder / "vocab.tiktoken")
     if vocab or path.is_file():
-        enc, first = load_tokenizer(path), path.read_text().partition("\n")[0]
-        return enc._mergeable_ranks, json.loads(first) if first.startswith("{") else None
+        ranks, first = load_tokenizer(path)._mergeable_ranks, path.read_text().partition("\n")[0]
+        own = {"pattern": GPT2_PATTERN, "special": {END: 50256}, "end": 50256} if gpt2 and len(ranks) == 50256 else None
+        return ranks, json.loads(first) if first.startswith("{") else own
     there = {path.name: path.read_text(encoding="utf-8") for path in map(folder.joinpath, FILES) if path.is_file()}
     template = json.loads(there.get("tokenizer_config.json", "{}")).get("chat_template") or ""
     template = there.get("chat_template.jinja", template if isinstance(template, str) else json.dumps(template))

@@ -102,7 +102,7 @@ def chat_template(chat, think):
 
 @torch.no_grad()
 def main(cfg):
-    out, kind = Path(cfg.out), json.loads((Path(cfg.model) / "config.json").read_text())["kind"]
+    out, kind = Path(cfg.out), json.loads((Path(cfg.model) / "config.json").read_text()).get("kind", "lm")
     check(not (out / "model.pt").exists(), f"{out} is a checkpoint: export to another folder")
     model, enc = load_model(cfg.model, kind=kind), load_tokenizer(cfg.model)
     special, begin = enc.settings["special"], enc.chat.get("begin") if enc.chat else enc.begin

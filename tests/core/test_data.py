@@ -179,3 +179,11 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, content):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert stop.value.code == 1 and "\n" not in str(stop.value)
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_transcript_may_begin_without_empty_lines():
+    """A user's first turn that becomes the system message, as the file was stripped."""
+    turns = data.turns_of(f"{data.TURN} a{data.REPLY} b{data.TURN} c{data.REPLY}")
+    assert [turn["content"] for turn in turns] == ["a", "b", "c", ""] and turns[0]["role"] == "user"
+    assert data.turns_of(f"Human: a{data.REPLY} b{data.TURN} c{data.REPLY}") == turns
+    assert data.turns_of(f"Be brief.{data.TURN} a{data.REPLY}")[0] == {"role": "system", "content": "Be brief."}

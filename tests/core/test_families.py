@@ -84,9 +84,14 @@ def test_greedy_sampling_is_generate(family, tmp_path):
 @pytest.mark.parametrize("dtype, shard", [(torch.float32, "20KB"), (torch.bfloat16, "1GB"), (torch.float16, "10KB")])
 @torch.no_grad()
 def test_files_of_every_kind(family, dtype, shard, tmp_path):
-    """Weights of one shard only, or numbers of 16 bits read as others; names that the index gives to other files."""
-    theirs = their_model(family, tmp_path, dtype, shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard != "1GB")
+    """Weights of one shard only, or numbers of 16 bits read as others; names that the index gives to other files, and
+    files that it does not name, or an index that is older than the one file."""
+    theirs, index = their_model(family, tmp_path, dtype, shard), tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (shard != "1GB")
+    weights = load_file(next(tmp_path.glob("*.safetensors")))
+    save_file({name: x * 0 for name, x in weights.items()}, tmp_path / "model_average.safetensors")
+    if not index.exists():
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model_average.safetensors")}))
     torch.testing.assert_close(GPT.from_pretrained(tmp_path)(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
 
 

@@ -13,6 +13,7 @@ import pytest
 import common
 import data
 import stages
+from common import UserError
 
 LABELER, SFT = {"labeler": "reward", "samples": "samples"}, {"model": "sft", "train": "demos", "valid": "demos"}
 BASE = {"vocab": "vocab", "block_size": 32, "pack": 16, "train": "texts", "valid": "texts"}
@@ -87,6 +88,10 @@ def test_prompts_from_standard_input(inputs, monkeypatch, capsys, typed):
         run("sample", {"model": "sft", "response_tokens": 4, "count": 1}, inputs)
         printed.append(capsys.readouterr())
     assert printed[0] == printed[1] and printed[0].err.count("ends in a space") == 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("caf\xe9".encode("latin-1")), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        run("sample", {"model": "sft"}, inputs)
+    assert "not text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("write", [
@@ -98,6 +103,14 @@ def test_files_of_other_systems(tmp_path, write):
     path = tmp_path / ("a.gz" if write("").startswith(b"\x1f\x8b") else "a.jsonl")
     path.write_bytes(write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
     assert data.read_jsonl(path, {"prompt": str, "completion": str}) == rows
+
+
+@pytest.mark.parametrize("content", ['{\n "model": 1}', "#version: 0.2\na b\n", ""])
+def test_what_is_no_vocabulary_is_named(tmp_path, content):
+    """A traceback for the natural mistake: tokenizer.json or merges.txt in place of tiktoken's format."""
+    (tmp_path / "x").write_text(content)
+    with pytest.raises(UserError, match="x: not a vocabulary"):
+        data.load_tokenizer(tmp_path / "x")
 
 
 def test_a_comma_in_a_name_is_no_border(tmp_path):

@@ -99,7 +99,9 @@ def test_labelers_merge_and_duplicates_count_once(tmp_path):
     (given("ann", 0, "1 2 3"), "'ann' has a different answer to 's0' in .*ann"),
     (given("cy", 0, "1 2 3", id="new"), "'new' is not in .*samples"),
     (given("cy", 0, "1 2 3", shown=[" a 0", " b 0", " x"]), "'s0' .* with other texts"),
-    (given("cy", 0, "1 2"), "each of 1 to 3"), ({"id": "s3"}, "expected an object")])
+    ({**given("cy", 0, "1 2 3"), "order": [1]}, "order: .* is none"),
+    (given("cy", 0, "1 2 3", seconds="4"), "seconds: "), ({**SAMPLES[3], "labeler": "cy", "ties": None}, "ties: "), (given("cy", 0, "1 2"), "each of 1 to 3"),
+    ({"id": "s3"}, "expected an object")])
 def test_what_does_not_fit_is_refused_by_its_line(tmp_path, row, message):
     """Answers to other texts, or two answers of one labeler, merged without a word."""
     with pytest.raises(UserError, match="more:1: .*" + message):
@@ -175,7 +177,7 @@ def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, caps
     monkeypatch.setattr(agreement, "score_samples", lambda folder, samples, device, autocast: {
         (row["prompt"], text): -ord(text) for row in samples for text in row["responses"]})
     files = f"{tmp_path}/people", f"{tmp_path}/cy"
-    agreement.main(agreement.Config(files, "reward", f"{tmp_path}/out", device="cpu"))
+    agreement.main(agreement.Config(files, "r/m,s/m", f"{tmp_path}/out", device="cpu"))
     facts = json.loads((tmp_path / "out/report.json").read_text())
     names = ("answers", "skipped", "all_equal", "none_acceptable", "seconds")
     assert [[row[name] for name in names] for row in facts["labelers"].values()] == [
@@ -183,8 +185,9 @@ def test_report_of_three_labelers_and_a_reward_model(tmp_path, monkeypatch, caps
     found = {row["one"][0] + row["two"][0]: (row["samples"], row["agree"]["share"], row["tau"])
              for row in facts["agreement"]}
     assert found == {names: pytest.approx(row, abs=1e-4) for names, row in {
-        "ab": (2, 5 / 6, 4 / 6), "ac": (1, 0, -1), "bc": (1, 1 / 6, -4 / 6), "br": (2, 5 / 6, 4 / 6), "cr": (1, 0, -1),
-        "ar": (2, 1, (1 + 4 / math.sqrt(24)) / 2)}.items()}  # b ties all of s1: no tau
+        "ab": (2, 5 / 6, 4 / 6), "ao": (1, 0, -1), "bo": (1, 1 / 6, -4 / 6),
+        **dict.fromkeys(("br", "bs"), (2, 5 / 6, 4 / 6)), **dict.fromkeys(("or", "os"), (1, 0, -1)),
+        **dict.fromkeys(("ar", "as"), (2, 1, (1 + 4 / math.sqrt(24)) / 2))}.items()}  # b ties all of s1: no tau
     text = (tmp_path / "out/report.md").read_text()
     assert "| ann | 3 | 1 | 0 | 0 | 0.1667 | 4.0 | 1.000 (1.000 to 1.000) of 10 |" in text
     assert text in capsys.readouterr().out and "<b>" not in text

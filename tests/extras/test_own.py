@@ -36,6 +36,10 @@ def convert(checkpoints, tmp_path):
     ({"prompt": "Good?", "chosen": [USER, REPLY], "rejected": [USER, OTHER], "messages": [USER, REPLY]}, PAIRED),
     ({"chosen": f"{ASKED} Yes.", "rejected": f"{ASKED} No"}, PAIRED),
     ({"chosen": "good", "rejected": "goods"}, {"prompt": "", "chosen": "good", "rejected": "goods"}),
+    *(({"prompt": "", "chosen": write(f"{ASKED} Yes."), "rejected": write(f"{ASKED} No")}, PAIRED) for write in (
+        str, str.strip, lambda text: text.replace("\n", "\r\n"))),
+    ({"prompt": "a", "chosen": "a b", "rejected": "a c"}, PAIR), ({"prompt": "a", "completion": "a b"}, DEMO),
+    ({"prompt": "a", "responses": ["a b", "a c"]}, {"prompt": "a", "responses": [" b", " c"]}),
     ({"prompt": "a", "responses": [" b", " c", " d"]}, {"prompt": "a", "responses": [" b", " c", " d"]})])
 def test_layouts(convert, row, new):
     """A prompt and a response split at another place, a lost turn, chosen and rejected the wrong way round."""
@@ -52,7 +56,10 @@ def test_every_assistant_turn_is_a_row(convert):
 @pytest.mark.parametrize("row, problem", [
     ({"prompt": "a", "completion": " "}, "completion: empty"), ({"completion": "a"}, "prompt: missing"),
     *(({**MESSAGES, name: [{"name": "f"}]}, f"{name}: not used") for name in "tools functions documents".split()),
-    *(({**DEMO, name: "c"}, f"{name}: not used") for name in ("image", "reasoning", "text")),
+    *(({**DEMO, name: "c"}, f"{name}: not used") for name in "image reasoning text desirable winner_model".split()),
+    *(({"prompt": "a", name: "b"}, f"{name}: not used") for name in (
+        "response_1", "response_b", "answer0", "better_response_id", "preference_strength", "summary")),
+    *(({"prompt": "a", "responses": ["b", "c"], x: [2, 1]}, f"{x}: not used") for x in ("ranking", "score", "x")),
     ({"prompt": "a", "rejected": "b"}, "rejected: not used"), ({**DEMO, "weight": 0}, "weight: not used"),
     ({**MESSAGES, "prompt": "c"}, "prompt: not used"), ({**PAIR, "responses": ["b", "d"]}, "responses: not used"),
     ({"prompt": data.TURN + " a"}, "prompt: a dialogue"), ({"prompt": "a", "responses": ["b", "b"]}, "responses: "),
@@ -106,5 +113,7 @@ def test_counts(convert, checkpoints):
     for n, what in ((4, "rows are duplicates"), (2, "prompts end in a space"), (18, "responses begin with a word"),
                     (1, "prompts truncated"), (1, "responses truncated")):
         assert [counts[name] for name in counts if name.startswith(what)] == [n], what
+    told = {"text": "a</s>"}, {"text": "<|im_start|>user"}, {"text": "a <b> | c"}
+    assert convert({"b.jsonl": told})[0]["texts hold a special token's name (no special token here)"] == 2
     longest = len(data.load_tokenizer(checkpoints.vocab).encode_ordinary("a b " * 20))
     assert counts["tokens in the longest prompt"] == longest

@@ -53,6 +53,15 @@ def test_a_checkpoint_from_weights_on_disk(kind, tmp_path, capsys):
     (theirs / "model.safetensors").unlink()
     main(Config(str(theirs), str(tmp_path / "bin"), block_size=12))
     assert torch.equal(load_model(tmp_path / "bin")(tokens), model(tokens))
+    for content in (b"version https://git-lfs.github.com/spec/v1", b""):
+        for name, problem in (("pytorch_model-0.bin", "0.bin: .*damaged"), ("model.safetensors", "its weights are dam"),
+                              ("config.json", "config.json: damaged")):
+            (broken := tmp_path / f"{name}{len(content)}").mkdir()
+            for path in theirs.iterdir():
+                (broken / path.name).write_bytes(path.read_bytes())
+            (broken / name).write_bytes(content)
+            with pytest.raises(UserError, match=problem):
+                main(Config(str(broken), str(tmp_path / "evil")))
     torch.save({"x": Path}, theirs / "pytorch_model-0.bin")
     with pytest.raises(UserError, match="something other than weights"):
         main(Config(str(theirs), str(tmp_path / "evil")))

@@ -132,8 +132,10 @@ def test_errors_that_pass_and_errors_that_stay(ranked, tmp_path, server, wrong, 
     with pytest.raises(UserError, match=message):
         ranked(server.url, parallel=1)
     assert len(read_rows(tmp_path / "out/calls.jsonl", dict)) == 4 and (99 - len(server.plan)) % tries == 0
+    with open(tmp_path / "out/calls.jsonl", "r+") as file:  # half of the last line, as a full disk leaves it
+        file.truncate(len(file.read()) - 9)
     server.plan, before = [wrong] * (tries - 1), len(server.seen)
-    assert ranked(server.url, parallel=1) == [RIGHT] * 3 and len(server.seen) - before == CALLS - 4 + tries - 1
+    assert ranked(server.url, parallel=1) == [RIGHT] * 3 and len(server.seen) - before == CALLS - 3 + tries - 1
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(ranked, tmp_path, server, monkeypatch):

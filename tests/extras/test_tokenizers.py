@@ -17,7 +17,7 @@ from data import END, chat_ids, load_tokenizer, turns_of
 from model import GPT
 from prepare import gguf
 from prepare.reviews import save_ranks
-from prepare.vocabulary import LETTERS, chat_format, read_json, read_tokenizer
+from prepare.vocabulary import GPT2_PATTERN, LETTERS, chat_format, read_json, read_tokenizer
 
 ROOT = Path(__file__).parents[2]
 # Where regular expressions and Unicode tables differ: spaces of all kinds, digits, marks, emoji, Arabic, Thai.
@@ -122,7 +122,15 @@ def test_what_is_read_from_a_template(real, tmp_path):
         assert enc.decode(chat_ids(enc, turns_of("Hi"))) == expected
 
 
-def test_a_tokenizer_that_tiktoken_would_not_reproduce_is_refused():
+def test_gpt2_splits_its_own_way_in_tiktokens_format_too(tmp_path):
+    """A number of four digits in ids that GPT-2 never saw, as a file without settings has our pattern."""
+    tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
+    save_ranks({token: i for i, token in enumerate(tokens)}, tmp_path / "r50k", None)
+    assert read_tokenizer(tmp_path, tmp_path / "r50k", gpt2=True)[1]["pattern"] == GPT2_PATTERN
+    assert read_tokenizer(tmp_path, tmp_path / "r50k")[1] is None
+
+
+def test_a_tokenizer_that_tiktoken_would_not_reproduce_is_refused(capsys):
     """Ids that differ from the library's in one text of a thousand, and nobody sees why the model is a little worse."""
     words = [*LETTERS.values(), "ab", "abc", END]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -130,6 +138,8 @@ def test_a_tokenizer_that_tiktoken_would_not_reproduce_is_refused():
             "model": {"type": "BPE", "vocab": {word: i for i, word in enumerate(words)}, "merges": ["a b", "ab c"]}}
     ranks, settings = read_json(good, "it")
     assert len(ranks) == 258 and ranks[b"abc"] == 257 and settings["special"] == {END: 258} and "chat" not in settings
+    read_json({**good, "added_tokens": [*good["added_tokens"], {"content": "abba", "id": 259, "special": False}]}, "it")
+    assert "in a text abba is read as letters" in capsys.readouterr().out
     sequence = {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, byte_level]}
     vocab = {word.replace(END, "</s>"): i for i, word in enumerate(words)}
     other = {"added_tokens": [{"content": "</s>", "id": 258}], "model": {"vocab": vocab}}
