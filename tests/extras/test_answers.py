@@ -100,7 +100,8 @@ def test_labelers_merge_and_duplicates_count_once(tmp_path):
     (given("cy", 0, "1 2 3", id="new"), "'new' is not in .*samples"),
     (given("cy", 0, "1 2 3", shown=[" a 0", " b 0", " x"]), "'s0' .* with other texts"),
     ({**given("cy", 0, "1 2 3"), "order": [1]}, "order: .* is none"),
-    (given("cy", 0, "1 2 3", seconds="4"), "seconds: "), ({**SAMPLES[3], "labeler": "cy", "ties": None}, "ties: "), (given("cy", 0, "1 2"), "each of 1 to 3"),
+    (given("cy", 0, "1 2 3", seconds="4"), "seconds: "),
+    ({**SAMPLES[3], "labeler": "cy", "ties": None}, "ties: "), (given("cy", 0, "1 2"), "each of 1 to 3"),
     ({"id": "s3"}, "expected an object")])
 def test_what_does_not_fit_is_refused_by_its_line(tmp_path, row, message):
     """Answers to other texts, or two answers of one labeler, merged without a word."""
