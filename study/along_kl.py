@@ -1,7 +1,7 @@
 """One page of samples along KL: what a policy without a KL penalty writes on its way out.
 
     python ppo.py --preset smollm --sft out/smollm/sft --reward out/smollm/reward --kl-coef 0 --kl-horizon 0 \\
-        --kl-ceiling 0 --lr 2e-4 --iterations 16 --snapshots 16 --out out/smollm/free
+        --kl-ceiling 0 --lr 2e-4 --iterations 16 --snapshots 8 --out out/smollm/free
     python -m study.along_kl out/smollm            writes out/smollm/free/along_kl.md and along_kl.json
 
 Of the run's snapshots those with the KL closest to 3, 6, 12 and 25 nats, and the last; the SFT model is KL 0. The
