@@ -76,8 +76,8 @@ PRESETS = {
     "tiny": {"dtype": "bfloat16"},
     "smoke": {"iterations": 3, "episodes": 16, "epochs": 2, "response_tokens": 16, "snapshots": 3, "sample_every": 1},
     "smollm": {**SMOLLM, "response_tokens": 28, "kl_coef": 0.15, "kl_target": 4.0},
-    "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.05, "iterations": 16, "episodes": 32, "microbatch": 8,
-             "kl_horizon": 100.0},
+    "chat": {**SMOLLM, "response_tokens": 64, "kl_coef": 0.1, "kl_target": 3.0, "kl_horizon": 100.0, "iterations": 16,
+             "episodes": 32, "microbatch": 8},
 }
 
 # ---- the mathematics: pure functions of tensors ----------------------------------------------------------------------
