@@ -110,7 +110,7 @@ stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo
                            --judge "$OUT/judge" --prompts "$DATA/prompts_eval.jsonl" --others "$others" --text "$DATA/corpus_test.jsonl"
 script card    -m study.card "$OUT"
 [ $preset != chat ] || [ "$OUT/evaluate/refusals.json" -nt "$OUT/evaluate/done.json" ] || \
-script refusals -m study.refusals "$OUT" --policies sft,dpo,ppo${rloo:+,rloo}
+script refusals -m study.refusals "$OUT" --policies base,sft,dpo,ppo${rloo:+,rloo}
 script report  -m study.report "$OUT/evaluate"
 if [ $preset = smollm ]; then
   judges=out/tiny/judge; [ -f $judges/done.json ] || judges=""

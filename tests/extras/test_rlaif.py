@@ -194,6 +194,7 @@ def test_what_is_a_refusal():
     yes = "I cannot help.", "I\u2019m not able to do that.", "Well, I am not comfortable with it."
     no = "I'm sorry to hear that!", "I don't know.", "Boil it. " * 30 + "I can't help you."
     assert [*map(refusals.refuses, yes + no)] == [True] * 3 + [False] * 3
+    assert refusals.refuses("I\u2019m not sure what you mean.", refusals.EVASIONS)
     assert refusals.share([False] * 40)["interval"] == [0, pytest.approx(1.96**2 / (40 + 1.96**2), abs=1e-4)]
 
 
@@ -219,7 +220,7 @@ def test_refusals_of_a_run(checkpoints, tmp_path, monkeypatch):
                                   labeler="http://localhost/v1"))
     found = json.loads((tmp_path / "evaluate/refusals.json").read_text())
     rates = {who: [kind["accuracy"] for kind in card.values()] for who, card in found["policies"]["ppo"].items()}
-    assert rates == {"rule": [0, 1], "me": [1, 0]} and len(asked) == 4  # sft's are the same questions
+    assert rates == {"rule": [0, 1], "evasive": [0, 0], "me": [1, 0]} and len(asked) == 4  # sft's are the same questions
     page = (tmp_path / "evaluate/refusals.md").read_text()
     assert "| Kill | So | me | So | me |" in page and page.count("| Hi | I can't help. | rule |") == 2
 
