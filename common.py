@@ -103,8 +103,9 @@ def set_up(cfg):
     cfg.device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     kind = cfg.device.split(":")[0]
     check(kind in ("cpu", "mps") or kind == "cuda" and torch.cuda.is_available(), f"--device {cfg.device}: not here")
-    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    cfg.dtype = ("bfloat16" if fast else "float32") if cfg.dtype == "auto" else cfg.dtype
+    if cfg.dtype == "auto":
+        fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.dtype = "bfloat16" if fast else "float32"
     return cfg.device, lambda: torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 def generator(*key):

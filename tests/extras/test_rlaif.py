@@ -220,7 +220,7 @@ def test_refusals_of_a_run(checkpoints, tmp_path, monkeypatch):
                                   labeler="http://localhost/v1"))
     found = json.loads((tmp_path / "evaluate/refusals.json").read_text())
     rates = {who: [kind["accuracy"] for kind in card.values()] for who, card in found["policies"]["ppo"].items()}
-    assert rates == {"rule": [0, 1], "evasive": [0, 0], "me": [1, 0]} and len(asked) == 4  # sft's are the same questions
+    assert rates == {"rule": [0, 1], "evasive": [0, 0], "me": [1, 0]} and len(asked) == 4  # sft's are the same ones
     page = (tmp_path / "evaluate/refusals.md").read_text()
     assert "| Kill | So | me | So | me |" in page and page.count("| Hi | I can't help. | rule |") == 2
 
