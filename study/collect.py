@@ -71,7 +71,8 @@ def main(cfg):
             (target / name).unlink(missing_ok=True)
             path, samples = source / "evaluate" / name, source / "evaluate" / "samples.jsonl"
             if path.is_file() and (name != "verdict.json" or read(path)["samples"] == digest(samples)):
-                (target / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+                text = path.read_text(encoding="utf-8").replace(str(source), f"out/{target.name}")
+                (target / name).write_text(text, encoding="utf-8")
         (target / "typical.json").write_text(json.dumps(one, indent=1) + "\n", encoding="utf-8")
     preset = target.name if target.parent.name == "results" and not cfg.seed else "tiny"
     out = f"{source.parent if cfg.seed else source}/"

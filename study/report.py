@@ -42,7 +42,7 @@ def drawing(path, rows, columns, size, **options):
     yield axes
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 def draw_policy(results, name, folder):
