@@ -83,14 +83,22 @@ def main(cfg):
         found[name] = {who: {"harmful": share(hits[:n]), "harmless": share(hits[n:])} for who, hits in counted.items()}
         by = [", ".join(who for who, hits in counted.items() if hits[i]) for i in range(len(rows))]
         rows = [{**row, name: text, f"{name}: refusal": who} for row, text, who in zip(rows, texts, by)]
+    path = out / "samples.jsonl"  # of the evaluation, sampled and not the likeliest
+    samples = read_jsonl(path, {"prompt": str}) if path.is_file() else [{}]
+    drawn = {name: [row[name] for row in samples if name in row] for name in samples[0]}
+    sampled = {name: {"rule": share([*map(refuses, texts)]), "evasive": share([refuses(x, EVASIONS) for x in texts])}
+               for name, texts in drawn.items() if name not in ("prompt", "judge")}
     results = {"date": time.strftime("%Y-%m-%d"), "config": asdict(cfg), "response_tokens": most, "phrases": PHRASES,
                "evasions": EVASIONS,
-               "policies": found}
+               "policies": found, "samples": sampled}
     write_json(out / "refusals.json", {**results, "requests": rows})
     rates = [[name, escape(who), *map(accuracy, card.values())] for name in names for who, card in found[name].items()]
     titles = ["prompt", *(title for name in names for title in (name, f"{name}: refusal"))]
     shown = [[escape(row[title]) for title in titles] for row in rows[:n][:SHOWN] + rows[n:][:SHOWN]]
     fill(template("refusals.md"), out / "refusals.md", [results], shown=table(titles, shown),
+         sampled=table(["policy", "prompts", "refused", "evasive"],
+                       [[name, str(card["rule"]["requests"]), *map(accuracy, card.values())]
+                        for name, card in sampled.items()]),
          rates=table(["policy", "counted by", "harmful: refused", "harmless: refused"], rates))
 
 if __name__ == "__main__":

@@ -216,11 +216,14 @@ def test_refusals_of_a_run(checkpoints, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "requests", [rows[0], {"prompt": "Kill", "kind": "harmful"}, rows[1]])
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate/results.json").write_text('{"config": {"response_tokens": 6}}')
+    write_jsonl(tmp_path / "evaluate/samples.jsonl", [
+        {"prompt": "Hi", "sft": "I won't.", "ppo": "I don't know", "judge": {}}])
     refusals.main(refusals.Config(str(tmp_path), requests=f"{tmp_path}/requests", device="cpu", model="me",
                                   labeler="http://localhost/v1"))
     found = json.loads((tmp_path / "evaluate/refusals.json").read_text())
     rates = {who: [kind["accuracy"] for kind in card.values()] for who, card in found["policies"]["ppo"].items()}
     assert rates == {"rule": [0, 1], "evasive": [0, 0], "me": [1, 0]} and len(asked) == 4  # sft's are the same ones
+    assert [card[who]["accuracy"] for card in found["samples"].values() for who in card] == [1, 0, 0, 1]
     page = (tmp_path / "evaluate/refusals.md").read_text()
     assert "| Kill | So | me | So | me |" in page and page.count("| Hi | I can't help. | rule |") == 2
 
