@@ -56,7 +56,7 @@ def check_answer(row):
     for name, kind, default in (("order", str, ""), ("ties", list, []), ("seconds", (int, float), 0)):
         if not isinstance(row.get(name, default), kind) or name == "ties" and not all(
                 isinstance(tie, list) and tie for tie in row.get(name, [])):
-            raise ValueError(f"{name}: {row[name]!r} is none")
+            raise ValueError(f"{name}: {row[name]!r} has another type")
     check_text(row.get("prompt"), "prompt")
     for text in (row.get("id"), row.get("labeler"), *texts):
         check_text(text, "id, labeler, responses")

@@ -99,7 +99,7 @@ def test_labelers_merge_and_duplicates_count_once(tmp_path):
     (given("ann", 0, "1 2 3"), "'ann' has a different answer to 's0' in .*ann"),
     (given("cy", 0, "1 2 3", id="new"), "'new' is not in .*samples"),
     (given("cy", 0, "1 2 3", shown=[" a 0", " b 0", " x"]), "'s0' .* with other texts"),
-    ({**given("cy", 0, "1 2 3"), "order": [1]}, "order: .* is none"),
+    ({**given("cy", 0, "1 2 3"), "order": [1]}, "order: .* has another type"),
     (given("cy", 0, "1 2 3", seconds="4"), "seconds: "),
     ({**SAMPLES[3], "labeler": "cy", "ties": None}, "ties: "), (given("cy", 0, "1 2"), "each of 1 to 3"),
     ({"id": "s3"}, "expected an object")])
