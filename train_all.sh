@@ -103,7 +103,7 @@ else
 fi
 stage dpo      dpo.py --preset $STEPS $FLAGS --model "$OUT/sft" --train "$rankings" --test "$held_out"
 stage ppo      ppo.py --preset $STEPS $FLAGS --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
-rloo=""; [ "${RLOO:-0}" = 0 ] || rloo=,$OUT/rloo
+rloo=""; [ "${RLOO:-0}" != 1 ] || rloo=,$OUT/rloo
 [ -z "$rloo" ] || \
 stage rloo     ppo.py --preset $STEPS $FLAGS --advantages rloo --sft "$OUT/sft" --reward "$OUT/reward" --prompts "$DATA/prompts_ppo.jsonl"
 stage evaluate evaluate.py --preset $STEPS --sft "$OUT/sft" --policies "$OUT/dpo,$OUT/ppo$rloo" --reward "$OUT/reward" --labeler "$labeler" \

@@ -31,7 +31,7 @@ from tools.export import exported_config
 @dataclass
 class Config:
     model: str = "tiny"     # tiny, smollm2, gpt2, gpt2-xl, HuggingFaceTB/SmolLM2-360M, Qwen/Qwen2.5-0.5B, ...
-    only: str = "train,sample,ppo,ppo-shared,reward,dpo,dpo-ranked"  # figures
+    only: str = "train,sample,ppo,ppo-shared,grpo,reward,dpo,dpo-ranked"  # figures
     peers: bool = False     # transformers (train, sample) and TRL (the others; its value model is separate), too
     dtype: str = "float32"  # float32, bfloat16 (autocast; the weights stay float32)
     device: str = "auto"    # auto, cpu, cuda
@@ -40,7 +40,7 @@ class Config:
 
 TINY, BLOCK = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256), 128
 TRAIN, TRAIN_LARGE = (32, 128), (16, 40)  # rows, tokens
-SAMPLE = (64, 16, 32)  # rows, tokens of a prompt, tokens of a response
+SAMPLE, GROUP = (64, 16, 32), 8  # rows, tokens of a prompt, tokens of a response; grpo: responses to a prompt
 RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
 PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
 NEVER = -1  # an EOS that cannot be sampled: every response has its full length
@@ -102,7 +102,7 @@ class Bench:
         """Print one figure. amount: what the rate counts; work: operations; both of one run."""
         middle, spread = median(seconds), f"{min(seconds):.4g}-{max(seconds):.4g}"
         floor = f", {work / self.flops / middle:.0%} of the floor's speed" if work else ""
-        print(f"{figure:20}{amount / middle:10,.1f} {unit:10} {middle:.4g} s ({spread}){floor}")
+        print(f"{figure:20}{amount / middle:10,.2f} {unit:10} {middle:.4g} s ({spread}){floor}")
 
 def train(bench, _):
     """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
@@ -130,32 +130,49 @@ def sampling(bench, _):
             seconds = bench.time(lambda: model.generate(tokens, max_new_tokens=R, **how))
             bench.record("sample transformers", seconds, B * R, "tokens/s")
 
-def ppo_iteration(bench, figure):
-    """An iteration of PPO: sampling, scoring, 4 epochs of 4 minibatches."""
-    (B, P, R), device, shared, log = SAMPLE, bench.device, figure == "ppo-shared", Log("")
-    cfg = ppo.Config(episodes=B, minibatches=4, microbatch=B, response_tokens=R, temperature=TEMPERATURE)
+def ppo_work(bench, figure, shape, group):
+    """An iteration of PPO, as a function, and its operations: sampling, scoring, 4 epochs of 4 minibatches. The value
+    model is separate ("ppo") or shared ("ppo-shared"), or there is none ("grpo": group responses to a prompt)."""
+    (B, P, R), device, log = shape, bench.device, Log("")
+    how = {"advantages": "grpo", "group": group} if figure == "grpo" else {}
+    cfg = ppo.Config(episodes=B, minibatches=4, microbatch=B, response_tokens=R, temperature=TEMPERATURE, **how)
     policy, ref, reward = (kind(bench.model).to(device).eval() for kind in (GPT, GPT, ScalarModel))
     ref.load_state_dict(policy.state_dict())
     if bench.cfg.dtype == "bfloat16":
         ppo.freeze(ref, reward)
-    value = (torch.nn.Linear(bench.model.width, 1) if shared else ScalarModel(bench.model).eval()).to(device)
-    optimizer = adamw([*policy.parameters(), *value.parameters()], LR, weight_decay=0.0)
-    prompts, random = bench.tokens(B, P), torch.Generator(device).manual_seed(1)
-    enc = SimpleNamespace(end=NEVER)
+    value = {"ppo": lambda: ScalarModel(bench.model).eval().to(device), "grpo": lambda: None,
+             "ppo-shared": lambda: torch.nn.Linear(bench.model.width, 1).to(device)}[figure]()
+    trained = [*policy.parameters(), *(value.parameters() if value else [])]
+    optimizer, random = adamw(trained, LR, weight_decay=0.0), torch.Generator(device).manual_seed(1)
+    prompts = [ids for ids in bench.tokens(B // group, P) for _ in range(group)]
 
     def iteration():
-        rollout, _ = ppo.collect(policy, ref, [reward], value, prompts, cfg.kl_coef, cfg, enc, bench.autocast, random)
+        rollout, _ = ppo.collect(policy, ref, [reward], value, prompts, cfg.kl_coef, cfg, SimpleNamespace(end=NEVER),
+                                 bench.autocast, random)
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
-    forward, values = flop(bench.model, P + R - 1, R, True), 0 if shared else flop(bench.model, P + R - 1, R)
+    forward, values = flop(bench.model, P + R - 1, R, True), flop(bench.model, P + R - 1, R) * (figure == "ppo")
     collect = sample_flop(bench.model, P, R) + 2 * forward + values + flop(bench.model, P + R, 1)
-    bench.record(figure, bench.time(iteration), B, "episodes/s", B * (collect + cfg.epochs * 3 * (forward + values)))
-    if bench.cfg.peers and not shared:
+    return iteration, B * (collect + cfg.epochs * 3 * (forward + values))
+
+def ppo_iteration(bench, figure):
+    """TRL's with the same numbers of epochs and minibatches, a reward model, and for GRPO a reference."""
+    (B, P, R), group = SAMPLE, GROUP if figure == "grpo" else 1
+    iteration, work = ppo_work(bench, figure, SAMPLE, group)
+    bench.record(figure, bench.time(iteration), B, "episodes/s", work)
+    if bench.cfg.peers and figure == "ppo":
         models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
         how = {"num_mini_batches": 4, "num_ppo_epochs": 4, "response_length": R, "temperature": TEMPERATURE,
                "stop_token": "eos", "total_episodes": B * (bench.cfg.repeats + 1), "num_sample_generations": 0,
                "local_rollout_forward_batch_size": B}
         seconds = trl_steps(bench, "PPO", B, {"input_ids": bench.tokens(B, P)}, models, **how)
         bench.record("ppo trl", seconds, B, "episodes/s")
+    elif bench.cfg.peers and figure == "grpo":
+        models = {"reward_funcs": peer_model(bench, True), "reward_processing_classes": peer_tokenizer(bench)}
+        how = {"num_generations": group, "steps_per_generation": 4, "num_iterations": 4, "max_completion_length": R,
+               "temperature": TEMPERATURE, "beta": 0.05, "generation_kwargs": {"min_new_tokens": R}}
+        data = {"prompt": [" ".join(f"t{i}" for i in ids) for ids in bench.tokens(B, P)]}
+        seconds = trl_steps(bench, "GRPO", B // 4, data, models, steps=16, **how)
+        bench.record("grpo trl", seconds, B, "episodes/s")
 
 def ranked(bench, figure):
     """A training step of the reward model, or of DPO, where the reference's log-probabilities are known. In rankings of
@@ -185,34 +202,44 @@ def peer_model(bench, scalar=False):
     config = AutoConfig.for_model(**{**exported_config(bench.model, "lm"), "pad_token_id": bench.model.vocab_size - 2})
     return (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_config(config).to(bench.device)
 
-def trl_steps(bench, name, rows, data, models, **how):
-    """Seconds of the steps of TRL's PPOTrainer, RewardTrainer or DPOTrainer, each from the end of the one before."""
+def peer_tokenizer(bench):
+    """Its tokens are the words t0, t1, ...; the last but one is padding, the last EOS."""
+    import tokenizers
+    import transformers
+    words = {f"t{i}": i for i in range(bench.model.vocab_size)}
+    words, (pad, end) = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0")), list(words)[-2:]
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=pad,
+                                                padding_side="left")
+
+def trl_steps(bench, name, rows, data, models, steps=1, **how):
+    """Seconds of so many steps each of TRL's PPOTrainer, GRPOTrainer, RewardTrainer or DPOTrainer."""
     bf16 = bench.cfg.dtype == "bfloat16"  # which TRL 1.12's PPO ignores, but not this variable:
     os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    import datasets, tokenizers, transformers, trl.experimental.ppo  # noqa: E401
-    module, end, ends = trl.experimental.ppo if name == "PPO" else trl, bench.model.vocab_size - 1, []
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(end + 1)}, unk_token="t0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    import datasets, transformers, trl.experimental.ppo  # noqa: E401
+    module, ends, model = trl.experimental.ppo if name == "PPO" else trl, [], peer_model(bench, name == "Reward")
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             ends.append(bench.clock())
     with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # GRPO reads its reference from there
+        model.config._name_or_path = folder
         args = getattr(module, f"{name}Config")(
-            output_dir=folder, per_device_train_batch_size=rows, max_steps=bench.cfg.repeats + 1, bf16=bf16, **how,
+            output_dir=folder, per_device_train_batch_size=rows, max_steps=steps * (bench.cfg.repeats + 1), bf16=bf16,
             gradient_accumulation_steps=1, gradient_checkpointing=False, learning_rate=LR, disable_tqdm=True,
-            use_cpu=bench.device == "cpu", report_to=[], save_strategy="no", logging_strategy="no")
+            use_cpu=bench.device == "cpu", report_to=[], save_strategy="no", logging_strategy="no", **how)
         getattr(module, f"{name}Trainer")(
-            args=args, model=peer_model(bench, name == "Reward"), callbacks=[Watch()], **models,
-            processing_class=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=words, eos_token=f"t{end}", pad_token=f"t{end - 1}", padding_side="left"),
-            train_dataset=datasets.Dataset.from_dict(data)).train()
+            args=args, model=model, callbacks=[Watch()], **models,
+            processing_class=peer_tokenizer(bench), train_dataset=datasets.Dataset.from_dict(data)).train()
+    ends = ends[steps - 1::steps]
     return [end - start for start, end in zip(ends, ends[1:])]
 
 def main(cfg):
     torch.set_num_threads(1)
     bench = Bench(cfg)
-    work = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration}
+    work = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration,
+            "grpo": ppo_iteration}
     for figure in cfg.only.split(","):
         work.get(figure, ranked)(bench, figure)
 

@@ -1,4 +1,6 @@
 """Arithmetic of tools/bench.py and tools/memory.py against what PyTorch counts; every figure once, on a toy model."""
+import json
+
 import model
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from conftest import random_model
 from model import GPT, GPTConfig, token_logprobs
 from sampling import sample
+from study import scaling
 from tools import bench, memory
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,19 +50,37 @@ def test_flop_counts_samples():
 
 @pytest.mark.parametrize("library, only, family", [
     ("", bench.Config.only, "GPT-2"), ("", "train,sample", "Llama"), ("transformers", "train,sample", "GPT-2"),
-    ("transformers", "train,sample", "Llama"), ("trl", "ppo,reward,dpo", "GPT-2")])
+    ("transformers", "train,sample", "Llama"), ("trl", "ppo,grpo,reward,dpo", "GPT-2")])
 def test_every_figure_runs(monkeypatch, capsys, library, only, family):
     """A benchmark that no longer fits the scripts it measures, or the peers; these only where they are installed."""
     if library:
         pytest.importorskip(library, reason=f"{library} is not installed")
     rankings = {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}
-    for name, small in {"TINY": FAMILIES[family], "TRAIN": (2, 8), "SAMPLE": (4, 4, 4),
+    for name, small in {"TINY": FAMILIES[family], "TRAIN": (2, 8), "SAMPLE": (4, 4, 4), "GROUP": 2,
                         "PROMPT": 3, "TEXT": 8, "RANKINGS": rankings}.items():
         monkeypatch.setattr(bench, name, small)
     bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))
     printed = "\n" + capsys.readouterr().out
     for name in ["matrix product", *(f"{name} {library}" for name in only.split(","))]:
         assert f"\n{name} " in printed.replace("  ", " "), name
+
+
+@pytest.mark.parametrize("family, widths", [("GPT-2", [8, 16]), ("Llama", [16])])
+def test_scaling_changes_one_quantity_at_a_time(monkeypatch, tmp_path, family, widths):
+    """Points that are all of the same shape, or a width that does not divide among the heads."""
+    monkeypatch.setattr(bench, "TINY", FAMILIES[family])
+    monkeypatch.setattr(scaling, "PROMPT", 8)
+    monkeypatch.setattr(scaling, "AXES", {"prompt": (8, 16), "response": (8, 4), "width": (), "group": (1, 2)})
+    monkeypatch.setattr(scaling, "RESPONSE", 8)
+    scaling.main(scaling.Config(str(tmp_path), "tiny", episodes=4, repeats=1))
+    points, floors = json.loads((tmp_path / "scaling.json").read_text())["points"], {}
+    for point in points:
+        floors.setdefault(point["axis"], []).append((point["value"], point["floor"]))
+    assert [value for value, _ in floors["width"]] == widths
+    usual = floors["prompt"][0][1]
+    assert floors["prompt"][1][1] > usual == floors["response"][0][1] > floors["response"][1][1]
+    assert floors["width"][-1][1] == floors["group"][0][1] == usual > floors["group"][1][1]
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("recompute, read", [(False, 0), (False, 24), (True, 24)])
