@@ -159,6 +159,7 @@ def ppo_iteration(bench, figure):
     (B, P, R), group = SAMPLE, GROUP if figure == "grpo" else 1
     iteration, work = ppo_work(bench, figure, SAMPLE, group)
     bench.record(figure, bench.time(iteration), B, "episodes/s", work)
+    del iteration  # and its models
     if bench.cfg.peers and figure == "ppo":
         models = {f"{part}_model": peer_model(bench, part != "ref") for part in ("ref", "reward", "value")}
         how = {"num_mini_batches": 4, "num_ppo_epochs": 4, "response_length": R, "temperature": TEMPERATURE,
