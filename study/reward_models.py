@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import check, progress, run, set_up, write_atomic, write_json
+from common import check, open_folder, progress, run, set_up, write_atomic, write_json
 from data import pair_accuracy, read_jsonl, read_rankings
 from evaluate import hardware
 from model import load_model
@@ -52,6 +52,7 @@ def card(scores, rows):
 def main(cfg):
     device, autocast = set_up(cfg)
     check(cfg.models, "no reward models named")
+    out = open_folder(cfg.out)
     rows = [row for row in read_jsonl(cfg.pairs, {"prompt": str, "chosen": str, "rejected": str})
             if row["domain"] == cfg.domain]
     texts = sorted({row[side] for row in rows for side in ("chosen", "rejected")})
@@ -72,7 +73,6 @@ def main(cfg):
                       "card": card({text: linear(text) for text in texts}, rows)})
     found.sort(key=lambda row: (row["model"] == "bag of words", row["model"], row["rankings"]))
     people = {name.replace("_", " "): row[0] for name, row in summary["agreement"][cfg.domain].items()}
-    out = Path(cfg.out)
     write_json(out / "results.json", {"hardware": hardware(), "torch": torch.__version__,
                                       "date": time.strftime("%Y-%m-%d"), "people": people, "models": found})
 

@@ -8,12 +8,11 @@ tokens are random, and every response has its full length.
 """
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from common import progress, run, write_json
+from common import open_folder, progress, run, write_json
 from evaluate import hardware
 from study.report import drawing
 from tools import bench
@@ -38,7 +37,7 @@ def narrowed(model, share):
 
 def main(cfg):
     torch.set_num_threads(1)
-    points, out = [], Path(cfg.out)
+    points, out = [], open_folder(cfg.out)
     for size in cfg.sizes.split(","):
         at = bench.Bench(bench.Config(size, dtype=cfg.dtype, device=cfg.device, repeats=cfg.repeats, seed=cfg.seed))
         full, known = at.model, {}
@@ -56,7 +55,6 @@ def main(cfg):
                     for name, seconds in (("seconds", median(at.time(iteration))), ("floor", flops / at.flops))}
             points.append({"size": size, "axis": axis, "value": at.model.width if axis == "width" else value,
                            **known[prompt, response, share, group]})
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scaling.json", {"hardware": hardware(), "torch": torch.__version__, "dtype": cfg.dtype,
                                       "date": time.strftime("%Y-%m-%d"), "episodes": cfg.episodes, "points": points})
     with drawing(out / "scaling.png", 1, len(AXES), (13, 4), sharey=True) as [axes]:
