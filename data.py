@@ -72,8 +72,8 @@ def check_same_vocab(*folders):
           f"{' and '.join(map(str, folders))} do not share a vocabulary")
 
 def turns_of(prompt):
-    """Messages {"role", "content"} of a list of them, of a transcript as in HH, or of a plain text, which is one turn
-    of a user's. The last is the assistant's: what its response begins with, which is nothing as a rule."""
+    """Messages {"role", "content"} from a list of them, a transcript as in HH, or a plain text (one user turn). The last
+    is the assistant's, usually empty: the response continues it."""
     if isinstance(prompt, list):
         return prompt if prompt[-1]["role"] == "assistant" else [*prompt, {"role": "assistant", "content": ""}]
     system, *parts = re.split(f"((?:^|\n\n){TURN.strip()}|{REPLY})", prompt)

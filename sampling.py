@@ -36,8 +36,8 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
     """Sample a response to each prompt, tokens (B, P) padded on the left, pad (B,) or None: responses (B, R), lengths
     (B,), and logprobs (B, R) of the full softmax at the temperature. A row ends with the first `end` id (EOS), which
     counts in its length, or after max_tokens; after that it is filled with `end`, and its logprobs mean nothing. R is
-    the longest row. temperature 0 is greedy. only: a function that takes from the probabilities (rows, V) those of
-    tokens that must not be drawn; PPO needs them all."""
+    the longest row. temperature 0 is greedy. only: a function that sets the probabilities
+    (rows, V) of excluded tokens to 0; PPO excludes none."""
     B, P = tokens.shape
     check(max_tokens > 0 and P + max_tokens <= model.config.block_size + 1,
           f"{P} prompt and {max_tokens} response tokens do not fit in block size {model.config.block_size}")
@@ -70,8 +70,7 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
     return responses.masked_fill(~before, end)[:, :R], lengths, logprobs[:, :R]
 
 def draw(probs, uniform):
-    """One token per row of probs (B, V): the one in whose part of the cumulative sum a number falls: ids (B,). uniform
-    (B, 1): numbers from 0 to below 1."""
+    """Ids (B,), one per row of probs (B, V): the cumulative sum inverted at uniform (B, 1), numbers in [0, 1)."""
     reached = probs.cumsum(-1)  # (B, V)
     return torch.searchsorted(reached, uniform * reached[:, -1:], right=True).squeeze(1)
 

@@ -4,7 +4,8 @@
 #   smoke  under a minute: does every stage run?
 #   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (7.4 GB)
 #   chat   SmolLM2 as an assistant, on Anthropic's dialogues: people compared responses to the same prompt, so the reward
-#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk in place of them
+#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk in place of them. Of
+#          each part (reward model, judge, PPO, test) at most 700: PAIRS=5000 takes more, PAIRS=0 all, for a GPU
 # Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
@@ -39,7 +40,7 @@ if torch.cuda.is_available(): print("CUDA is here: bash train_all.sh smollm runs
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
 data=(reviews data/reviews)  # of the data: module of prepare, folder (empty: in OUT), file
-[ $preset != chat ] || data=(hh data/hh)
+if [ $preset = chat ] && [ -z "${DATA:-}" ]; then PAIRS=${PAIRS:-700} data=(hh "data/hh${PAIRS:-700}"); else PAIRS=""; fi
 if [ "$preset ${1:-}" = "chat --train" ]; then
   file=${2:-}
   case $file in /*) ;; *) file=$here/$file ;; esac
@@ -51,7 +52,7 @@ words=$*
 OUT=${OUT:-out/$preset} SEED=${SEED:-1} STEPS=${STEPS:-$preset} FLAGS=${FLAGS:-} child=""
 case $OUT in *,*) echo "error: OUT=$OUT: a comma separates folders in the flags of the stages" >&2; exit 2 ;; esac
 mkdir -p "$OUT"
-made="seed $SEED, $STEPS${words:+ $words}${DATA:+, $DATA}${data[2]:+, data $(cksum < "${data[2]}")}"
+made="seed $SEED, $STEPS${words:+ $words}${DATA:+, $DATA}${PAIRS:+, at most $PAIRS pairs}${data[2]:+, data $(cksum < "${data[2]}")}"
 [ -s "$OUT/made" ] || echo "$made" > "$OUT/made"
 [ "$(cat "$OUT/made")" = "$made" ] || { echo "error: $OUT was made with $(cat "$OUT/made"), not $made: set OUT to another folder" >&2; exit 2; }
 
@@ -71,7 +72,7 @@ trap 'kill -TERM $child 2>/dev/null || exit 143' INT TERM
 
 if [ -z "${DATA:-}" ]; then
   DATA=${data[1]:-$OUT/data}
-  [ -f "$DATA/summary.json" ] || script data -m prepare.${data[0]} --out "$DATA" ${data[2]:+--train "${data[2]}"}
+  [ -f "$DATA/summary.json" ] || script data -m prepare.${data[0]} --out "$DATA" ${PAIRS:+--limit "$PAIRS"} ${data[2]:+--train "${data[2]}"}
 fi
 others=""  # prompts of other domains, where the data has them
 for domain in amazon nyt tweets; do

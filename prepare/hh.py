@@ -34,6 +34,7 @@ SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d
 class Config:
     out: str = "data/hh"       # folder for the prepared files; the downloads go into its subfolder raw
     train: str = ""            # files on disk instead of the downloads, with commas between them
+    limit: int = 0             # at most so many pairs in each part; 0: all
     valid_share: float = 0.02  # share of the training groups that select a checkpoint of SFT
     seed: int = 1              # parts and order depend on it
 
@@ -95,6 +96,7 @@ def main(cfg):
     parts = split(train, test if paths["test"] else None, cfg.valid_share, cfg.seed)
     for part, rows in parts.items():
         check(rows, f"no pairs for the part {part!r} (too few dialogues, or another --valid-share)")
+        del rows[cfg.limit or len(rows):]
     files = {"demos_train.jsonl": demos(parts["reward"]), "demos_valid.jsonl": demos(parts["valid"]),
              **{f"pairs_{part}.jsonl": parts[part] for part in ("reward", "judge", "test")},
              "prompts_ppo.jsonl": prompts(parts["ppo"]), "prompts_eval.jsonl": prompts(parts["test"]),

@@ -86,6 +86,8 @@ def main(cfg):
                               capsize=2, label=model)
             axis.axhline(people.get(sample, 1), color="gray", linestyle="--", label="one person")
             axis.set(xscale="log", xlabel="rankings of four", title=f"{sample} pairs")
+            axis.set_xticks(ticks := sorted({row["rankings"] for row in found}), [f"{count:,}" for count in ticks])
+            axis.minorticks_off()
         axes[0].set_ylabel("accuracy on held-out film reviews")
         axes[0].legend()
     groups = ["random", "same sign", *GAPS]

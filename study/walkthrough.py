@@ -116,7 +116,7 @@ def page_text(found):
         ranking_loss=ranking_loss(scores[None], torch.ones_like(scores)[None]).item(),
         text=quoted("".join(text or "" for text in r["tokens"])), kl_sum=sum(d["kl"]),
         kl_negative=sum(x < 0 for x in d["kl"]), value_loss=value_loss,
-        sampler_difference=max(abs(x - y) for x, y in zip(r["sampler_logprobs"], r["old_logprobs"])),
+        sampler_difference=1e-4 + max(abs(x - y) for x, y in zip(r["sampler_logprobs"], r["old_logprobs"])),  # rounded
         first_reward=f"-{r['kl_coef']:.6f} * {b(d['kl'][0])} = {f(d['reward'][0])}", last=n - 1,
         last_reward=f"-{r['kl_coef']:.6f} * {b(d['kl'][-1])} + {b(r['score'])} = {f(d['reward'][-1])}",
         advantages_by_hand="\n\n".join(advantage_by_hand(d, t, flags) for t in reversed(range(n - 2, n))),

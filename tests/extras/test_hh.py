@@ -53,7 +53,8 @@ def test_every_line_is_in_one_bin(tmp_path):
 
 
 def test_a_whole_run(tmp_path):
-    """A later stage of a conversation in another part; lines that vanish; SFT on rejected responses; unseeded order."""
+    """A later stage of a conversation in another part; lines that vanish; SFT on rejected responses; unseeded order; a
+    limit that forgets a part, or draws others."""
     ends = [((), "bad"), ((), "worse"), (("good", "Go on."), "bad")]  # the first turn twice, then a later stage
     lines = [pair(f"Q {i}", *more, chosen="good", rejected=bad) for i in range(180) for more, bad in ends]
     path = write(tmp_path / "harmless-base.jsonl.gz", lines + lines[:30])
@@ -74,6 +75,9 @@ def test_a_whole_run(tmp_path):
     for seed in (2, 1):
         main(Config(out=cfg.out, train=cfg.train, seed=seed))
         assert ({name: (tmp_path / "out" / name).read_bytes() for name in before} == before) == (seed == 1)
+    few = main(Config(out=cfg.out, train=cfg.train, limit=40))  # the first of the same
+    assert {part: sum(domains.values()) for part, domains in few["pairs"].items()}["judge"] == 40
+    assert rows["pairs_reward"][:40] == read_rows(tmp_path / "out" / "pairs_reward.jsonl", dict)
 
 
 def test_only_the_right_file_gets_the_name(tmp_path, monkeypatch):
