@@ -72,8 +72,8 @@ def check_same_vocab(*folders):
           f"{' and '.join(map(str, folders))} do not share a vocabulary")
 
 def turns_of(prompt):
-    """Messages {"role", "content"} from a list of them, a transcript as in HH, or a plain text (one user turn). The last
-    is the assistant's, usually empty: the response continues it."""
+    """Messages {"role", "content"} from a list of them, a transcript as in HH, or a plain text (one user turn). The
+    last is the assistant's, usually empty: the response continues it."""
     if isinstance(prompt, list):
         return prompt if prompt[-1]["role"] == "assistant" else [*prompt, {"role": "assistant", "content": ""}]
     system, *parts = re.split(f"((?:^|\n\n){TURN.strip()}|{REPLY})", prompt)

@@ -90,7 +90,7 @@ def main(cfg):
         for folder, policy in policies.items():
             print(f"{folder}:\n" * bool(cfg.compare), end="")
             if cfg.chat:
-                dialogues[folder].append({"role": "user", "content": line})
+                dialogues[folder].append({"role": "user", "content": line.strip()})
                 answer(dialogues[folder], cfg, policy, enc, autocast, how[folder])
             else:
                 respond(line, cfg, policy, reward, enc, autocast, how[folder])

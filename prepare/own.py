@@ -73,6 +73,8 @@ def dialogue(name, *parts):
                 raise ValueError(f"{where}: {field}: not used, so it would be lost (remove it)")
         if message["role"] != "system" or message.get("content") != "":  # some files begin with an empty one everywhere
             check_text(message.get("content"), f"{where}: content")
+            if re.search(f"{TURN}|{REPLY}", "\n\n" * (message["role"] == "system") + message["content"].strip()):
+                raise ValueError(f"{where}: content: holds Human: or Assistant:, which begin a turn here")
     roles = [message["role"] for message in messages]
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
         raise ValueError(f"{name}: the last two messages have to be the user's and the assistant's")

@@ -119,7 +119,7 @@ def convert_bin(folder, out):
 
 def read_model(folder, block_size, vocab_size):
     """The model in a folder, which lacks the rows of the token embedding beyond the tokenizer's ids."""
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_bytes())
     rows = settings["vocab_size"]
     check(rows >= vocab_size, f"the weights know {rows:,} tokens, the tokenizer {vocab_size:,} (--vocab names another)")
     if rows > vocab_size:
@@ -151,7 +151,7 @@ def main(cfg):
         except ValueError as error:
             raise UserError(f"{path}: damaged, or a pointer of Git LFS: {error}") from None
     check(local or named or not cfg.random, f"--random: the shape of {cfg.init} is not known")
-    shape = shape_of(cfg.init) if cfg.random and named else json.loads((folder / "config.json").read_text())
+    shape = shape_of(cfg.init) if cfg.random and named else json.loads((folder / "config.json").read_bytes())
     check("model_type" in shape, f"{folder}: not in Hugging Face's format (a checkpoint of ours is ready as it is)")
     try:
         ranks, settings = read_tokenizer(folder, cfg.vocab, shape["model_type"] == "gpt2")

@@ -7,10 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import jinja2  # torch needs it, too
 import tiktoken
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common import UserError, check, say
-from data import END, load_tokenizer
+from data import END, FORMATS, Tokenizer, load_tokenizer
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The same when digits have been split off one by one before: white space before a digit is then at an end.
@@ -18,7 +20,6 @@ DIGITS_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\
 # GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on.
 OTHERS = [byte for byte in range(256) if chr(byte) == " " or not chr(byte).isprintable()]
 LETTERS = {byte: chr(byte) for byte in range(256)} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
-DATED = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's template, its own date
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
 def merges(ranks):
@@ -55,38 +56,59 @@ def begin_token(step):
         if "SpecialToken" in first:
             return first["SpecialToken"]["id"]
 
-def chat_format(ranks, special, template):
-    """How dialogues are written (data.load_tokenizer), from the special tokens; {} if they mark no turns. A template
-    tells only its default system message, and whether it knows thinking (Qwen 3) or dated lines (Llama 3.1)."""
-    if {"<|im_start|>", "<|im_end|>"} <= special.keys():
-        system = re.search(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<>]+)<\|im_end\|>", template)
-        chat = {"format": "chatml", "end": special["<|im_end|>"], **({"system": system[1]} if system else {})}
-        if "enable_thinking" in template and b"\n\n" in ranks:
-            gap = ranks[b"\n\n"]
-            chat["think"] = [special["<think>"], gap, special["</think>"], gap]
-        return {"chat": chat}
-    if {"<|start_header_id|>", "<|eot_id|>", "<|begin_of_text|>"} <= special.keys():
-        chat = {"format": "llama3", "end": special["<|eot_id|>"], "begin": special["<|begin_of_text|>"]}
-        return {"chat": {**chat, **({"preamble": DATED} if "Cutting Knowledge Date" in template else {})}}
-    return {}
+def chat_format(ranks, settings, template, named):
+    """{"chat": how dialogues are written (data.load_tokenizer)}, from the special tokens, and from what the template
+    makes of a short dialogue; {} if they mark no turns, or if it writes them in no format of ours. named: the special
+    tokens that a template may name."""
+    special = settings["special"]
+    kind = next((kind for kind, parts in FORMATS.items() if {x for x in parts if "|" in x} <= special.keys()), None)
+    if kind is None:
+        return {}
+    before, after = "".join(FORMATS[kind]).split("{content}")
+    chat = {"format": kind, "end": special[after.strip()]}
+    if not template:
+        return {"chat": {**chat, **({"begin": special.get("<|begin_of_text|>")} if kind == "llama3" else {})}}
+    dialogue = [("user", "A"), ("assistant", "B"), ("user", "C")]
+    turns = "".join(before.format(role=role) + text + after for role, text in dialogue)
+    head, tail, turns = map(re.escape, (before.format(role="system"), after, turns + before.format(role="assistant")))
+    form, found = re.compile(f"(.*?)(?:{head}(.*?){tail})?{turns}(.*)", re.DOTALL), []
+    try:
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        for first in ([], [("system", "S")]):
+            messages = [{"role": role, "content": text} for role, text in first + dialogue]
+            text = template.render(messages=messages, add_generation_prompt=True, enable_thinking=False, **named,
+                                   strftime_now=lambda _: "26 Jul 2024")  # Llama 3.1's own date
+            found.append(form.fullmatch(text))
+        (begin, default, think), (_, given, _) = (match.groups(default="") for match in found)
+    except (jinja2.TemplateError, AttributeError, TypeError):
+        return {}
+    preamble = given[:-1]
+    if not (given == f"{preamble}S" and default.startswith(preamble) and begin in ("", *special)):
+        return {}
+    facts = {"begin": special.get(begin), "system": default.removeprefix(preamble), "preamble": preamble,
+             "think": Tokenizer(ranks, settings, False).encode(think, allowed_special="all")}
+    return {"chat": {**chat, **{name: fact for name, fact in facts.items() if fact not in ("", [], None)}}}
 
-def read_json(content, name, template="", gpt2=False):
+def read_json(content, name, template="", named={}, gpt2=False):
     """(ranks, settings) for save_ranks from the content of a tokenizer.json. UserError names what tiktoken would do
-    otherwise. gpt2: special tokens behind the one that ends a text are dropped, as with GPT-2's rows of padding."""
+    otherwise. template, named: as in chat_format. gpt2: special tokens behind the one that ends a text are dropped, as
+    with GPT-2's rows of padding."""
     model, normalizer, byte_of = content["model"], content.get("normalizer"), {x: b for b, x in LETTERS.items()}
     check(normalizer in (None, {"type": "NFC"}), f"{name}: normalizer {json.dumps(normalizer)[:200]} is not supported")
     pattern = split_pattern(content.get("pre_tokenizer"), name)
     for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         check(not model.get(setting), f"{name}: {setting} {model.get(setting)!r} is not supported")
     check(model.get("type", "BPE") == "BPE", f"{name}: a model of type {model.get('type')} is not supported")
-    special = {token["content"]: token["id"] for token in sorted(content["added_tokens"], key=lambda x: x["id"])}
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    written = {*LETTERS.values(), *map("".join, pairs)}  # "!" as a padding token is still what texts are written with
+    special = {token["content"]: token["id"] for token in sorted(content["added_tokens"], key=lambda x: x["id"])
+               if token["content"] not in written}
     if added := [token["content"] for token in content["added_tokens"] if not token.get("special", True)]:
         say(f"{name}: in a text {', '.join(added[:5])} is read as letters, not as the token that was added for it")
     words = sorted(model["vocab"].items() - special.items(), key=lambda item: item[1])
     strange = {letter for word, _ in words for letter in word} - byte_of.keys()
     check(not strange, f"{name}: its tokens are no bytes in GPT-2's letters, but have {sorted(strange)[:5]}")
     ranks = {bytes(byte_of[x] for x in word): rank for word, rank in words}
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     pairs = [tuple(bytes(byte_of[x] for x in part) for part in pair) for pair in pairs]
     order = [ranks[left + right] for left, right in pairs]
     check(order == sorted(order), f"{name}: its merges are not in the order of their ids, as tiktoken needs them")
@@ -97,9 +119,12 @@ def read_json(content, name, template="", gpt2=False):
     check(end is not None, f"{name}: no special token that ends a text ({END} or <|end_of_text|>)")
     if gpt2:
         special = {text: i for text, i in special.items() if i <= max(end, *ranks.values())}
+    ids = sorted([*ranks.values(), *special.values()])
+    check(ids == list(range(len(ids))), f"{name}: its ids have gaps (an added token far behind the others?)")
     begin = begin_token(content.get("post_processor"))
-    return ranks, {"pattern": pattern, "special": special, "end": end, **({"begin": special[begin]} if begin else {}),
-                   **({"nfc": True} if normalizer else {}), **chat_format(ranks, special, template)}
+    settings = {"pattern": pattern, "special": special, "end": end, **({"begin": special[begin]} if begin else {}),
+                **({"nfc": True} if normalizer else {})}
+    return ranks, {**settings, **chat_format(ranks, settings, template, named)}
 
 def read_tokenizer(folder, vocab="", gpt2=False):
     """(ranks, settings) of the file vocab, or else of vocab.tiktoken, tokenizer.json or vocab.json in a model's folder.
@@ -108,12 +133,19 @@ def read_tokenizer(folder, vocab="", gpt2=False):
     if vocab or path.is_file():
         ranks, first = load_tokenizer(path)._mergeable_ranks, path.read_text().partition("\n")[0]
         own = {"pattern": GPT2_PATTERN, "special": {END: 50256}, "end": 50256} if gpt2 and len(ranks) == 50256 else None
+        check(first.startswith("{") or len(ranks) not in (128000, 151643), f"{path}: Llama 3's or Qwen's tokens, but "
+              "neither how they split a text nor their special tokens are in it (tokenizer.json has them)")
         return ranks, json.loads(first) if first.startswith("{") else own
     there = {path.name: path.read_text(encoding="utf-8") for path in map(folder.joinpath, FILES) if path.is_file()}
-    template = json.loads(there.get("tokenizer_config.json", "{}")).get("chat_template") or ""
-    template = there.get("chat_template.jinja", template if isinstance(template, str) else json.dumps(template))
+    config = json.loads(there.get("tokenizer_config.json", "{}"))
+    named = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items()
+             if name.endswith("_token") and token is not None}
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = {part["name"]: part["template"] for part in template}.get("default", "")
+    template = there.get("chat_template.jinja", template)
     if "tokenizer.json" in there:
-        return read_json(json.loads(there["tokenizer.json"]), folder / "tokenizer.json", template, gpt2)
+        return read_json(json.loads(there["tokenizer.json"]), folder / "tokenizer.json", template, named, gpt2)
     check(gpt2, f"{folder}: no tokenizer.json is there (--vocab names a file in tiktoken's format)")
     ids = json.loads(there.get("vocab.json", "{}"))
     if ids and "merges.txt" in there:

@@ -63,6 +63,8 @@ def test_every_assistant_turn_is_a_row(convert):
     ({"prompt": "a", "rejected": "b"}, "rejected: not used"), ({**DEMO, "weight": 0}, "weight: not used"),
     ({**MESSAGES, "prompt": "c"}, "prompt: not used"), ({**PAIR, "responses": ["b", "d"]}, "responses: not used"),
     ({"prompt": data.TURN + " a"}, "prompt: a dialogue"), ({"prompt": "a", "responses": ["b", "b"]}, "responses: "),
+    ({"messages": [{**SYSTEM, "content": "Human: a"}, USER, REPLY]}, "messages: message 1: content: holds Human"),
+    ({"messages": [{**USER, "content": f"x{ASKED} y"}, REPLY]}, "messages: message 1: content: holds Human"),
     ({"messages": [USER, SYSTEM, REPLY]}, "messages: the last two"), ({"chosen": "a", "rejected": 3}, "rejected: "),
     ({"messages": [USER, {**REPLY, "tool_calls": [1]}]}, "messages: message 2: tool_calls: not used"),
     *(({"messages": [USER, {**REPLY, name: value}]}, f"messages: message 2: {name}: not used") for name, value in (

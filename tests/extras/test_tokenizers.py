@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import UserError
-from data import END, chat_ids, load_tokenizer, turns_of
+from data import END, Tokenizer, chat_ids, load_tokenizer, turns_of
 from model import GPT
 from prepare import gguf
 from prepare.reviews import save_ranks
@@ -104,22 +104,57 @@ def test_dialogues_are_those_of_the_template(real, name, how):
     assert ours.decode([ours.end]) == {"llama3_1": "<|eot_id|>"}.get(name, "<|im_end|>")
 
 
-def test_what_is_read_from_a_template(real, tmp_path):
-    """Templates that no package has here, in the lines that matter: Qwen 2.5's default, Llama 3.1's dated lines."""
-    for name, system, expected in (
-            ("smollm2", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-             "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
-            ("llama3_1", "", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
-             "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
-             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")):
-        template = f"{{{{- '<|im_start|>system\\n{system}<|im_end|>\\n' }}}}" if system else (
-            "{{- 'Cutting Knowledge Date: December 2023\\n' }}{{- 'Today Date: ' + date_string + '\\n\\n' }}")
-        ranks, settings = real(name).ranks, real(name).settings
-        settings = {**settings, **chat_format(ranks, settings["special"], template)}
-        save_ranks(ranks, tmp_path / "vocab.tiktoken", settings)
-        enc = load_tokenizer(tmp_path, chat=True)
-        assert enc.decode(chat_ids(enc, turns_of("Hi"))) == expected
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n' + it + '<|im_end|>\n' }}{% endif %}"
+LLAMA = ("{{ bos_token }}{% set start, end = '<|start_header_id|>', '<|end_header_id|>\n\n' %}"
+         "{% if messages[0].role == 'system' %}{% set given = messages[0].content | trim %}"
+         "{% set messages = messages[1:] %}{% else %}{% set given = '' %}{% endif %}"
+         "{{ start + 'system' + end + 'Today: ' + strftime_now('%d') + '.\n\n' + given + '<|eot_id|>' }}"
+         "{% for m in messages %}{{ start + m.role + end + (m.content | trim) + '<|eot_id|>' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ start + 'assistant' + end }}{% endif %}")
+
+
+@pytest.mark.parametrize("template, begin, end", [
+    (CHATML, "", ""), ("{{ bos_token }}" + CHATML, "<|begin_of_text|>", ""),
+    ("{% set it = 'You put the answer in \\\\boxed{}.' %}" + SYSTEM + CHATML,
+     "<|im_start|>system\nYou put the answer in \\boxed{}.<|im_end|>\n", ""),
+    (CHATML.replace("assistant\n", "assistant\n<think>\n"), "", "<think>\n"),
+    (CHATML.replace("assistant\n'", "assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n\n')"), "",
+     "<think>\n\n</think>\n\n"),
+    (CHATML.replace("<|im_start|>' + m.role + '", "<|' + m.role + '|>"), None, None),
+    ("{{ bos_token }}x" + CHATML, None, None), ("{{ strftime_now(1)(2) }}", None, None),
+    ("{% generation %}", None, None),
+    (LLAMA, "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024.\n\n<|eot_id|>", "")])
+def test_what_is_read_from_a_template(template, begin, end):
+    """Turns in another form than the model has seen, in silence: the default system message, a begin token, the
+    thoughts; a template of no format here, taken for one because of its special tokens."""
+    names = [END, "<|begin_of_text|>", "<think>", "</think>"]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"] if "eot_id" in template else [
+        "<|im_start|>", "<|im_end|>"]
+    ranks, special = {bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(names)}
+    settings = {"pattern": GPT2_PATTERN, "special": special, "end": 256}
+    found = chat_format(ranks, settings, template, {"bos_token": "<|begin_of_text|>"})
+    if begin is None:
+        assert found == {}
+        return
+    enc, head = Tokenizer(ranks, {**settings, **found}, True), ("<|im_start|>{}\n", "<|im_end|>\n")
+    head = ("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>") if "eot_id" in template else head
+    ids = chat_ids(enc, turns_of("Hi"))
+    assert enc.decode(ids) == begin + head[0].format("user") + "Hi" + head[1] + head[0].format("assistant") + end
+    assert (special["<think>"] in ids) == bool(end)
+    assert chat_format(ranks, settings, "", {})["chat"]["end"] == found["chat"]["end"]
+
+
+def test_a_token_that_is_padding_and_a_letter_too(capsys):
+    """Every exclamation mark gone from all texts, as "!" is the padding token; ids with a gap, which no stage reads."""
+    added = [{"content": END, "id": 257}, {"content": "!", "id": 0}]
+    content = {"added_tokens": added, "pre_tokenizer": {"type": "ByteLevel"}, "model": {"merges": ["a b"], "vocab": {
+        word: i for i, word in enumerate([*sorted(LETTERS.values()), "ab"])}}}
+    ranks, settings = read_json(content, "it")
+    assert settings["special"] == {END: 257} and Tokenizer(ranks, settings, False).lacking == set()
+    with pytest.raises(UserError, match="its ids have gaps"):
+        read_json({**content, "added_tokens": [*added, {"content": "<x>", "id": 300}]}, "it")
 
 
 def test_gpt2_splits_its_own_way_in_tiktokens_format_too(tmp_path):
