@@ -15,6 +15,7 @@ import json
 import math
 import re
 import unicodedata
+from os.path import commonprefix
 from pathlib import Path
 
 import tiktoken
@@ -100,7 +101,7 @@ def chat_ids(enc, turns):
 
 def encode_prompt(enc, prompt, limit, counts=None):
     """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue its oldest turns (in a chat format a
-    system message stays), then the last turn its own beginning. counts: a Counter of prompts, and truncated ones."""
+    system message stays), then the last turn its text's beginning. counts: a Counter of prompts, and truncated ones."""
     begin = [] if enc.chat else [enc.begin]
     if enc.chat:
         turns = turns_of(prompt)
@@ -117,6 +118,9 @@ def encode_prompt(enc, prompt, limit, counts=None):
             break
     if counts is not None:
         counts.update({"prompts": 1, "prompts truncated": number > 0 or len(ids) > limit})
+    if enc.chat and len(ids) > limit:  # then the user's text alone loses its beginning
+        empty = chat_ids(enc, [{**turn, "content": turn["content"] * (turn["role"] != "user")} for turn in suffixes[-1]])
+        begin = commonprefix([ids, empty]) if len(empty) < limit else []
     return begin + ids[max(len(begin), len(ids) - limit + len(begin)):]
 
 def encode_texts(enc, prompt, responses, block_size, counts):

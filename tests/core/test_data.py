@@ -64,6 +64,23 @@ def test_a_long_dialogue_loses_whole_turns(enc, turns):
     assert shorter == rest if start[1:] else kept.endswith(shorter) and shorter != kept
 
 
+def test_a_long_turn_keeps_the_marks_of_its_chat_format():
+    """A question that is longer than the context, and reaches the model without a word that it is a user's turn."""
+    marks = {END: 256, "<|im_start|>": 257, "<|im_end|>": 258}
+    enc = data.Tokenizer({bytes([i]): i for i in range(256)}, {"pattern": data.PATTERN, "special": marks, "end": 256,
+                         "chat": {"format": "chatml", "end": 258, "begin": 256}}, True)
+    turns = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "one"},
+             {"role": "assistant", "content": "two"}, {"role": "user", "content": "abcdefghij" * 9}]
+    head = f"{END}<|im_start|>system\nHm.<|im_end|>\n<|im_start|>user\n"
+    for limit in (60, 110):
+        ids = encode_prompt(enc, turns, limit, counts := Counter())
+        text = enc.decode(ids)
+        assert len(ids) == limit and counts["prompts truncated"] == 1
+        assert text.startswith(head) and text.endswith("hij<|im_end|>\n<|im_start|>assistant\n")
+    assert enc.decode(encode_prompt(enc, turns, 20)).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert len(encode_prompt(enc, [turns[1]], 12)) == len(encode_prompt(enc, "\n\nAssistant: abcdefghij", 12)) == 12
+
+
 @pytest.mark.parametrize("block, prompt, responses, kept, prompts_truncated, responses_truncated", [
     (16, 3, [2, 4], 3, 0, 0),     # letters, one token each
     (16, 10, [2, 4], 10, 0, 0),   # to the last token: 1 + 10 and 4 + 1
