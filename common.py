@@ -226,7 +226,7 @@ class Stage:
             for path in map(Path, filter(None, [value] if Path(value).exists() else value.split(","))):
                 check(path.exists(), f"--{name.replace('_', '-')} {path}: no such file or folder")
                 check(path.resolve() != self.folder.resolve(), f"--out {path}: an input, too (--{name})")
-                files = [path] if path.is_file() else sorted(path.glob("*model*"))
+                files = [path] if path.is_file() else sorted(filter(Path.is_file, path.glob("*model*")))
                 self.facts["inputs"].setdefault(name, []).extend(map(digest, files))
         self.compare()
 

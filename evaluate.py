@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import Stage, check, generator, progress, run, set_up, write_json
@@ -145,7 +146,7 @@ def kl_to(ref, policy, prompts, responses, end, cfg, autocast):
         right, mask = pad_responses([responses[i] for i in rows], end)
         tokens, pad, P = torch.cat([left, right], dim=1).to(device), pad.to(device), left.size(1)
         with autocast():
-            logits = [model.response_logits(tokens, pad, P) for model in (policy, ref)]
+            logits = [model(tokens[:, :-1], pad, at=np.s_[:, P - 1:]) for model in (policy, ref)]  # (., R, V) each
         own, other = (token_logprobs(x, tokens[:, P - 1:], cfg.temperature).cpu() for x in logits)
         kl[rows] = ((own - other) * mask).sum(1)
     return kl

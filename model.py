@@ -76,11 +76,9 @@ def attention(q, k, v, bias):
             k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
         bias = bias if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1, enable_gqa=k.size(1) < H)
-    if bias is None and t > 1:
-        bias = torch.full((t, T), -math.inf, device=q.device).triu(1)
+    bias = torch.full((t, T), -math.inf, device=q.device).triu(1) if bias is None and t > 1 else bias
     grouped = (q / math.sqrt(D)).reshape(B, G, -1, D)  # all queries that share a key, one after the other
-    scores = (grouped @ k.transpose(2, 3)).view(B, H, t, T)
-    scores = scores if bias is None else scores + bias.to(q.dtype)
+    scores = (grouped @ k.transpose(2, 3)).view(B, H, t, T) + (0.0 if bias is None else bias.to(q.dtype))
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)  # never in bf16
     return (weights.view(B, G, -1, T) @ v).view(B, H, t, D)
 
@@ -91,20 +89,18 @@ class Attention(nn.Module):
         self.config, self.heads = config, [config.n_head, config.n_kv_head, config.n_kv_head]
         self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_size, bias=config.bias != "none")
         self.proj = nn.Linear(config.n_head * config.head_size, config.width, bias=config.bias == "all")
-        if config.qk_norm:
-            self.q_norm, self.k_norm = make_norm(config, config.head_size), make_norm(config, config.head_size)
+        norm = make_norm if config.qk_norm else nn.Identity  # of each head's query and key
+        self.q_norm, self.k_norm = norm(config, config.head_size), norm(config, config.head_size)
 
     def forward(self, x, rotation, bias, cache, at):
         q, k, v = self.qkv(x).unflatten(2, (-1, self.config.head_size)).split(self.heads, dim=2)  # (B, T, H or G, D)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(torch.cat([q, k], dim=2), *rotation).split(self.heads[:2], dim=2)
         q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, D)
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, G, tokens so far, D)
-        y = attention(q, k, v, bias).transpose(1, 2)  # (B, T, H, D)
-        return self.proj(y[at].flatten(-2))  # heads side by side again: (..., C)
+        return self.proj(attention(q, k, v, bias).transpose(1, 2)[at].flatten(-2))  # heads side by side: (..., C)
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention, then x + MLP. x (B, T, C); only the positions `at` come out."""
@@ -119,12 +115,10 @@ class Block(nn.Module):
 
     def forward(self, x, rotation, bias, cache, at):
         x = x[at] + self.dropout(self.attention(self.norm1(x), rotation, bias, cache, at))
-        hidden = self.up(self.norm2(x))
+        up = self.up(self.norm2(x))
         if self.config.swiglu:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * up
-        else:
-            hidden = F.gelu(hidden, approximate=self.config.gelu)
+            gate, up = up.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up if self.config.swiglu else F.gelu(up, approximate=self.config.gelu)
         return x + self.dropout(self.down(hidden))
 
 class Trunk(nn.Module):
@@ -139,36 +133,29 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.width)
         self.recompute = False  # True: the backward pass computes a block again, and only its input is kept in memory
-        # GPT-2's initialisation: std 0.02, smaller where a layer adds to the residual stream (2 per block).
-        for name, parameter in self.named_parameters():
+        for name, x in self.named_parameters():
             if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                residual = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                nn.init.zeros_(x)
+            elif x.dim() == 2:
+                residual = name.endswith(("proj.weight", "down.weight"))  # adds to the residual stream: 2 per block
+                nn.init.normal_(x, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)  # as in GPT-2
 
     def forward(self, tokens, pad=None, cache=None, at=...):
-        """tokens (B, T), pad (B,) padding tokens on the left or None: hidden states (B, T, C). Positions count from the
-        first real token. With a cache, tokens are the one after those in it. at: an index of (B, T), the positions that
-        are wanted (np.s_[:, P - 1:], or one per row); the last block computes no others."""
-        past = cache.length if cache is not None else 0
-        key = torch.arange(past + tokens.size(1), device=tokens.device)  # index in the padded row, of all tokens so far
-        position = place = key[past:]  # (T,) of those that are computed now
-        bias = None  # the plain causal case
-        if pad is not None:
-            position = (place - pad[:, None]).clamp(min=0)  # (B, T)
-            may = (key <= place[:, None]) & (key >= pad[:, None, None])  # (B, T, keys)
-            may = may | (key == place[:, None])  # a padding query sees itself: softmax over nothing would be NaN
-            bias = torch.zeros(may.shape, device=tokens.device).masked_fill(~may, -math.inf)[:, None]
+        """tokens (B, T), pad (B,) padding on the left or None: hidden states (B, T, C). Positions count from the first
+        real token. With a cache, tokens are the one after those in it. at: an index of (B, T), the positions that are
+        wanted (np.s_[:, P - 1:], or one per row): the last block computes no others."""
+        key = torch.arange((cache.length if cache else 0) + tokens.size(1), device=tokens.device)  # all tokens so far
+        place, first, bias = key[-tokens.size(1):], 0, None  # place (T,): index in the padded row, of the new tokens
+        if pad is not None:  # bias (B, 1, T, keys): a query sees the keys from a row's first token to its own
+            first = place.clamp(max=pad[:, None])  # (B, T); padding sees itself only: softmax over nothing would be NaN
+            bias = torch.where((first[..., None] <= key) & (key <= place[:, None]), 0.0, -math.inf)[:, None]
+        position = place - first  # (T,) or (B, T)
         rotation = rope_rotation(self.config, position) if self.config.rope else None
         x = self.token_embedding(tokens)
         x = self.dropout(x if self.config.rope else x + self.position_embedding(position))
         for block in self.blocks:
-            wanted = at if block is self.blocks[-1] else ...
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, bias, cache, wanted, use_reentrant=False)
-            else:
-                x = block(x, rotation, bias, cache, wanted)
+            args = x, rotation, bias, cache, at if block is self.blocks[-1] else ...
+            x = checkpoint(block, *args, use_reentrant=False) if self.recompute and x.requires_grad else block(*args)
         if cache is not None:
             cache.length = len(key)
         return self.norm(x)
@@ -176,45 +163,35 @@ class Trunk(nn.Module):
 class GPT(nn.Module):
     """The language model: the trunk and a head, which is the token embedding once more unless config.tied is False."""
     kind = "lm"
-
     def __init__(self, config):
         super().__init__()
         self.config, self.trunk = config, Trunk(config)
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.padded_vocab, bias=False)
-            nn.init.normal_(self.lm_head.weight, std=0.02)
 
-    def forward(self, tokens, pad=None):
-        """tokens (B, T), pad (B,) or None: logits (B, T, V). The logits at t predict the token at t + 1."""
-        return self.logits(self.trunk(tokens, pad))
+    def forward(self, tokens, pad=None, at=...):
+        """tokens (B, T), pad (B,) or None: logits (B, T, V), or of the positions `at`. They predict the next token."""
+        return self.logits(self.trunk(tokens, pad, at=at))
 
     def logits(self, hidden):
         """hidden (..., C): logits (..., V)."""
         head = self.trunk.token_embedding if self.config.tied else self.lm_head
         return full_precision(head, hidden)[..., :self.config.vocab_size]
 
-    def response_logits(self, tokens, pad, P):
-        """Logits that predict the response part of tokens (B, P + R): (B, R, V), read at positions P-1 .. P+R-2."""
-        return self.logits(self.trunk(tokens[:, :-1], pad, at=(slice(None), slice(P - 1, None))))
-
     @classmethod
-    @torch.no_grad()
     def from_pretrained(cls, folder, block_size=0, vocab_size=0):
         """The model in a folder in Hugging Face's format (config.json, safetensors), in float32 and eval mode.
         block_size, vocab_size: how many positions, and rows of the token embedding, are kept; 0: all."""
-        with torch.device("meta"):  # no memory yet: a weight takes it when it is written
-            model = cls(hub_config(json.loads((Path(folder) / "config.json").read_text()), block_size, vocab_size))
-        for x in model.to_empty(device="cpu").parameters():
-            x.zero_()  # the rows of padded_vocab stay so
+        model = cls(hub_config(json.loads((Path(folder) / "config.json").read_bytes()), block_size, vocab_size))
+        for x in model.parameters():
+            x.data.zero_()  # the rows of padded_vocab stay so
         one, index = (Path(folder) / f"model.safetensors{end}" for end in ("", ".index.json"))
         files = (json.loads(index.read_text())["weight_map"] if index.is_file() and not one.is_file() else
                  dict.fromkeys(safe_open(one, "pt").keys(), one.name))
         where = {re.sub("^(transformer|model)[.]", "", x): (Path(folder) / path, x) for x, path in files.items()}
         for name, part in hub_weights(model):
-            check(name in where, f"{folder}: {name} is in no model*.safetensors")
             path, there = where.pop(name)
-            with safe_open(path, "pt") as file:  # for this weight only: an open file stays in memory
-                x = file.get_tensor(there)
+            x = safe_open(path, "pt").get_tensor(there)  # opened for this weight only: what is read stays in memory
             part.copy_(x[:len(part)] if name.startswith(("embed_tokens", "lm_head", "wte", "wpe")) else x)
         others = [name for name in where if not re.search("^lm_head|[.](attn[.]bias|masked_bias|inv_freq)$", name)]
         check(not others, f"{folder}: {', '.join(others[:3])}: no weight of this architecture")
@@ -224,7 +201,6 @@ class ScalarModel(nn.Module):
     """Trunk and a scalar head, for the reward model (score of a text) and the value model (value of each state). It
     starts at std 1 / sqrt(C + 1) as in Stiennon et al. 2020's code; gain and bias normalise the score (reward.py)."""
     kind = "reward"
-
     def __init__(self, config):
         super().__init__()
         self.config, self.trunk = config, Trunk(config)
@@ -251,26 +227,24 @@ def full_precision(head, hidden):
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). tokens (B, T); logits (B, T, V),
     divided by the temperature here, or (B, T-1, V). One place, so that PPO, DPO and evaluation agree to the bit."""
-    targets = tokens[:, 1:]
-    logits = logits[:, :targets.size(1)].to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits[:, :tokens.size(1) - 1].to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits if temperature == 1 else logits / temperature
-    return F.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return F.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 def row_logprobs(model, rows, pad_id, device, autocast):
     """Log-probability in nats of each row (ids, first), summed over its counted tokens ids[first:]: (B,)."""
     P = min(first for _, first in rows)  # the head runs from here on only
-    tokens, real = pad_responses([ids for ids, _ in rows], pad_id)  # (B, T); no real token sees padding on the right
-    firsts = torch.tensor([first for _, first in rows])
-    tokens, mask = tokens.to(device), (real * (torch.arange(tokens.size(1)) >= firsts[:, None])).to(device)  # (B, T)
+    tokens = pad_responses([ids for ids, _ in rows], pad_id)[0].to(device)  # (B, T); real tokens do not see padding
+    mask = pad_responses([[0] * first + [1] * (len(ids) - first) for ids, first in rows], 0)[0].to(device)  # (B, T)
     with autocast():
-        logits = model.response_logits(tokens, None, P)  # (B, T - P, V)
+        logits = model(tokens[:, :-1], at=(slice(None), slice(P - 1, None)))  # (B, T - P, V)
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
     """A checkpoint folder's model in eval mode, "lm" or "reward". fresh_head: a scalar head on a language model."""
     weights, facts = read_checkpoint(folder, kind)
-    config = GPTConfig(**{**facts["model"], "dropout": dropout})
-    model = (ScalarModel if kind == "reward" or fresh_head else GPT)(config)
+    kind = ScalarModel if kind == "reward" or fresh_head else GPT
+    model = kind(GPTConfig(**{**facts["model"], "dropout": dropout}))
     model.load_state_dict({name: weights.get(name, fresh) for name, fresh in model.state_dict().items()})
     model.trunk.recompute = recompute
     return model.to(device).eval()
@@ -286,11 +260,10 @@ LLAMA = dict(n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_hea
              q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", proj="self_attn.o_proj",
              norm2="post_attention_layernorm", up="mlp.gate_proj mlp.up_proj", down="mlp.down_proj", norm="norm")
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "rope_type": ["default", "llama3"],
-             "hidden_act": ["silu"], "activation_function": ["gelu", "gelu_new", "gelu_pytorch_tanh"],
-             "scale_attn_weights": [True], "partial_rotary_factor": [1.0], **dict.fromkeys(
-                 "attention_bias mlp_bias use_sliding_window quantization_config num_experts num_local_experts "
-                 "scale_attn_by_inverse_layer_idx add_cross_attention".split(), [False])}
+SUPPORTED = {"model_type": ["gpt2", "llama", "qwen2", "qwen3"], "hidden_act": ["silu"], "num_experts": [False],
+             "rope_type": ["default", "llama3"], "activation_function": ["gelu", "gelu_new", "gelu_pytorch_tanh"],
+             "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "partial_rotary_factor": [1.0],
+             **dict.fromkeys("attention_bias mlp_bias use_sliding_window quantization_config".split(), [False])}
 
 def hub_config(settings, block_size=0, vocab_size=0):
     """GPTConfig from the content of a config.json; UserError names a setting that cannot be computed here."""

@@ -204,7 +204,8 @@ def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, r
             batch = select(rollout, rows)
             tokens, pad, P = batch["tokens"], batch["pad"].to(device), batch["tokens"].size(1) - batch["mask"].size(1)
             logits, logprobs, values = forward(policy, value, batch, cfg.temperature)
-            ref_logprobs = token_logprobs(ref.response_logits(tokens, pad, P), tokens[:, P - 1:], cfg.temperature)
+            ref_logprobs = token_logprobs(
+                ref(tokens[:, :-1], pad, at=np.s_[:, P - 1:]), tokens[:, P - 1:], cfg.temperature)
             if rewards:  # a reward model reads at the last real token, EOS included
                 scores = torch.stack([model.score(tokens, pad, P + lengths[rows] - 1) for model in rewards])  # (., B)
                 rollout["scores"][rows] = scores.amin(0) if cfg.ensemble == "min" else scores.mean(0)

@@ -129,12 +129,18 @@ def read_model(folder, block_size, vocab_size):
             convert_bin(folder, Path(converted))
             folder = Path(converted)
         try:
-            return GPT.from_pretrained(folder, block_size, vocab_size)
-        except (RuntimeError, safetensors.SafetensorError) as error:
+            model = GPT.from_pretrained(folder, block_size, vocab_size)
+        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:  # KeyError: of a weight that is missing
             if isinstance(error, RuntimeError) and "size of tensor" not in str(error):
                 raise
             raise UserError(f"{folder}: its weights are damaged, a pointer of Git LFS, or not those of its "
                             f"config.json: {error}") from None
+        for path in folder.glob("model*.safetensors") if model.config.tied else ():
+            with safetensors.safe_open(path, "pt") as file:
+                head = file.get_tensor("lm_head.weight")[:vocab_size] if "lm_head.weight" in file.keys() else None
+            check(head is None or torch.equal(head.float(), model.trunk.token_embedding.weight[:len(head)]), f"{folder}: "
+                  "config.json says that the head is the token embedding, but lm_head.weight is not")
+        return model
 
 def main(cfg):
     local, named = Path(cfg.init).is_dir(), cfg.init in SIZES or cfg.init in SHAPES

@@ -157,7 +157,7 @@ def test_response_logits_predict_the_response():
     """The shift by one; a sampler that stops one token short of the block size (the last is never read again)."""
     model, tokens, P = random_model(block_size=6), torch.tensor([[END, 3, 4, 5, 6, 7]]), 3
     expected = torch.stack([model(tokens[:, :P + t])[0, -1] for t in range(3)])
-    assert torch.allclose(model.response_logits(tokens, None, P)[0], expected, atol=1e-5)
+    assert torch.allclose(model(tokens[:, :-1], at=np.s_[:, P - 1:])[0], expected, atol=1e-5)
     assert sample(model, tokens[:, :P], None, 4, end=-1)[0].shape == (1, 4)
     with pytest.raises(UserError, match="do not fit"):
         sample(model, tokens[:, :P], None, 5, end=-1)

@@ -67,6 +67,21 @@ def test_a_checkpoint_from_weights_on_disk(kind, tmp_path, capsys):
         main(Config(str(theirs), str(tmp_path / "evil")))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_head_of_its_own_in_a_model_that_ties_it(kind, tmp_path):
+    """Another model's logits, because config.json says that the head is the token embedding, and the weights do not."""
+    theirs = folder_of(tmp_path / "theirs", kind, tie_word_embeddings=True)
+    weights = load_file(theirs / "model.safetensors")
+    (embedding,) = (x for name, x in weights.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+    for name, head in (("same", embedding.clone()), ("other", embedding + 1)):
+        save_file({**weights, "lm_head.weight": head}, theirs / "model.safetensors", {"format": "pt"})
+        if name == "other":
+            with pytest.raises(UserError, match="lm_head.weight is not"):
+                main(Config(str(theirs), str(tmp_path / name)))
+        else:
+            main(Config(str(theirs), str(tmp_path / name)))
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path, monkeypatch):
     """A tokenizer of another model, whose ids mean other tokens to the weights; a folder without one that gets GPT-2's;
     a chat format that the tokenizer has no tokens for; a name that is neither a folder nor a model."""
