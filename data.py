@@ -15,7 +15,6 @@ import json
 import math
 import re
 import unicodedata
-from os.path import commonprefix
 from pathlib import Path
 
 import tiktoken
@@ -100,8 +99,8 @@ def chat_ids(enc, turns):
                 return ids + chat.get("think", [])
 
 def encode_prompt(enc, prompt, limit, counts=None):
-    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue its oldest turns (in a chat format a
-    system message stays), then the last turn its text's beginning. counts: a Counter of prompts, and truncated ones."""
+    """ids of a prompt, limit at most. A longer one loses its beginning: a dialogue its oldest turns, then the last turn
+    its text's. In a chat format the system message stays (a long one: in part). counts: of prompts, truncated ones."""
     begin = [] if enc.chat else [enc.begin]
     if enc.chat:
         turns = turns_of(prompt)
@@ -119,8 +118,9 @@ def encode_prompt(enc, prompt, limit, counts=None):
     if counts is not None:
         counts.update({"prompts": 1, "prompts truncated": number > 0 or len(ids) > limit})
     if enc.chat and len(ids) > limit:  # then the user's text alone loses its beginning
-        empty = chat_ids(enc, [{**turn, "content": turn["content"] * (turn["role"] != "user")} for turn in suffixes[-1]])
-        begin = commonprefix([ids, empty]) if len(empty) < limit else []
+        empty = chat_ids(enc, [{**x, "content": x["content"] * (x["role"] != "user")} for x in suffixes[-1]])
+        same = next((i for i, (a, b) in enumerate(zip(ids, empty)) if a != b), 0)
+        begin = ids[:same] if len(empty) <= limit // 2 else []
     return begin + ids[max(len(begin), len(ids) - limit + len(begin)):]
 
 def encode_texts(enc, prompt, responses, block_size, counts):

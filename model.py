@@ -168,6 +168,7 @@ class GPT(nn.Module):
         self.config, self.trunk = config, Trunk(config)
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.padded_vocab, bias=False)
+            nn.init.normal_(self.lm_head.weight, std=0.02)
 
     def forward(self, tokens, pad=None, at=...):
         """tokens (B, T), pad (B,) or None: logits (B, T, V), or of the positions `at`. They predict the next token."""

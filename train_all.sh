@@ -4,8 +4,8 @@
 #   smoke  under a minute: does every stage run?
 #   smollm SmolLM2 135M on the same ratings of sentences: English, in under two hours on two cores (7.4 GB)
 #   chat   SmolLM2 as an assistant, on Anthropic's dialogues: people compared responses to the same prompt, so the reward
-#          model learns from them, without a labeler. chat --train FILE takes comparisons on disk in place of them. Of
-#          each part (reward model, judge, PPO, test) at most 700: PAIRS=5000 takes more, PAIRS=0 all, for a GPU
+#          model learns from them, without a labeler. Of each part (reward model, judge, PPO, test) 700: PAIRS=5000 takes
+#          more, PAIRS=0 all, for a GPU. chat --train FILE takes comparisons on disk in place of them, all unless PAIRS is set
 # Behind smollm or chat words for prepare.pretrained may follow, another model for one: smollm gpt2
 # Stopped or killed, the same command resumes. A finished stage is not run again, unless its flags or inputs have changed.
 # RLOO=1 trains RLOO, too. SEED=2 is another seed; OUT and DATA are other folders (a DATA of your own is used as it is: the
@@ -40,7 +40,13 @@ if torch.cuda.is_available(): print("CUDA is here: bash train_all.sh smollm runs
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-30000} MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
 data=(reviews data/reviews)  # of the data: module of prepare, folder (empty: in OUT), file
-if [ $preset = chat ] && [ -z "${DATA:-}" ]; then PAIRS=${PAIRS:-700} data=(hh "data/hh${PAIRS:-700}"); else PAIRS=""; fi
+PAIRS=${PAIRS:-}
+if [ $preset = chat ] && [ -z "${DATA:-}" ]; then
+  [ "${1:-}" = --train ] || PAIRS=${PAIRS:-700}
+  [ "$PAIRS" != 0 ] || PAIRS=""
+  data=(hh "data/hh$PAIRS")
+elif [ -n "$PAIRS" ]; then echo "error: PAIRS is for chat without DATA" >&2; exit 2
+fi
 if [ "$preset ${1:-}" = "chat --train" ]; then
   file=${2:-}
   case $file in /*) ;; *) file=$here/$file ;; esac

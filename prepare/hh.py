@@ -1,6 +1,6 @@
 """Anthropic's dialogues: people chose the better of two responses of an assistant, for helpfulness or harmlessness.
 
-    python -m prepare.hh                                 downloads 30 MB, writes data/hh
+    python -m prepare.hh                                 downloads 30 MB to data/hh-raw, writes data/hh
     python -m prepare.hh --train FILE --out data/my      from a file of such pairs, of which a fifth is held out
 
 Source: Bai et al. 2022, arXiv:2204.05862; MIT licence. The content can be offensive: people were asked to provoke it.
@@ -32,7 +32,7 @@ SHA256 = {("helpful-base", "train"): "518a5bf288456fc9f3b7c980c54116fba0c52f274d
 
 @dataclass
 class Config:
-    out: str = "data/hh"       # folder for the prepared files; the downloads go into its subfolder raw
+    out: str = "data/hh"       # folder for the prepared files
     train: str = ""            # files on disk instead of the downloads, with commas between them
     limit: int = 0             # at most so many pairs in each part; 0: all
     valid_share: float = 0.02  # share of the training groups that select a checkpoint of SFT
@@ -89,14 +89,16 @@ def main(cfg):
     """Make all files in folder cfg.out; returns the content of summary.json. The same seed gives the same bytes."""
     paths, counts = {"train": [Path(name) for name in cfg.train.split(",")], "test": []}, {}
     if not cfg.train:
-        paths = {part: [download(SOURCE.format(*key), f"{cfg.out}/raw/{'-'.join(key)}.jsonl.gz", sha256)
+        paths = {part: [download(SOURCE.format(*key), f"data/hh-raw/{'-'.join(key)}.jsonl.gz", sha256)
                         for key, sha256 in SHA256.items() if key[1] == part] for part in ("train", "test")}
     train = read_pairs(paths["train"], counts)
     test = read_pairs(paths["test"], counts, {key_of(row) for row in train})
     parts = split(train, test if paths["test"] else None, cfg.valid_share, cfg.seed)
     for part, rows in parts.items():
         check(rows, f"no pairs for the part {part!r} (too few dialogues, or another --valid-share)")
-        del rows[cfg.limit or len(rows):]
+        if 0 < cfg.limit < len(rows):
+            print(f"{part}: {cfg.limit:,} of {len(rows):,} pairs")
+            del rows[cfg.limit:]
     files = {"demos_train.jsonl": demos(parts["reward"]), "demos_valid.jsonl": demos(parts["valid"]),
              **{f"pairs_{part}.jsonl": parts[part] for part in ("reward", "judge", "test")},
              "prompts_ppo.jsonl": prompts(parts["ppo"]), "prompts_eval.jsonl": prompts(parts["test"]),

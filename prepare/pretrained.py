@@ -130,16 +130,18 @@ def read_model(folder, block_size, vocab_size):
             folder = Path(converted)
         try:
             model = GPT.from_pretrained(folder, block_size, vocab_size)
-        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:  # KeyError: of a weight that is missing
-            if isinstance(error, RuntimeError) and "size of tensor" not in str(error):
+        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            named = re.search("size of tensor|[.](weight|bias)'", str(error))  # of another shape, or not there
+            if not named and not isinstance(error, safetensors.SafetensorError):
                 raise
             raise UserError(f"{folder}: its weights are damaged, a pointer of Git LFS, or not those of its "
                             f"config.json: {error}") from None
-        for path in folder.glob("model*.safetensors") if model.config.tied else ():
-            with safetensors.safe_open(path, "pt") as file:
-                head = file.get_tensor("lm_head.weight")[:vocab_size] if "lm_head.weight" in file.keys() else None
-            check(head is None or torch.equal(head.float(), model.trunk.token_embedding.weight[:len(head)]), f"{folder}: "
-                  "config.json says that the head is the token embedding, but lm_head.weight is not")
+        one, name = "model.safetensors", "lm_head.weight"
+        path = one if (folder / one).is_file() else json.loads((folder / INDEX).read_bytes())["weight_map"].get(name)
+        if path and model.config.tied and name in (file := safetensors.safe_open(folder / path, "pt")).keys():
+            head = file.get_tensor(name)[:vocab_size].float()
+            check(torch.equal(head, model.trunk.token_embedding.weight[:len(head)]), f"{folder}: config.json says that "
+                  f"the head is the token embedding, but {name} is not")
         return model
 
 def main(cfg):

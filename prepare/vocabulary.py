@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import jinja2  # torch needs it, too
 import tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -73,17 +72,21 @@ def chat_format(ranks, settings, template, named):
     head, tail, turns = map(re.escape, (before.format(role="system"), after, turns + before.format(role="assistant")))
     form, found = re.compile(f"(.*?)(?:{head}(.*?){tail})?{turns}(.*)", re.DOTALL), []
     try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # TRL's, around what is to be learned
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
         for first in ([], [("system", "S")]):
             messages = [{"role": role, "content": text} for role, text in first + dialogue]
-            text = template.render(messages=messages, add_generation_prompt=True, enable_thinking=False, **named,
-                                   strftime_now=lambda _: "26 Jul 2024")  # Llama 3.1's own date
+            text = environment.from_string(template).render(
+                messages=messages, add_generation_prompt=True, enable_thinking=False, tools=None, documents=None,
+                strftime_now=lambda _: "26 Jul 2024", **named)  # Llama 3.1's own date
             found.append(form.fullmatch(text))
         (begin, default, think), (_, given, _) = (match.groups(default="") for match in found)
-    except (jinja2.TemplateError, AttributeError, TypeError):
+    except Exception:  # a template is a program, which can fail in any way
         return {}
     preamble = given[:-1]
-    if not (given == f"{preamble}S" and default.startswith(preamble) and begin in ("", *special)):
+    if not (given == f"{preamble}S" and default.startswith(preamble) and begin in ("", *special)) or (
+            "bos_token" in template and "bos_token" not in named):
         return {}
     facts = {"begin": special.get(begin), "system": default.removeprefix(preamble), "preamble": preamble,
              "think": Tokenizer(ranks, settings, False).encode(think, allowed_special="all")}
@@ -122,9 +125,13 @@ def read_json(content, name, template="", named={}, gpt2=False):
     ids = sorted([*ranks.values(), *special.values()])
     check(ids == list(range(len(ids))), f"{name}: its ids have gaps (an added token far behind the others?)")
     begin = begin_token(content.get("post_processor"))
+    named = {**({"bos_token": begin} if begin else {}), **named}
     settings = {"pattern": pattern, "special": special, "end": end, **({"begin": special[begin]} if begin else {}),
                 **({"nfc": True} if normalizer else {})}
-    return ranks, {**settings, **chat_format(ranks, settings, template, named)}
+    chat = chat_format(ranks, settings, template, named)
+    if template and not chat:
+        say(f"{name}: its chat template writes turns in no format that is known here (no --chat)")
+    return ranks, {**settings, **chat}
 
 def read_tokenizer(folder, vocab="", gpt2=False):
     """(ranks, settings) of the file vocab, or else of vocab.tiktoken, tokenizer.json or vocab.json in a model's folder.

@@ -53,6 +53,7 @@ def main(cfg):
                 known[prompt, response, share, group] = {
                     name: float(f"{seconds / cfg.episodes:.3g}")
                     for name, seconds in (("seconds", median(at.time(iteration))), ("floor", flops / at.flops))}
+                del iteration  # and its models
             points.append({"size": size, "axis": axis, "value": at.model.width if axis == "width" else value,
                            **known[prompt, response, share, group]})
     write_json(out / "scaling.json", {"hardware": hardware(), "torch": torch.__version__, "dtype": cfg.dtype,

@@ -72,7 +72,7 @@ def test_a_long_turn_keeps_the_marks_of_its_chat_format():
     turns = [{"role": "system", "content": "Hm."}, {"role": "user", "content": "one"},
              {"role": "assistant", "content": "two"}, {"role": "user", "content": "abcdefghij" * 9}]
     head = f"{END}<|im_start|>system\nHm.<|im_end|>\n<|im_start|>user\n"
-    for limit in (60, 110):
+    for limit in (70, 110):
         ids = encode_prompt(enc, turns, limit, counts := Counter())
         text = enc.decode(ids)
         assert len(ids) == limit and counts["prompts truncated"] == 1

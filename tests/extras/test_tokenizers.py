@@ -123,8 +123,10 @@ LLAMA = ("{{ bos_token }}{% set start, end = '<|start_header_id|>', '<|end_heade
     (CHATML.replace("assistant\n'", "assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n\n')"), "",
      "<think>\n\n</think>\n\n"),
     (CHATML.replace("<|im_start|>' + m.role + '", "<|' + m.role + '|>"), None, None),
-    ("{{ bos_token }}x" + CHATML, None, None), ("{{ strftime_now(1)(2) }}", None, None),
-    ("{% generation %}", None, None),
+    ("{{ bos_token }}x" + CHATML, None, None), ("{{ 1 / 0 }}", None, None), ("{% for %}", None, None),
+    ("{{ bos_token }}" + CHATML + "{# nameless #}", None, None),
+    (CHATML.replace("{{ '<|im_start|>' + m", "{% generation %}{{ '<|im_start|>' + m").replace(
+        "{% endfor %}", "{% endgeneration %}{% if tools is not none %}x{% endif %}{% endfor %}"), "", ""),
     (LLAMA, "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024.\n\n<|eot_id|>", "")])
 def test_what_is_read_from_a_template(template, begin, end):
     """Turns in another form than the model has seen, in silence: the default system message, a begin token, the
@@ -134,7 +136,8 @@ def test_what_is_read_from_a_template(template, begin, end):
         "<|im_start|>", "<|im_end|>"]
     ranks, special = {bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(names)}
     settings = {"pattern": GPT2_PATTERN, "special": special, "end": 256}
-    found = chat_format(ranks, settings, template, {"bos_token": "<|begin_of_text|>"})
+    named = {} if "nameless" in template else {"bos_token": "<|begin_of_text|>"}
+    found = chat_format(ranks, settings, template, named)
     if begin is None:
         assert found == {}
         return
@@ -143,7 +146,9 @@ def test_what_is_read_from_a_template(template, begin, end):
     ids = chat_ids(enc, turns_of("Hi"))
     assert enc.decode(ids) == begin + head[0].format("user") + "Hi" + head[1] + head[0].format("assistant") + end
     assert (special["<think>"] in ids) == bool(end)
-    assert chat_format(ranks, settings, "", {})["chat"]["end"] == found["chat"]["end"]
+    plain = chat_format(ranks, settings, "", {})["chat"]
+    assert plain["end"] == found["chat"]["end"]
+    assert plain.get("begin") == (special["<|begin_of_text|>"] if "eot_id" in template else None)
 
 
 def test_a_token_that_is_padding_and_a_letter_too(capsys):
@@ -163,6 +168,10 @@ def test_gpt2_splits_its_own_way_in_tiktokens_format_too(tmp_path):
     save_ranks({token: i for i, token in enumerate(tokens)}, tmp_path / "r50k", None)
     assert read_tokenizer(tmp_path, tmp_path / "r50k", gpt2=True)[1]["pattern"] == GPT2_PATTERN
     assert read_tokenizer(tmp_path, tmp_path / "r50k")[1] is None
+    more = tokens + [bytes([1, i // 512, i // 2 % 256, i % 2]) for i in range(128000 - len(tokens))]  # as Llama 3's
+    save_ranks({token: i for i, token in enumerate(more)}, tmp_path / "l3", None)
+    with pytest.raises(UserError, match="tokenizer.json has them"):
+        read_tokenizer(tmp_path, tmp_path / "l3")
 
 
 def test_a_tokenizer_that_tiktoken_would_not_reproduce_is_refused(capsys):
