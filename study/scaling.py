@@ -1,11 +1,13 @@
 """What an episode of PPO costs: seconds against one quantity at a time, at two sizes of model, beside the floor.
 
-    python -m study.scaling results/performance       half an hour of one core: scaling.json, scaling.png
+    python -m study.scaling results/performance       scaling.png of the scaling.json that is there, or else measured:
+                                                      half an hour of one core
 
 An iteration is sampling, scoring, and 4 epochs of 4 minibatches with a separate value model, as in tools/bench.py,
 whose clock and floor these are; from 2 responses to a prompt on it is GRPO's, which has no value model. Weights and
 tokens are random, and every response has its full length.
 """
+import json
 import time
 from dataclasses import dataclass, replace
 from statistics import median
@@ -35,40 +37,48 @@ def narrowed(model, share):
     parts = {name: getattr(model, name) * share // model.n_kv_head for name in ("width", "mlp_width", "n_head")}
     return replace(model, **parts, n_kv_head=share)
 
-def main(cfg):
+def measure(cfg):
+    """What scaling.json holds."""
     torch.set_num_threads(1)
-    points, out = [], open_folder(cfg.out)
+    points = []
     for size in cfg.sizes.split(","):
         at = bench.Bench(bench.Config(size, dtype=cfg.dtype, device=cfg.device, repeats=cfg.repeats, seed=cfg.seed))
         full, known = at.model, {}
         work = [(axis, value) for axis, values in AXES.items() for value in
                 values or range(1, full.n_kv_head + 1)]  # width: by groups of heads
         for axis, value in progress(work, size):
-            prompt, response, share, group = (value if axis == name else usual for name, usual in zip(
+            prompt, response, share, group = key = tuple(value if axis == name else usual for name, usual in zip(
                 AXES, (PROMPT, RESPONSE, full.n_kv_head, 1)))
             at.model = narrowed(full, share)
-            if (prompt, response, share, group) not in known:
+            if key not in known:
                 iteration, flops = bench.ppo_work(
                     at, "ppo" if group == 1 else "grpo", (cfg.episodes, prompt, response), group)
-                known[prompt, response, share, group] = {
-                    name: float(f"{seconds / cfg.episodes:.3g}")
-                    for name, seconds in (("seconds", median(at.time(iteration))), ("floor", flops / at.flops))}
+                known[key] = {name: float(f"{seconds / cfg.episodes:.3g}") for name, seconds in (
+                    ("seconds", median(at.time(iteration))), ("floor", flops / at.flops))}
                 del iteration  # and its models
             points.append({"size": size, "axis": axis, "value": at.model.width if axis == "width" else value,
-                           **known[prompt, response, share, group]})
-    write_json(out / "scaling.json", {"hardware": hardware(), "torch": torch.__version__, "dtype": cfg.dtype,
-                                      "date": time.strftime("%Y-%m-%d"), "episodes": cfg.episodes, "points": points})
-    with drawing(out / "scaling.png", 1, len(AXES), (13, 4), sharey=True) as [axes]:
+                           **known[key]})
+    return {"hardware": hardware(), "torch": torch.__version__, "dtype": cfg.dtype, "date": time.strftime("%Y-%m-%d"),
+            "episodes": cfg.episodes, "points": points}
+
+def main(cfg):
+    file, figure = (open_folder(cfg.out) / f"scaling.{kind}" for kind in ("json", "png"))
+    if not file.is_file():
+        write_json(file, measure(cfg))
+    points = json.loads(file.read_text())["points"]
+    with drawing(figure, 1, len(AXES), (13, 4), sharey=True) as [axes]:
         for axis, name in zip(axes, AXES):
-            for number, size in enumerate(cfg.sizes.split(",")):
+            for number, size in enumerate(dict.fromkeys(point["size"] for point in points)):
                 mine = [point for point in points if (point["size"], point["axis"]) == (size, name)]
                 for kind, style in (("seconds", "o-"), ("floor", "--")):
                     axis.plot([point["value"] for point in mine], [point[kind] for point in mine], style,
                               color=f"C{number}", label=f"{size}: {kind}")
             axis.set(xscale="log", yscale="log", xlabel=name)
+            axis.set_xticks(ticks := sorted({point["value"] for point in points if point["axis"] == name}), ticks)
+            axis.minorticks_off()
         axes[0].set_ylabel("seconds per episode")
         axes[0].legend()
-    print(out / "scaling.png")
+    print(figure)
 
 if __name__ == "__main__":
     run(main, Config, words=("out",))
