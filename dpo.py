@@ -50,7 +50,7 @@ class Config:
 
 PRESETS = {"tiny": {"dtype": "bfloat16"}, "smoke": {"log_every": 1},
            "smollm": {"dtype": "bfloat16", "comparisons": "ends", "epochs": 1, "microbatch": 8, "lr": 2e-5},
-           "chat": {"dtype": "bfloat16", "epochs": 1, "microbatch": 4, "lr": 2e-5}}
+           "chat": {"dtype": "bfloat16", "epochs": 1, "microbatch": 2, "lr": 2e-5}}
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta, label_smoothing=0.0):
     """Losses, chosen_rewards, rejected_rewards of pairs, all (B,), from log-probabilities summed over the response.
@@ -114,8 +114,8 @@ def main(cfg):
     print(f"{len(rankings):,} rankings to train on, {len(test):,} held out, {steps} steps")
     stage.open()
     with torch.no_grad():  # the policy is still the SFT model: its log-probabilities now are the reference's for good
-        ref_logprobs = response_logprobs(policy, rankings, enc.end, device, autocast)
-        test_ref_logprobs = response_logprobs(policy, test, enc.end, device, autocast)
+        ref_logprobs = response_logprobs(policy, rankings, enc.end, device, autocast, cfg.microbatch)
+        test_ref_logprobs = response_logprobs(policy, test, enc.end, device, autocast, cfg.microbatch)
     # Rankings of similar length share a batch, but in steps of 64 tokens, as in reward.py.
     lengths = [max(len(ids) - 1 for ids, _ in ranking) // 64 for ranking in rankings]
     order = [batch for epoch in range(cfg.epochs) for batch in batches(lengths, cfg.batch_size, cfg.seed, epoch)]
@@ -140,7 +140,7 @@ def main(cfg):
         stage.keep(step + 1)
 
     with torch.no_grad():
-        logprobs = response_logprobs(policy, test, enc.end, device, autocast)
+        logprobs = response_logprobs(policy, test, enc.end, device, autocast, cfg.microbatch)
     held_out = {name: round(x.item(), 4) for name, x in measure(logprobs, test_ref_logprobs, cfg).items()}
     rewards = [cfg.beta * (own - ref).cpu() for own, ref in zip(logprobs, test_ref_logprobs)]
     card = ranking_accuracy([[ids for ids, _ in ranking] for ranking in test], rewards)

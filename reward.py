@@ -61,7 +61,7 @@ PRESETS = {
     **dict.fromkeys(("smoke", "smoke-people"), {"limit": 64, "samples": 16, "response_tokens": 16, "log_every": 1}),
     "smollm-people": {**SMOLLM, "limit": 2560},
     "smollm": SMOLLM,
-    "chat": {**SMOLLM, "samples": 128, "response_tokens": 64},  # from people's pairs: no labeler in between
+    "chat": {**SMOLLM, "microbatch": 2, "samples": 128, "response_tokens": 64},  # people rank: no labeler
 }
 
 def ranking_loss(scores, mask):

@@ -6,7 +6,7 @@ from common import check, progress
 from data import pad_prompts
 
 LOOK = {"cpu": 1}  # steps between two looks at which rows have ended; elsewhere 8, as a GPU has to be waited for
-TOKENS = 2**16  # prompt and response tokens of a sampling batch, at most: 2.4 GB of cache for GPT-2 124M in bf16
+TOKENS = {"cpu": 2**15}  # tokens of a batch, responses included, at most; elsewhere 2**16: GPT-2's cache has 2.4 GB
 LEAVE = 0.8  # rows that have ended leave the batch when at most this share still runs: it costs a copy of the cache
 
 class KVCache:
@@ -81,9 +81,9 @@ def sample_prompts(model, prompts, max_tokens, end, batch_size=512, **how):
     responses = torch.full((len(prompts), max_tokens), end, device=device)
     logprobs = torch.zeros(len(prompts), max_tokens, device=device)
     lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    groups = [[]]
+    groups, most = [[]], TOKENS.get(device.type, 2**16)
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if len(groups[-1]) >= min(batch_size, max(1, TOKENS // (len(prompts[i]) + max_tokens))):
+        if len(groups[-1]) >= min(batch_size, max(1, most // (len(prompts[i]) + max_tokens))):
             groups.append([])
         groups[-1].append(i)
     for rows in progress(groups, "sampling"):

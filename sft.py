@@ -56,7 +56,7 @@ PRESETS = {
     "smoke-base": {"n_layer": 2, "n_head": 2, "width": 32, "lr": 1e-2, "epochs": 8.0, "max_steps": 25, "evals": 1},
     "smoke-sft": {"lr": 3e-3, "epochs": 4.0, "max_steps": 10, "evals": 1},
     "smollm-sft": {**SMOLLM, "lr": 1e-4, "max_steps": 30},
-    "chat-sft": {**SMOLLM, "lr": 5e-5, "microbatch": 8},
+    "chat-sft": {**SMOLLM, "lr": 5e-5, "microbatch": 4},
 }
 
 def packed_rows(enc, path, size, seed):

@@ -83,7 +83,7 @@ def test_prompts_of_a_batch_are_of_similar_length(monkeypatch):
         assert torch.allclose(logprob[:n], token_logprobs(model(text), text)[0, len(prompt) - 1:], atol=1e-5)
     for tokens, sizes in ((10**6, [40]), (200, [25, 7, 7, 1]), (1, [1] * 40)):  # 25 short prompts, then 15 long ones
         seen.clear()
-        monkeypatch.setattr(sampling, "TOKENS", tokens)
+        monkeypatch.setattr(sampling, "TOKENS", {"cpu": tokens})
         sample_prompts(model, [[1] * 2] * 25 + [[1] * 20] * 15, 6, END)
         assert [rows for rows, _ in seen] == sizes
 
