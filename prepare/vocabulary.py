@@ -66,7 +66,8 @@ def chat_format(ranks, settings, template, named):
     before, after = "".join(FORMATS[kind]).split("{content}")
     chat = {"format": kind, "end": special[after.strip()]}
     if not template:
-        return {"chat": {**chat, **({"begin": special.get("<|begin_of_text|>")} if kind == "llama3" else {})}}
+        begins = kind == "llama3" and "<|begin_of_text|>" in special
+        return {"chat": {**chat, **({"begin": special["<|begin_of_text|>"]} if begins else {})}}
     dialogue = [("user", "A"), ("assistant", "B"), ("user", "C")]
     turns = "".join(before.format(role=role) + text + after for role, text in dialogue)
     head, tail, turns = map(re.escape, (before.format(role="system"), after, turns + before.format(role="assistant")))
@@ -129,7 +130,7 @@ def read_json(content, name, template="", named={}, gpt2=False):
     settings = {"pattern": pattern, "special": special, "end": end, **({"begin": special[begin]} if begin else {}),
                 **({"nfc": True} if normalizer else {})}
     chat = chat_format(ranks, settings, template, named)
-    if template and not chat:
+    if template and not chat and any(parts[0] in special for parts in FORMATS.values()):
         say(f"{name}: its chat template writes turns in no format that is known here (no --chat)")
     return ranks, {**settings, **chat}
 
