@@ -1,6 +1,8 @@
 """The blind test: do you prefer one policy's responses to another's, not knowing which is whose?
 
-    python -m labeling.blind ann                     on the prompts of a finished evaluation
+    python -m labeling.blind ann                     on the prompts of a finished evaluation, at the terminal
+    python -m labeling.blind --page                  or in a browser: writes blind-sft-ppo/page.html there
+    python -m labeling.blind ann --answers FILE      counts what was saved in the page
 
 Prints how often the second policy of --between is preferred, ties counted half, with a 95 % bootstrap interval, and how
 often the judge of that evaluation agrees. The same command resumes, like labeling.terminal.
@@ -12,18 +14,21 @@ from pathlib import Path
 
 import torch
 
-from common import check, generator, run, write_json
-from data import read_jsonl
+from common import check, generator, open_folder, run, write_atomic, write_json
+from data import read_jsonl, read_rows
 from evaluate import mean_interval
 from label import shuffled
 from labeling import terminal
-from labeling.answers import levels_of
+from labeling.answers import check_answer, levels_of
+from labeling.page import make_page
 
 @dataclass
 class Config:
     labeler: str = ""  # your name, the first word of the command line
     evaluate: str = "out/tiny/evaluate"  # folder of a finished evaluation: its samples.jsonl
     between: str = "sft,ppo"  # the two policies, as they are called there
+    page: bool = False        # write a page to compare in, in place of asking here
+    answers: str = ""         # what was saved in the page: answers-NAME.jsonl
     count: int = 50           # prompts
     bootstrap: int = 2000     # resamples behind the interval
     seed: int = 1             # choice of the prompts, and resamples
@@ -64,7 +69,13 @@ def main(cfg):
     pairs, (one, other) = read_pairs(cfg), cfg.between.split(",")
     samples = [{"id": id, "prompt": pair["prompt"], "responses": sorted(pair["texts"])} for id, pair in pairs.items()]
     folder = Path(cfg.evaluate) / f"blind-{one}-{other}" / cfg.labeler
-    answers = terminal.rank(samples[:cfg.count], cfg.labeler, folder)
+    if cfg.page:
+        write_atomic(open_folder(folder) / "page.html", make_page(samples[:cfg.count], "Which response is better?"))
+        print(f"{folder / 'page.html'}: open it, choose, save, and then --answers answers-NAME.jsonl")
+        return
+    answers = (read_rows(cfg.answers, check_answer) if cfg.answers else
+               terminal.rank(samples[:cfg.count], cfg.labeler, folder))
+    open_folder(folder)
     row = result(pairs, [answer for answer in answers if answer["id"] in pairs], cfg)  # not of an earlier evaluation
     write_json(folder / "result.json", {"between": [one, other], **row})
     print("{labeler} prefers {other} to {one}: {win_rate:.3f} ({interval[0]:.3f} to {interval[1]:.3f}), {answers} "

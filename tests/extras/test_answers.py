@@ -129,6 +129,12 @@ def test_blind_result_by_hand(tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "blind-sft-ppo/ann/result.json").read_text())
     assert row == {"between": ["sft", "ppo"], "win_rate": 0.8333, "interval": [0.5, 1.0], "answers": 3, "ties": 1,
                    "skipped": 1, "judge_win_rate": 0.6667, "judged": 2, "judge_agrees": 0.5}
+    blind.main(blind.Config(evaluate=str(tmp_path), page=True))  # the same in a browser
+    page = (tmp_path / "blind-sft-ppo/page.html").read_text()
+    assert "P0.5" in page and "equal" not in page and not re.search("\\b(sft|ppo)\\b", page)
+    saved = (tmp_path / "blind-sft-ppo/ann/answers.jsonl").rename(tmp_path / "answers-ann.jsonl")
+    blind.main(blind.Config("bo", str(tmp_path), answers=str(saved)))
+    assert json.loads((tmp_path / "blind-sft-ppo/bo/result.json").read_text()) == row
 
 
 def answer(labeler, number, order, texts="abcd", **more):
