@@ -244,8 +244,8 @@ def row_logprobs(model, rows, pad_id, device, autocast):
 def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
     """A checkpoint folder's model in eval mode, "lm" or "reward". fresh_head: a scalar head on a language model."""
     weights, facts = read_checkpoint(folder, kind)
-    kind = ScalarModel if kind == "reward" or fresh_head else GPT
-    model = kind(GPTConfig(**{**facts["model"], "dropout": dropout}))
+    Model = ScalarModel if kind == "reward" or fresh_head else GPT
+    model = Model(GPTConfig(**{**facts["model"], "dropout": dropout}))
     model.load_state_dict({name: weights.get(name, fresh) for name, fresh in model.state_dict().items()})
     model.trunk.recompute = recompute
     return model.to(device).eval()

@@ -71,11 +71,14 @@ def main(cfg):
     folder = Path(cfg.evaluate) / f"blind-{one}-{other}" / cfg.labeler
     if cfg.page:
         write_atomic(open_folder(folder) / "page.html", make_page(samples[:cfg.count], "Which response is better?"))
-        print(f"{folder / 'page.html'}: open it, choose, save, and then --answers answers-NAME.jsonl")
+        print(f"{folder / 'page.html'}: open it, choose, save, and then:\n"
+              "python -m labeling.blind NAME --answers answers-NAME.jsonl, with the other flags as here")
         return
-    answers = (read_rows(cfg.answers, check_answer) if cfg.answers else
-               terminal.rank(samples[:cfg.count], cfg.labeler, folder))
-    open_folder(folder)
+    if cfg.answers:
+        answers = read_rows(cfg.answers, check_answer)
+        open_folder(folder)
+    else:
+        answers = terminal.rank(samples[:cfg.count], cfg.labeler, folder)
     row = result(pairs, [answer for answer in answers if answer["id"] in pairs], cfg)  # not of an earlier evaluation
     write_json(folder / "result.json", {"between": [one, other], **row})
     print("{labeler} prefers {other} to {one}: {win_rate:.3f} ({interval[0]:.3f} to {interval[1]:.3f}), {answers} "

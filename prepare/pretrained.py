@@ -6,7 +6,8 @@
     python -m prepare.pretrained FOLDER --chat                a model on disk in Hugging Face's format; for dialogues
 
 What is fetched lies in data/pretrained/NAME; a file that is there already is used. GPT-2's revision is pinned: Radford
-et al. 2019. Other families: see model.py. Nothing that is read can run code.
+et al. 2019. Other families: see model.py. Weights are read as weights only; a chat template runs in
+jinja2's sandbox.
 """
 import json
 import pickle

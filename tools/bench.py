@@ -155,7 +155,7 @@ def ppo_work(bench, figure, shape, group):
     return iteration, B * (collect + cfg.epochs * 3 * (forward + values))
 
 def ppo_iteration(bench, figure):
-    """TRL's with the same numbers of epochs and minibatches, a reward model, and for GRPO a reference."""
+    """Ours, and TRL's with as many epochs and minibatches, a reward model and a reference."""
     (B, P, R), group = SAMPLE, GROUP if figure == "grpo" else 1
     iteration, work = ppo_work(bench, figure, SAMPLE, group)
     bench.record(figure, bench.time(iteration), B, "episodes/s", work)
