@@ -144,7 +144,7 @@ class Trunk(nn.Module):
         """tokens (B, T), pad (B,) padding on the left or None: hidden states (B, T, C). Positions count from the first
         real token. With a cache, tokens are the one after those in it. at: an index of (B, T), the positions that are
         wanted (np.s_[:, P - 1:], or one per row): the last block computes no others."""
-        key = torch.arange((cache.length if cache else 0) + tokens.size(1), device=tokens.device)  # all tokens so far
+        key = torch.arange(cache.extend(tokens.size(1)) if cache else tokens.size(1), device=tokens.device)
         place, first, bias = key[-tokens.size(1):], 0, None  # place (T,): index in the padded row, of the new tokens
         if pad is not None:  # bias (B, 1, T, keys): a query sees the keys from a row's first token to its own
             first = place.clamp(max=pad[:, None])  # (B, T); padding sees itself only: softmax over nothing would be NaN
@@ -156,8 +156,6 @@ class Trunk(nn.Module):
         for block in self.blocks:
             args = x, rotation, bias, cache, at if block is self.blocks[-1] else ...
             x = checkpoint(block, *args, use_reentrant=False) if self.recompute and x.requires_grad else block(*args)
-        if cache is not None:
-            cache.length = len(key)
         return self.norm(x)
 
 class GPT(nn.Module):

@@ -14,6 +14,11 @@ class KVCache:
     def __init__(self, size):
         self.size, self.length, self.layers = size, 0, {}
 
+    def extend(self, tokens):
+        """How many there are with so many new ones, which each layer is about to append."""
+        self.length += tokens
+        return self.length
+
     def append(self, layer, k, v):
         """Store k, v (B, H, t, D) of the newest tokens; returns all keys and values up to them."""
         B, H, t, D = k.shape
@@ -23,11 +28,11 @@ class KVCache:
                 keys = k.new_zeros(B, H, D, self.size).transpose(2, 3)
             self.layers[layer] = keys, values
         keys, values = self.layers[layer]
-        keys[:, :, self.length:self.length + t] = k
-        values[:, :, self.length:self.length + t] = v
-        return keys[:, :, :self.length + t], values[:, :, :self.length + t]
+        keys[:, :, self.length - t:self.length] = k
+        values[:, :, self.length - t:self.length] = v
+        return keys[:, :, :self.length], values[:, :, :self.length]
 
-    def keep(self, rows):
+    def take(self, rows):
         for layer, (keys, values) in self.layers.items():  # one by one: the memory of one layer twice, not of all
             self.layers[layer] = keys[rows], values[rows]
 
@@ -44,11 +49,16 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
     device = tokens.device
     responses = torch.full((B, max_tokens), end, device=device)
     logprobs = torch.zeros(B, max_tokens, device=device)
-    cache, new = KVCache(P + max_tokens - 1), tokens
+    prompts = tokens if pad is None else torch.cat([tokens, pad[:, None]], dim=1)
+    prompts, place = prompts.unique(dim=0, return_inverse=True)  # one that stands in several rows is computed once
+    new, pad, cache = prompts[:, :P], None if pad is None else prompts[:, P], KVCache(P + max_tokens - 1)
     rows = torch.arange(B, device=device)  # the rows still in the batch
     running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
     for t in range(max_tokens):
         hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
+        if t == 0:
+            hidden, pad = hidden[place], None if pad is None else pad[place]
+            cache.take(place)
         probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)
         uniform = torch.rand(B, 1, generator=random, device=device)[rows]  # a row's does not depend on who is left
         next_token = probs.argmax(-1) if temperature == 0 else draw(only(probs) if only else probs, uniform)  # (rows,)
@@ -62,7 +72,7 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
             if len(left) <= LEAVE * len(rows):  # the rows that have ended leave the batch
                 rows, running, next_token = rows[left], running[left], next_token[left]
                 pad = None if pad is None else pad[left]
-                cache.keep(left)
+                cache.take(left)
         new = next_token[:, None]
     before = (responses == end).cumsum(1) == 0  # a row that waits to leave the batch is sampled past its EOS: dropped
     lengths = (before.sum(1) + 1).clamp(max=max_tokens)

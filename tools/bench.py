@@ -54,9 +54,10 @@ def flop(config, T, read, head=False, past=0):
     trunk = config.n_layer * T * attention + ((config.n_layer - 1) * T + read) * rest
     return trunk + (2 * read * C * config.padded_vocab if head else 0)
 
-def sample_flop(config, P, R):
-    """One row: a prompt of P tokens, then R - 1 single tokens; the last sampled token is never read."""
-    return flop(config, P, 1, True) + sum(flop(config, 1, 1, True, past) for past in range(P, P + R - 1))
+def sample_flop(config, P, R, group=1):
+    """One row: a prompt of P tokens, computed once for a group, then R - 1 single tokens; the last is never read."""
+    prompt, head = flop(config, P, 1) / group, flop(config, 0, 1, True) - flop(config, 0, 1)
+    return prompt + head + sum(flop(config, 1, 1, True, past) for past in range(P, P + R - 1))
 
 class Bench:
     """Device, clock, and the speed of a large matrix product, on which every floor rests."""
@@ -151,7 +152,7 @@ def ppo_work(bench, figure, shape, group):
                                  bench.autocast, random)
         ppo.update(policy, value, optimizer, rollout, LR, cfg, bench.autocast, log, generator(bench.cfg.seed))
     forward, values = flop(bench.model, P + R - 1, R, True), flop(bench.model, P + R - 1, R) * (figure == "ppo")
-    collect = sample_flop(bench.model, P, R) + 2 * forward + values + flop(bench.model, P + R, 1)
+    collect = sample_flop(bench.model, P, R, group) + 2 * forward + values + flop(bench.model, P + R, 1)
     return iteration, B * (collect + cfg.epochs * 3 * (forward + values))
 
 def ppo_iteration(bench, figure):

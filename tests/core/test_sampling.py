@@ -35,6 +35,19 @@ def test_cached_sampling_equals_the_full_forward(temperature):
         assert torch.allclose(full[row, P - 1:P - 1 + length], logprobs[row, :length], rtol=0, atol=5e-6)
 
 
+def test_a_prompt_of_several_rows_is_computed_once():
+    """Rows that get another prompt's cache or padding; ids that are equal, though one begins with padding."""
+    model, (tokens, pad) = random_model(), pad_prompts([*PROMPTS, [END, END, 3]], END)
+    twin, rows = torch.tensor([[END, END, END, END, 3]]), torch.tensor([4, 1, 4, 0, 1, 5, 2, 4, 3, 5, 1])
+    tokens, pad, seen = torch.cat([tokens, twin]), torch.cat([pad, torch.tensor([4])]), []
+    model.trunk.register_forward_pre_hook(lambda trunk, given: seen.append(given[0].shape))
+    responses, lengths, logprobs = sample(model, tokens[rows], pad[rows], 8, -1, 0.7)
+    assert seen[:2] == [(6, 5), (11, 1)]
+    texts = torch.cat([tokens[rows], responses], dim=1)
+    full = token_logprobs(model(texts, pad[rows]), texts, 0.7)[:, 4:]
+    assert torch.allclose(full, logprobs, rtol=0, atol=5e-6) and lengths.eq(8).all()
+
+
 @pytest.mark.parametrize("pad", [None, torch.tensor([0, 2])])
 def test_a_cache_takes_one_token_after_the_other(pad):
     """A causal mask or positions that start at the wrong place when a token follows those already in the cache."""
@@ -47,8 +60,8 @@ def test_a_cache_takes_one_token_after_the_other(pad):
 @pytest.mark.parametrize("padded", [True, False])
 def test_rows_that_end_leave_the_batch_unnoticed(monkeypatch, padded):
     """A row that gets a neighbour's cache, padding, uniform number or place when another row leaves the batch."""
-    sizes, keep = [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
+    sizes, keep = [], KVCache.take
+    monkeypatch.setattr(KVCache, "take", lambda cache, rows: (sizes.append(len(rows)), keep(cache, rows)))
     leaving = drawn(padded)[3]
     assert len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
     monkeypatch.setattr(sampling, "LEAVE", -1.0)  # nobody ever leaves

@@ -42,10 +42,11 @@ def test_flop_counts_what_runs(T, first, family):
 
 @torch.no_grad()
 def test_flop_counts_samples():
-    """A sampler's floor that counts a prompt twice."""
-    gpt, tokens = random_model().double(), torch.zeros(2, 9).long()
-    ran = counted(lambda: sample(gpt, tokens, None, 5, bench.NEVER))
-    assert ran == 2 * bench.sample_flop(gpt.config, 9, 5)
+    """A sampler's floor that counts a prompt twice, or once for each response of its group."""
+    gpt, tokens = random_model().double(), torch.arange(4)[:, None].expand(4, 9)
+    for group, rows in ((1, tokens), (3, tokens.repeat(3, 1))):
+        ran = counted(lambda: sample(gpt, rows, None, 5, bench.NEVER))
+        assert ran == pytest.approx(4 * group * bench.sample_flop(gpt.config, 9, 5, group))
 
 
 @pytest.mark.parametrize("library, only, family", [
