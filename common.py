@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 # Flags that may change when a run is resumed: they change no result (but for rounding, and what dropout draws).
-FREE = "out overwrite save_every microbatch recompute sample_every kl_ceiling max_calls timeout parallel dry_run"
+FREE = ("out overwrite save_every microbatch recompute compile sample_every kl_ceiling max_calls timeout parallel "
+        "dry_run")
 WORK = ("done.json", "model.pt", "resume.pt")  # files that make a folder one that holds a run
 LOCKED = {}  # output folder that this process has locked: its open handle
 say = tqdm.write  # print a line above the progress bar

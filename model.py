@@ -72,8 +72,7 @@ def attention(q, k, v, bias):
     or 1, 1, t, T): 0 where a query may look, -inf where not; None: causal, a lone query being the newest token."""
     (B, H, t, D), (_, G, T, _) = q.shape, k.shape
     if q.device.type != "cpu" or bias is None and q.dtype == torch.float32 and H == G:  # else it is up to 10 x slower
-        if bias is not None and G < H:  # no fast kernel takes both
-            k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
+        k, v = (x if bias is None or G == H else x.repeat_interleave(H // G, 1) for x in (k, v))  # no kernel takes both
         bias = bias if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1, enable_gqa=k.size(1) < H)
     bias = torch.full((t, T), -math.inf, device=q.device).triu(1) if bias is None and t > 1 else bias
@@ -98,8 +97,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(torch.cat([q, k], dim=2), *rotation).split(self.heads[:2], dim=2)
         q, k, v = (part.to(v.dtype).transpose(1, 2) for part in (q, k, v))  # (B, H or G, T, D)
-        if cache is not None:
-            k, v = cache.append(self, k, v)  # (B, G, tokens so far, D)
+        k, v = cache.append(self, k, v) if cache else (k, v)  # (B, G, all tokens so far, D)
         return self.proj(attention(q, k, v, bias).transpose(1, 2)[at].flatten(-2))  # heads side by side: (..., C)
 
 class Block(nn.Module):
@@ -115,30 +113,30 @@ class Block(nn.Module):
 
     def forward(self, x, rotation, bias, cache, at):
         x = x[at] + self.dropout(self.attention(self.norm1(x), rotation, bias, cache, at))
-        up = self.up(self.norm2(x))
-        if self.config.swiglu:
-            gate, up = up.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up if self.config.swiglu else F.gelu(up, approximate=self.config.gelu)
+        *gate, up = self.up(self.norm2(x)).chunk(1 + self.config.swiglu, dim=-1)
+        hidden = F.silu(gate[0]) * up if gate else F.gelu(up, approximate=self.config.gelu)
         return x + self.dropout(self.down(hidden))
 
 class Trunk(nn.Module):
     """Everything but the head: tokens to the hidden states after the final norm."""
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute, self.dropout = config, False, nn.Dropout(config.dropout)
         self.token_embedding = nn.Embedding(config.padded_vocab, config.width)
-        if not config.rope:
-            self.position_embedding = nn.Embedding(config.block_size, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.position_embedding = nn.Identity() if config.rope else nn.Embedding(config.block_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.width)
-        self.recompute = False  # True: the backward pass computes a block again, and only its input is kept in memory
         for name, x in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(x)
             elif x.dim() == 2:
                 residual = name.endswith(("proj.weight", "down.weight"))  # adds to the residual stream: 2 per block
                 nn.init.normal_(x, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)  # as in GPT-2
+
+    def train_with(self, cfg):  # flags of a stage
+        self.recompute = cfg.recompute  # the backward pass computes a block again; only its input is kept in memory
+        for block in self.blocks[:-1] if cfg.compile else ():  # one graph serves all but the last, which has `at`
+            block.compile(dynamic=True)
 
     def forward(self, tokens, pad=None, cache=None, at=...):
         """tokens (B, T), pad (B,) padding on the left or None: hidden states (B, T, C). Positions count from the first
@@ -149,13 +147,13 @@ class Trunk(nn.Module):
         if pad is not None:  # bias (B, 1, T, keys): a query sees the keys from a row's first token to its own
             first = place.clamp(max=pad[:, None])  # (B, T); padding sees itself only: softmax over nothing would be NaN
             bias = torch.where((first[..., None] <= key) & (key <= place[:, None]), 0.0, -math.inf)[:, None]
-        position = place - first  # (T,) or (B, T)
-        rotation = rope_rotation(self.config, position) if self.config.rope else None
+        rotation = rope_rotation(self.config, place - first) if self.config.rope else None
         x = self.token_embedding(tokens)
-        x = self.dropout(x if self.config.rope else x + self.position_embedding(position))
+        x = self.dropout(x if self.config.rope else x + self.position_embedding(place - first))
         for block in self.blocks:
             args = x, rotation, bias, cache, at if block is self.blocks[-1] else ...
-            x = checkpoint(block, *args, use_reentrant=False) if self.recompute and x.requires_grad else block(*args)
+            run = block.forward if cache else block  # a block that is compiled would be so again for every token
+            x = checkpoint(run, *args, use_reentrant=False) if self.recompute and x.requires_grad else run(*args)
         return self.norm(x)
 
 class GPT(nn.Module):
@@ -164,9 +162,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.trunk = config, Trunk(config)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.padded_vocab, bias=False)
-            nn.init.normal_(self.lm_head.weight, std=0.02)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.padded_vocab, bias=False)
 
     def forward(self, tokens, pad=None, at=...):
         """tokens (B, T), pad (B,) or None: logits (B, T, V), or of the positions `at`. They predict the next token."""
@@ -174,8 +170,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C): logits (..., V)."""
-        head = self.trunk.token_embedding if self.config.tied else self.lm_head
-        return full_precision(head, hidden)[..., :self.config.vocab_size]
+        head = self.lm_head or self.trunk.token_embedding
+        return Head.apply(hidden, head.weight)[..., :self.config.vocab_size]
 
     @classmethod
     def from_pretrained(cls, folder, block_size=0, vocab_size=0):
@@ -210,18 +206,26 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens, pad=None, at=...):
         """tokens (B, T), pad (B,) or None: one number per position (B, T), or of those positions only."""
-        return full_precision(self.head, self.trunk(tokens, pad, at=at)) * self.gain + self.bias
+        return Head.apply(self.trunk(tokens, pad, at=at), self.head.weight).squeeze(-1) * self.gain + self.bias
 
     def score(self, tokens, pad, last):
         """Read the head at each row's last real token: tokens (B, T), last (B,) its index: score (B,)."""
         return self(tokens, pad, at=(torch.arange(len(tokens), device=tokens.device), last))
 
-def full_precision(head, hidden):
-    """A linear head in float32, outside autocast: hidden (..., C): (..., rows), or (...) for one row. In bf16
-    logits near -100, as GPT-2 has them, would be 0.5 apart, and different scores equal."""
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), head.weight.to(dtype), getattr(head, "bias", None)).squeeze(-1)
+class Head(torch.autograd.Function):
+    """A linear head in float32, outside autocast: hidden (..., C), weight (rows, C): (..., rows). In bf16 logits near
+    -100, as GPT-2 has them, would be 0.5 apart, and different scores equal. Gradients are in autocast's precision."""
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        kind, dtype = hidden.device.type, torch.promote_types(weight.dtype, torch.float32)
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        ctx.save_for_backward(hidden, weight)
+        with torch.autocast(kind, enabled=False):
+            return F.linear(hidden.to(dtype), weight.to(dtype))
+    @staticmethod
+    def backward(ctx, grad):
+        grad, hidden, weight = (x.to(ctx.dtype) for x in (grad, *ctx.saved_tensors))
+        return grad @ weight, grad.flatten(0, -2).T @ hidden.flatten(0, -2)
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). tokens (B, T); logits (B, T, V),
@@ -239,13 +243,11 @@ def row_logprobs(model, rows, pad_id, device, autocast):
         logits = model(tokens[:, :-1], at=(slice(None), slice(P - 1, None)))  # (B, T - P, V)
     return (token_logprobs(logits, tokens[:, P - 1:]) * mask[:, P:]).sum(1)
 
-def load_model(folder, device="cpu", kind="lm", dropout=0.0, recompute=False, fresh_head=False):
+def load_model(folder, device="cpu", kind="lm", dropout=0.0, fresh_head=False):
     """A checkpoint folder's model in eval mode, "lm" or "reward". fresh_head: a scalar head on a language model."""
     weights, facts = read_checkpoint(folder, kind)
-    Model = ScalarModel if kind == "reward" or fresh_head else GPT
-    model = Model(GPTConfig(**{**facts["model"], "dropout": dropout}))
+    model = (ScalarModel if kind == "reward" or fresh_head else GPT)(GPTConfig(**facts["model"] | {"dropout": dropout}))
     model.load_state_dict({name: weights.get(name, fresh) for name, fresh in model.state_dict().items()})
-    model.trunk.recompute = recompute
     return model.to(device).eval()
 
 # Hugging Face's names of our settings and modules; of several, one of ours holds the rows one after the other.

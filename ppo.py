@@ -19,13 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributions import Categorical
 
 from common import (Log, Stage, adamw, check, generator, learning_rate, optimizer_step, progress, run,
                     save_checkpoint, say, set_up)
 from data import (check_same_vocab, encode_prompt, length_mask, load_tokenizer, pad_prompts, prompt_limit, read_jsonl,
                   report_truncated)
-from model import full_precision, load_model, row_logprobs, token_logprobs
+from model import Head, load_model, row_logprobs, token_logprobs
 from sampling import sample_prompts
 
 @dataclass
@@ -49,6 +48,7 @@ class Config:  # the comments are the --help texts
     adam_eps: float = 1e-5              # Adam's, as in the 2019 code (which adds it before the bias correction)
     grad_clip: float = 1.0              # global norm of the gradient of policy and value together; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
+    compile: bool = False               # torch.compile of the layers: some % faster after a minute
     clip: float = 0.2                   # clip range of the ratio
     value_clip: float = 0.2             # clip range of a value around its old value
     value_coef: float = 0.1             # weight of the value loss
@@ -176,7 +176,7 @@ def forward(policy, value, batch, temperature):
     if value is None:
         return logits, logprobs, torch.zeros_like(logprobs)
     if isinstance(value, torch.nn.Linear):  # shared: a head on the policy's hidden states
-        return logits, logprobs, full_precision(value, hidden)
+        return logits, logprobs, Head.apply(hidden, value.weight).squeeze(-1) + value.bias
     return logits, logprobs, value(tokens[:, :-1], pad, at=np.s_[:, P - 1:])
 
 @torch.no_grad()
@@ -209,7 +209,8 @@ def collect(policy, ref, rewards, value, prompts, kl_coef, cfg, enc, autocast, r
             if rewards:  # a reward model reads at the last real token, EOS included
                 scores = torch.stack([model.score(tokens, pad, P + lengths[rows] - 1) for model in rewards])  # (., B)
                 rollout["scores"][rows] = scores.amin(0) if cfg.ensemble == "min" else scores.mean(0)
-            entropy = Categorical(logits=logits / cfg.temperature, validate_args=False).entropy()
+            log_softmax = (logits / cfg.temperature).log_softmax(-1)  # (B, R, V)
+            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
             for name, x in zip(names, (logprobs, ref_logprobs, values, entropy)):
                 rollout[name][rows, :x.size(1)] = x * batch["mask"]
     if not rewards:
@@ -319,14 +320,16 @@ def main(cfg):
     reward_folders = [] if rule else cfg.reward.split(",")
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts", *["text"] * (cfg.ptx_coef > 0))
-    policy, ref = load_model(cfg.sft, device, recompute=cfg.recompute), load_model(cfg.sft, device)
+    policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
+    policy.trunk.train_with(cfg)
     rewards = [load_model(folder, device, "reward") for folder in reward_folders]
     if cfg.dtype == "bfloat16":
         freeze(ref, *rewards)
     value = None
     if cfg.value in ("separate", "sft"):
         start = (reward_folders[0], device, "reward") if cfg.value == "separate" else (cfg.sft, device)
-        value = load_model(*start, recompute=cfg.recompute, fresh_head=cfg.value == "sft")
+        value = load_model(*start, fresh_head=cfg.value == "sft")
+        value.trunk.train_with(cfg)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first

@@ -39,7 +39,7 @@ def measure(cfg):
         if ran.returncode:
             return {**line, "problem": ran.stdout.decode(errors="replace").strip().rpartition("\n")[2][-200:]}
         log, stage, done = ((Path(out) / name).read_text() for name in ("log.jsonl", "config.json", "done.json"))
-    shown = "dtype episodes epochs batch_size microbatch response_tokens recompute".split()
+    shown = "dtype episodes epochs batch_size microbatch response_tokens recompute compile".split()
     seconds = [row["seconds"] for row in map(json.loads, log.splitlines()) if "seconds" in row]
     stage, done = json.loads(stage)["stage"], json.loads(done)
     return {**line, **{name: stage[name] for name in shown if name in stage},

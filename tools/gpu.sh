@@ -44,7 +44,7 @@ steps() {  # steps NAME COMMAND: seconds and memory of a few steps, in 2 % of th
 
 figures=train,sample,ppo-shared,reward,dpo presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
 sizes=(smollm2 HuggingFaceTB/SmolLM2-360M Qwen/Qwen2.5-0.5B gpt2 gpt2-xl)
-flags=("" "--value separate" "--microbatch 8" "--recompute" "--advantages rloo" "--dtype float32")
+flags=("" "--value separate" "--microbatch 8" "--recompute" "--compile" "--advantages rloo" "--dtype float32")
 if [ $size = smoke ]; then  # $OUT/small: a folder with the config.json of a model of few parameters
   presets=smoke speeds=tiny figures=sample sizes=("$OUT/small") flags=(--recompute)
   few="--iterations 3 --episodes 8 --epochs 1 --response-tokens 8 --snapshots 1"

@@ -3,6 +3,7 @@ import itertools
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import common
 from common import UserError
 from conftest import END, both_precisions, close, random_model
 from data import pad_prompts
-from model import GPT, GPTConfig, ScalarModel, attention, load_model, token_logprobs
+from model import GPT, Block, GPTConfig, Head, ScalarModel, attention, load_model, token_logprobs
 from evaluate import Ensemble, load_reward
 from reward import score_many
 from sampling import sample
@@ -136,6 +137,42 @@ def test_recomputing_activations_changes_nothing(dropout):
         hidden = model.trunk(tokens, pad, at=np.s_[:, 2:])
         gradients.append([hidden, *torch.autograd.grad(hidden.sin().sum(), list(model.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_compiled_layers_change_nothing(monkeypatch):
+    """--compile: another result than eager, or a graph for every new shape, as a compiled cache or `at` would need."""
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: torch.nn.Module.compile(  # CI need not have a compiler
+        block, dynamic=dynamic, backend="aot_eager"))
+    plain, compiled, counts = random_model(n_layer=3), random_model(n_layer=3), []
+    compiled.trunk.train_with(SimpleNamespace(recompute=False, compile=True))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for prompts in (PROMPTS, [row + row for row in PROMPTS], PROMPTS[:3], PROMPTS[2:] * 4):
+        tokens, pad = pad_prompts(prompts, END)
+        for first in (1, 3):
+            results = []
+            for model in (plain, compiled):
+                hidden = model.trunk(tokens, pad, at=np.s_[:, first:])
+                results.append([hidden, *torch.autograd.grad(hidden.sin().sum(), list(model.parameters()))])
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(*results))
+        drawn = [sample(model, tokens, pad, 6, END, random=torch.Generator().manual_seed(3))[0]
+                 for model in (plain, compiled)]
+        assert torch.equal(*drawn)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts == [1] * 4
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_gradients_of_the_head(dtype, tolerance):
+    """Logits of less than float32 under autocast; gradients that are another function's, or worse than bf16's."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = Head.apply(hidden, weight)
+    exact = F.linear(hidden, weight)
+    assert torch.equal(logits, exact)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sin().sum(), (hidden, weight)) for x in (logits, exact))):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 @pytest.mark.parametrize("padding", [[], [END], [9] * 4, [END, 3, 9] * 3])
