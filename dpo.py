@@ -41,7 +41,7 @@ class Config:
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False                         # torch.compile of the layers: some % faster after a minute
+    compile: bool = False                         # torch.compile of the layers (docs/performance.md)
     log_every: int = 10                           # steps per log line
     save_every: float = 300.0                     # seconds between saves of the resume state
     overwrite: bool = False                       # replace another run that --out holds, instead of refusing
@@ -105,7 +105,7 @@ def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test")
     policy, enc = load_model(cfg.model, device), load_tokenizer(cfg.model)
-    policy.trunk.train_with(cfg)
+    policy.trunk.set_flags(cfg)
     rows = read_rankings(cfg.train)
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, cfg.seed)
     counts, block_size = Counter(), policy.config.block_size

@@ -72,7 +72,7 @@ def attention(q, k, v, bias):
     or 1, 1, t, T): 0 where a query may look, -inf where not; None: causal, a lone query being the newest token."""
     (B, H, t, D), (_, G, T, _) = q.shape, k.shape
     if q.device.type != "cpu" or bias is None and q.dtype == torch.float32 and H == G:  # else it is up to 10 x slower
-        k, v = (x if bias is None or G == H else x.repeat_interleave(H // G, 1) for x in (k, v))  # no kernel takes both
+        k, v = (x if bias is None or G == H else x.repeat_interleave(H // G, 1) for x in (k, v))  # fast with a bias
         bias = bias if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1, enable_gqa=k.size(1) < H)
     bias = torch.full((t, T), -math.inf, device=q.device).triu(1) if bias is None and t > 1 else bias
@@ -121,7 +121,7 @@ class Trunk(nn.Module):
     """Everything but the head: tokens to the hidden states after the final norm."""
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute, self.dropout = config, False, nn.Dropout(config.dropout)
+        self.config, self.recompute, self.compiled, self.dropout = config, False, False, nn.Dropout(config.dropout)
         self.token_embedding = nn.Embedding(config.padded_vocab, config.width)
         self.position_embedding = nn.Identity() if config.rope else nn.Embedding(config.block_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -133,8 +133,8 @@ class Trunk(nn.Module):
                 residual = name.endswith(("proj.weight", "down.weight"))  # adds to the residual stream: 2 per block
                 nn.init.normal_(x, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)  # as in GPT-2
 
-    def train_with(self, cfg):  # flags of a stage
-        self.recompute = cfg.recompute  # the backward pass computes a block again; only its input is kept in memory
+    def set_flags(self, cfg):  # --recompute: the backward pass computes a block again; only its input stays in memory
+        self.recompute, self.compiled = cfg.recompute, cfg.compile
         for block in self.blocks[:-1] if cfg.compile else ():  # one graph serves all but the last, which has `at`
             block.compile(dynamic=True)
 
@@ -152,7 +152,7 @@ class Trunk(nn.Module):
         x = self.dropout(x if self.config.rope else x + self.position_embedding(place - first))
         for block in self.blocks:
             args = x, rotation, bias, cache, at if block is self.blocks[-1] else ...
-            run = block.forward if cache else block  # a block that is compiled would be so again for every token
+            run = block.forward if self.compiled and cache else block  # with a cache not compiled: each length is new
             x = checkpoint(run, *args, use_reentrant=False) if self.recompute and x.requires_grad else run(*args)
         return self.norm(x)
 
@@ -225,7 +225,7 @@ class Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad, hidden, weight = (x.to(ctx.dtype) for x in (grad, *ctx.saved_tensors))
-        return grad @ weight, grad.flatten(0, -2).T @ hidden.flatten(0, -2)
+        return grad @ weight, grad.reshape(-1, len(weight)).T @ hidden.reshape(-1, weight.size(1))
 
 def token_logprobs(logits, tokens, temperature=1.0):
     """Log-probability in nats of tokens[:, 1:], each given what precedes it: (B, T-1). tokens (B, T); logits (B, T, V),

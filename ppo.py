@@ -48,7 +48,7 @@ class Config:  # the comments are the --help texts
     adam_eps: float = 1e-5              # Adam's, as in the 2019 code (which adds it before the bias correction)
     grad_clip: float = 1.0              # global norm of the gradient of policy and value together; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False               # torch.compile of the layers: some % faster after a minute
+    compile: bool = False               # torch.compile of the layers (docs/performance.md)
     clip: float = 0.2                   # clip range of the ratio
     value_clip: float = 0.2             # clip range of a value around its old value
     value_coef: float = 0.1             # weight of the value loss
@@ -321,7 +321,8 @@ def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts", *["text"] * (cfg.ptx_coef > 0))
     policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
-    policy.trunk.train_with(cfg)
+    policy.trunk.set_flags(cfg)
+    ref.trunk.set_flags(cfg)  # compiled like the policy, or their difference were rounding
     rewards = [load_model(folder, device, "reward") for folder in reward_folders]
     if cfg.dtype == "bfloat16":
         freeze(ref, *rewards)
@@ -329,7 +330,7 @@ def main(cfg):
     if cfg.value in ("separate", "sft"):
         start = (reward_folders[0], device, "reward") if cfg.value == "separate" else (cfg.sft, device)
         value = load_model(*start, fresh_head=cfg.value == "sft")
-        value.trunk.train_with(cfg)
+        value.trunk.set_flags(cfg)
     elif cfg.value == "shared":
         value = torch.nn.Linear(policy.config.width, 1).to(device)
         value.load_state_dict({name: 0 * x for name, x in value.state_dict().items()})  # all values are 0 at first

@@ -45,7 +45,7 @@ class Config:
     weight_decay: float = 0.1                # AdamW, on matrices and embeddings
     grad_clip: float = 1.0                   # global norm of the gradient; 0: none
     recompute: bool = False                  # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False                    # torch.compile of the layers: some % faster after a minute
+    compile: bool = False                    # torch.compile of the layers (docs/performance.md)
     dropout: float = 0.1                     # in training only
     log_every: int = 50                      # steps per log line
     save_every: float = 300.0                # seconds between saves of the resume state
@@ -176,7 +176,7 @@ def main(cfg):
     device, autocast = set_up(cfg)
     stage = Stage(cfg, "model", "train", "test", "pairs", "sft", *(["prompts"] if cfg.sft else []))
     model, counts = load_model(cfg.model, device, "lm", cfg.dropout, fresh_head=True), Counter()
-    model.trunk.train_with(cfg)
+    model.trunk.set_flags(cfg)
     enc, block_size, rows = load_tokenizer(cfg.model), model.config.block_size, read_rankings(cfg.train)
     split_seed = cfg.seed if cfg.split_seed == -1 else cfg.split_seed
     rows, held_out = (rows, read_rankings(cfg.test)) if cfg.test else split_by_prompt(rows, cfg.test_share, split_seed)

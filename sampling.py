@@ -15,7 +15,7 @@ class KVCache:
         self.size, self.length, self.layers = size, 0, {}
 
     def extend(self, tokens):
-        """How many there are with so many new ones, which each layer is about to append."""
+        """So many new ones are about to be appended, by each layer: how many there will be."""
         self.length += tokens
         return self.length
 

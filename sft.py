@@ -42,7 +42,7 @@ class Config:
     weight_decay: float = 0.1                       # AdamW, on matrices and embeddings
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
     recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False                           # torch.compile of the layers: some % faster after a minute
+    compile: bool = False                           # torch.compile of the layers (docs/performance.md)
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
     save_every: float = 300.0                       # seconds between saves of the resume state
     overwrite: bool = False                         # replace another run that --out holds, instead of refusing
@@ -97,7 +97,7 @@ def main(cfg):
         model = load_model(cfg.model, device, dropout=cfg.dropout)
     else:
         model = GPT(GPTConfig(enc.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.width, cfg.dropout)).to(device)
-    model.trunk.train_with(cfg)
+    model.trunk.set_flags(cfg)
     counts, block_size = Counter(), model.config.block_size
     if "text" in read_jsonl(cfg.train, {"text": str}, {"prompt": str, "completion": str})[0]:
         check(cfg.pack <= block_size, f"--pack {cfg.pack} is more than block size {block_size}")

@@ -31,17 +31,19 @@ from tools.export import exported_config
 @dataclass
 class Config:
     model: str = "tiny"     # tiny, smollm2, gpt2, gpt2-xl, HuggingFaceTB/SmolLM2-360M, Qwen/Qwen2.5-0.5B, ...
-    only: str = "train,sample,ppo,ppo-shared,grpo,reward,dpo,dpo-ranked"  # figures
+    only: str = "train,sample,sample-group,ppo,ppo-shared,grpo,reward,dpo,dpo-ranked"  # figures
     peers: bool = False     # transformers (train, sample) and TRL (the others; its value model is separate), too
     dtype: str = "float32"  # float32, bfloat16 (autocast; the weights stay float32)
     compile: bool = False   # torch.compile of the layers in our training passes
+    profile: bool = False   # print which operations, on which shapes, the time goes to, in one more run
     device: str = "auto"    # auto, cpu, cuda
     repeats: int = 5        # timed runs per figure, after one warm-up
     seed: int = 1           # weights, tokens
 
 TINY, BLOCK = GPTConfig(2048, 128, n_layer=4, n_head=4, width=256), 128
 TRAIN, TRAIN_LARGE = (32, 128), (16, 40)  # rows, tokens
-SAMPLE, GROUP = (64, 16, 32), 8  # rows, tokens of a prompt, tokens of a response; grpo: responses to a prompt
+SAMPLE = (64, 16, 32)  # rows, tokens of a prompt, tokens of a response
+GROUP, LONG = 8, 96  # responses to a prompt in sample-group and grpo; tokens of a prompt in sample-group
 RANKINGS = {"reward": (32, 2), "dpo": (32, 2), "dpo-ranked": (8, 4)}  # behind a step, and responses of each
 PROMPT, TEXT, TEMPERATURE, LR = 16, 48, 0.7, 1e-5  # tokens of a prompt and of a whole text in a ranking
 NEVER = -1  # an EOS that cannot be sampled: every response has its full length
@@ -74,7 +76,7 @@ class Bench:
 
     def to_train(self, kind=GPT):
         model = kind(self.model).to(self.device).eval()
-        model.trunk.train_with(SimpleNamespace(recompute=False, compile=self.cfg.compile))
+        model.trunk.set_flags(SimpleNamespace(recompute=False, compile=self.cfg.compile))
         return model
 
     def clock(self):
@@ -91,6 +93,14 @@ class Bench:
         for _ in range(1 + self.cfg.repeats):
             work()
             ends.append(self.clock())
+        if self.cfg.profile:
+            with torch.profiler.profile(record_shapes=True) as profiler:
+                work()
+            name = f"self_{'cpu' if self.device == 'cpu' else 'device'}_time_total"
+            for of in map(profiler.key_averages, (False, True)):  # by operation; by operation and shape
+                for row in sorted(of, key=lambda row: -getattr(row, name))[:12]:
+                    share = getattr(row, name) / sum(getattr(row, name) for row in of)
+                    print(f"  {share:5.1%} {row.count:6} x {row.key} {row.input_shapes or ''}")
         return [end - start for start, end in zip(ends[1:], ends[2:])]
 
     def time_step(self, model, loss_of):
@@ -123,19 +133,20 @@ def train(bench, _):
         bench.record("train transformers", seconds, B * T, "tokens/s")
 
 @torch.no_grad()
-def sampling(bench, _):
+def sampling(bench, figure):
     """Responses of full length to prompts of equal length; transformers: generate with its cache."""
     (B, P, R), random = SAMPLE, torch.Generator(bench.device).manual_seed(1)
+    P, group = (P, 1) if figure == "sample" else (LONG, GROUP)
     model = GPT(bench.model).to(bench.device).eval()
-    tokens = torch.tensor(bench.tokens(B, P), device=bench.device)
+    tokens = torch.tensor(bench.tokens(B // group, P), device=bench.device).repeat_interleave(group, 0)
     with bench.autocast():
         seconds = bench.time(lambda: sample(model, tokens, None, R, NEVER, TEMPERATURE, random=random))
-        bench.record("sample", seconds, B * R, "tokens/s", B * sample_flop(bench.model, P, R))
+        bench.record(figure, seconds, B * R, "tokens/s", B * sample_flop(bench.model, P, R, group))
         if bench.cfg.peers:
             model, how = peer_model(bench).eval(), {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
             model.generation_config.eos_token_id = None  # every response has its full length
             seconds = bench.time(lambda: model.generate(tokens, max_new_tokens=R, **how))
-            bench.record("sample transformers", seconds, B * R, "tokens/s")
+            bench.record(f"{figure} transformers", seconds, B * R, "tokens/s")
 
 def ppo_work(bench, figure, shape, group):
     """An iteration of PPO, as a function, and its operations: sampling, scoring, 4 epochs of 4 minibatches. The value
@@ -246,8 +257,8 @@ def trl_steps(bench, name, rows, data, models, steps=1, **how):
 def main(cfg):
     torch.set_num_threads(1)
     bench = Bench(cfg)
-    work = {"train": train, "sample": sampling, "ppo": ppo_iteration, "ppo-shared": ppo_iteration,
-            "grpo": ppo_iteration}
+    work = {"train": train, "sample": sampling, "sample-group": sampling,
+            "ppo": ppo_iteration, "ppo-shared": ppo_iteration, "grpo": ppo_iteration}
     for figure in cfg.only.split(","):
         work.get(figure, ranked)(bench, figure)
 

@@ -51,16 +51,17 @@ def test_flop_counts_samples():
 
 @pytest.mark.parametrize("library, only, family", [
     ("", bench.Config.only, "GPT-2"), ("", "train,sample", "Llama"), ("transformers", "train,sample", "GPT-2"),
-    ("transformers", "train,sample", "Llama"), ("trl", "ppo,grpo,reward,dpo", "GPT-2")])
+    ("transformers", "train,sample-group", "Llama"), ("trl", "ppo,grpo,reward,dpo", "GPT-2")])
 def test_every_figure_runs(monkeypatch, capsys, library, only, family):
     """A benchmark that no longer fits the scripts it measures, or the peers; these only where they are installed."""
     if library:
         pytest.importorskip(library, reason=f"{library} is not installed")
     rankings = {"reward": (2, 2), "dpo": (2, 2), "dpo-ranked": (2, 4)}
-    for name, small in {"TINY": FAMILIES[family], "TRAIN": (2, 8), "SAMPLE": (4, 4, 4), "GROUP": 2,
+    for name, small in {"TINY": FAMILIES[family], "TRAIN": (2, 8), "SAMPLE": (4, 4, 4), "GROUP": 2, "LONG": 8,
                         "PROMPT": 3, "TEXT": 8, "RANKINGS": rankings}.items():
         monkeypatch.setattr(bench, name, small)
-    bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library)))
+    bench.main(bench.Config(only=only, dtype="bfloat16", device="cpu", repeats=1, peers=bool(library),
+                            profile=family == "Llama"))
     printed = "\n" + capsys.readouterr().out
     for name in ["matrix product", *(f"{name} {library}" for name in only.split(","))]:
         assert f"\n{name} " in printed.replace("  ", " "), name
