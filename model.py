@@ -72,7 +72,7 @@ def attention(q, k, v, bias):
     or 1, 1, t, T): 0 where a query may look, -inf where not; None: causal, a lone query being the newest token."""
     (B, H, t, D), (_, G, T, _) = q.shape, k.shape
     if q.device.type != "cpu" or bias is None and q.dtype == torch.float32 and H == G:  # else it is up to 10 x slower
-        k, v = (x if bias is None or G == H else x.repeat_interleave(H // G, 1) for x in (k, v))  # fast with a bias
+        k, v = (x if bias is None or G == H else x.repeat_interleave(H // G, 1) for x in (k, v))  # else no fast kernel
         bias = bias if bias is None else bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None and t > 1, enable_gqa=k.size(1) < H)
     bias = torch.full((t, T), -math.inf, device=q.device).triu(1) if bias is None and t > 1 else bias
@@ -152,7 +152,7 @@ class Trunk(nn.Module):
         x = self.dropout(x if self.config.rope else x + self.position_embedding(place - first))
         for block in self.blocks:
             args = x, rotation, bias, cache, at if block is self.blocks[-1] else ...
-            run = block.forward if self.compiled and cache else block  # with a cache not compiled: each length is new
+            run = block.forward if self.compiled and cache else block  # not compiled with a cache: each length is new
             x = checkpoint(run, *args, use_reentrant=False) if self.recompute and x.requires_grad else run(*args)
         return self.norm(x)
 

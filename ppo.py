@@ -322,7 +322,7 @@ def main(cfg):
     stage = Stage(cfg, "sft", *["reward"] * (not rule), "prompts", *["text"] * (cfg.ptx_coef > 0))
     policy, ref = load_model(cfg.sft, device), load_model(cfg.sft, device)
     policy.trunk.set_flags(cfg)
-    ref.trunk.set_flags(cfg)  # compiled like the policy, or their difference were rounding
+    ref.trunk.set_flags(cfg)  # compiled as the policy is, or both would round differently
     rewards = [load_model(folder, device, "reward") for folder in reward_folders]
     if cfg.dtype == "bfloat16":
         freeze(ref, *rewards)
