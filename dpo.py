@@ -41,7 +41,7 @@ class Config:
     warmup: float = 0.1                           # share of the steps with a rising learning rate
     grad_clip: float = 1.0                        # global norm of the gradient; 0: none
     recompute: bool = False                       # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False                         # torch.compile of the layers (docs/performance.md)
+    compile: bool = False                         # torch.compile of the layers: pays in long runs of larger models
     log_every: int = 10                           # steps per log line
     save_every: float = 300.0                     # seconds between saves of the resume state
     overwrite: bool = False                       # replace another run that --out holds, instead of refusing

@@ -48,7 +48,7 @@ class Config:  # the comments are the --help texts
     adam_eps: float = 1e-5              # Adam's, as in the 2019 code (which adds it before the bias correction)
     grad_clip: float = 1.0              # global norm of the gradient of policy and value together; 0: none
     recompute: bool = False             # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False               # torch.compile of the layers (docs/performance.md)
+    compile: bool = False               # torch.compile of the layers: pays in long runs of larger models
     clip: float = 0.2                   # clip range of the ratio
     value_clip: float = 0.2             # clip range of a value around its old value
     value_coef: float = 0.1             # weight of the value loss

@@ -56,7 +56,7 @@ def sample(model, tokens, pad, max_tokens, end, temperature=1.0, random=None, on
     running = torch.ones(B, dtype=torch.bool, device=device)  # those of them that have not ended
     for t in range(max_tokens):
         hidden = model.trunk(new, pad, cache, at=np.s_[:, -1])  # (rows, C)
-        if t == 0:
+        if t == 0:  # from here on a row is a response
             hidden, pad = hidden[place], None if pad is None else pad[place]
             cache.take(place)
         probs = (model.logits(hidden).float() / (temperature or 1.0)).softmax(-1)  # (rows, V)

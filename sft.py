@@ -42,7 +42,7 @@ class Config:
     weight_decay: float = 0.1                       # AdamW, on matrices and embeddings
     grad_clip: float = 1.0                          # global norm of the gradient; 0: none
     recompute: bool = False                         # activation checkpointing: less memory, about a quarter slower
-    compile: bool = False                           # torch.compile of the layers (docs/performance.md)
+    compile: bool = False                           # torch.compile of the layers: pays in long runs of larger models
     evals: int = 8                                  # held-out losses on the way; the best checkpoint is kept
     save_every: float = 300.0                       # seconds between saves of the resume state
     overwrite: bool = False                         # replace another run that --out holds, instead of refusing

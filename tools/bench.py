@@ -34,7 +34,7 @@ class Config:
     only: str = "train,sample,sample-group,ppo,ppo-shared,grpo,reward,dpo,dpo-ranked"  # figures
     peers: bool = False     # transformers (train, sample) and TRL (the others; its value model is separate), too
     dtype: str = "float32"  # float32, bfloat16 (autocast; the weights stay float32)
-    compile: bool = False   # torch.compile of the layers in our training passes
+    compile: bool = False   # torch.compile of the layers, as the stages' flag does
     profile: bool = False   # print which operations, on which shapes, the time goes to, in one more run
     device: str = "auto"    # auto, cpu, cuda
     repeats: int = 5        # timed runs per figure, after one warm-up
@@ -74,7 +74,8 @@ class Bench:
         self.flops = 2 * n**3 / min(products := self.time(lambda: a @ b))
         self.record("matrix product", products, 2e-9 * n**3, "GFLOP/s")
 
-    def to_train(self, kind=GPT):
+    def build(self, kind=GPT):
+        """A model of random weights, in eval mode, compiled if --compile says so."""
         model = kind(self.model).to(self.device).eval()
         model.trunk.set_flags(SimpleNamespace(recompute=False, compile=self.cfg.compile))
         return model
@@ -123,7 +124,7 @@ class Bench:
 
 def train(bench, _):
     """Next-token prediction where every token counts; transformers: with labels, and our optimizer."""
-    (B, T), device, model = bench.train, bench.device, bench.to_train()
+    (B, T), device, model = bench.train, bench.device, bench.build()
     rows = [(ids, 1) for ids in bench.tokens(B, T + 1)]
     seconds = bench.time_step(model, lambda: -row_logprobs(model, rows, 0, device, bench.autocast).sum() / (B * T))
     bench.record("train", seconds, B * T, "tokens/s", 3 * B * flop(bench.model, T, T, True))
@@ -154,11 +155,11 @@ def ppo_work(bench, figure, shape, group):
     (B, P, R), device, log = shape, bench.device, Log("")
     how = {"advantages": "grpo", "group": group} if figure == "grpo" else {}
     cfg = ppo.Config(episodes=B, minibatches=4, response_tokens=R, temperature=TEMPERATURE, **how)
-    policy, ref, reward = bench.to_train(), GPT(bench.model).to(device), ScalarModel(bench.model).to(device).eval()
+    policy, ref, reward = bench.build(), bench.build(), ScalarModel(bench.model).to(device).eval()
     ref.load_state_dict(policy.state_dict())
     if bench.cfg.dtype == "bfloat16":
         ppo.freeze(ref, reward)
-    value = {"ppo": lambda: bench.to_train(ScalarModel), "grpo": lambda: None,
+    value = {"ppo": lambda: bench.build(ScalarModel), "grpo": lambda: None,
              "ppo-shared": lambda: torch.nn.Linear(bench.model.width, 1).to(device)}[figure]()
     trained = [*policy.parameters(), *(value.parameters() if value else [])]
     optimizer, random = adamw(trained, LR, weight_decay=0.0), torch.Generator(device).manual_seed(1)
@@ -198,7 +199,7 @@ def ranked(bench, figure):
     more than two a response is in several pairs, and computed once; TRL takes pairs and computes it again."""
     (n, K), device, is_dpo = RANKINGS[figure], bench.device, figure != "reward"
     pairs, rankings = n * math.comb(K, 2), bench.tokens(n, K, TEXT)
-    model = bench.to_train(GPT if is_dpo else ScalarModel)
+    model = bench.build(GPT if is_dpo else ScalarModel)
     parted = [[(ids, PROMPT) for ids in x] for x in rankings]
     logprobs = partial(response_logprobs, model, parted, 0, device, bench.autocast)
     if is_dpo:

@@ -42,7 +42,7 @@ steps() {  # steps NAME COMMAND: seconds and memory of a few steps, in 2 % of th
   timeout -k 30 "$(awk "BEGIN {print int($hours * 72) + 60}")" "$PYTHON" -m tools.cost "$results" "$@" || line "$1" "\"exit\": $?"
 }
 
-figures=train,sample,ppo-shared,reward,dpo presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
+figures=train,sample,sample-group,ppo-shared,reward,dpo presets="tiny smollm" speeds="tiny gpt2 smollm2" few="--dtype bfloat16 --iterations 4 --snapshots 1"
 sizes=(smollm2 HuggingFaceTB/SmolLM2-360M Qwen/Qwen2.5-0.5B gpt2 gpt2-xl)
 flags=("" "--value separate" "--microbatch 8" "--recompute" "--compile" "--advantages rloo" "--dtype float32")
 if [ $size = smoke ]; then  # $OUT/small: a folder with the config.json of a model of few parameters
